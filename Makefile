@@ -1,0 +1,50 @@
+# `make demo` and `make test` do everything, set-up included, on a machine with Python 3.10+ and a C++ compiler.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test test-long lint format build report clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+demo: build  ## train a small HydraViT on real images, evaluate every width, draw the plot
+	hydravit train --recipe demo --out runs/demo
+
+test: build  ## the test suite, without the long tests
+	python -m pytest -m "not long"
+
+test-long: build  ## the long tests
+	python -m pytest -m long
+
+lint: build  ## style of Python and C++
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(CXX_FILES)
+
+format: build  ## put Python and C++ in that style
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CXX_FILES)
+
+build: .venv/built  ## the environment and the native library, incrementally
+
+report: build  ## what was built, what runs on this machine, and why the rest does not
+	python -m hydravit_kernels
+
+clean:  ## remove what `make` made: environment, builds, caches
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_build_info.py
+	find hydravit hydravit_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# torch comes first: setup.py builds against it and must not bring one of its own.
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) torch "setuptools>=70.1" "cmake>=3.25" ninja
+	touch $@
+
+# An editable install: only native sources, and what steers the installation, make it stale.
+.venv/built: .venv/torch setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	$(INSTALL) --no-build-isolation -e '.[test]'
+	touch $@

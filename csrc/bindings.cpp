@@ -1,0 +1,659 @@
+// The ops of hydravit_kernels/ops.py on the CPU, on torch's stable ABI: the only file that sees torch.
+//
+// An op checks what it is given, allocates its outputs, folds the slices' offsets into base pointers and calls one
+// kernel per run of consecutive images of the same slice. Parameters are never copied: what a kernel cannot read in
+// place is an error.
+#include <algorithm>
+#include <tuple>
+
+#include "checks.h"
+
+namespace hydravit {
+namespace {
+
+Threads torch_threads() {
+  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  };
+  return {parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+void check_status(int status) { STD_TORCH_CHECK(status == kOk, "hydravit: ", status_text(status)); }
+
+Tensor empty_output(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+const float* check_branch_scale(const OptionalTensor& branch_scale, int64_t batch) {
+  const Parameter parameter("branch_scale", branch_scale);
+  parameter.check_both({batch});
+  return parameter.vector({0, batch});
+}
+
+// x (B, N, the widest embed).
+void check_x(const Tensor& x, const char* name, int64_t width) {
+  check(x, name, {kAny, kAny, width});
+  STD_TORCH_CHECK(x.size(1) > 0, name, ": at least one token expected, shape ", text(shape_of(x)), " given");
+}
+
+// ---- Stem ----
+
+constexpr int64_t kEmbedIntegers = 2;
+
+struct StemArguments {
+  Tensor images;
+  Parameter weight, bias, cls_token, reg_token, pos_embed;
+  Integers slices;
+  OptionalTensor subnet;
+
+  int64_t batch() const { return images.size(0); }
+  int64_t width() const { return largest(slices, kEmbedIntegers, 1); }
+  static int64_t tokens_of(const Parameter& prefix) { return prefix.present() ? prefix.tensor->size(1) : 0; }
+  int64_t tokens() const {
+    return tokens_of(cls_token) + tokens_of(reg_token) +
+           images.size(2) / weight.tensor->size(2) * (images.size(3) / weight.tensor->size(3));
+  }
+};
+
+void check_patch_weight(const Tensor& weight, const char* name) {
+  STD_TORCH_CHECK(weight.stride(2) == weight.size(3) && weight.stride(1) == weight.size(2) * weight.size(3), name,
+                  ": each output channel contiguous expected, strides of another order given");
+}
+
+// One kernel argument per slice, for all images.
+std::vector<Stem> describe(const StemArguments& arguments) {
+  const Tensor &images = arguments.images, &weight = *arguments.weight.tensor;
+  check_shape(images, "images", {kAny, kAny, kAny, kAny});
+  const int64_t channels = images.size(1);
+  arguments.weight.check_both({kAny, channels, kAny, kAny});
+  const int64_t D = weight.size(0), height = weight.size(2), width = weight.size(3);
+  STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0, "weight: a patch of at least one pixel expected, shape ",
+                  text(shape_of(weight)), " given");
+  check_patch_weight(weight, "weight");
+  if (arguments.weight.gradient != nullptr) check_patch_weight(*arguments.weight.gradient, "grad_weight");
+  STD_TORCH_CHECK(images.size(2) > 0 && images.size(3) > 0 && images.size(2) % height == 0 && images.size(3) % width == 0,
+                  "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
+                  text(shape_of(images)), " given");
+  arguments.bias.check_both({D});
+  arguments.cls_token.check_both({1, kAny, D});
+  arguments.reg_token.check_both({1, kAny, D});
+  arguments.pos_embed.check_both({1, kAny, D});
+  const int64_t tokens = arguments.tokens(), patches = images.size(2) / height * (images.size(3) / width);
+  const int64_t positions = StemArguments::tokens_of(arguments.pos_embed);
+  STD_TORCH_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches, "pos_embed: shape (1, ",
+                  tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
+                  text(shape_of(*arguments.pos_embed.tensor)), " given");
+
+  std::vector<Stem> result;
+  const int64_t count = check_slices(arguments.slices, kEmbedIntegers, arguments.subnet, images.size(0));
+  for (int64_t i = 0; i < count; i++) {
+    const Interval embed = embed_of(&arguments.slices[static_cast<size_t>(i * kEmbedIntegers)]);
+    check_inside("weight", "output channels", embed, D);
+    Stem block{};
+    block.batch = images.size(0), block.channels = channels;
+    block.grid_height = images.size(2) / height, block.grid_width = images.size(3) / width;
+    block.patch_height = height, block.patch_width = width;
+    block.embed = embed.length;
+    block.cls_tokens = StemArguments::tokens_of(arguments.cls_token);
+    block.reg_tokens = StemArguments::tokens_of(arguments.reg_token);
+    block.images = floats(images);
+    for (int axis = 0; axis < 4; axis++) block.image_strides[axis] = images.stride(axis);
+    block.weight = {floats(weight) + embed.offset * weight.stride(0), weight.stride(0)};
+    block.bias = arguments.bias.vector(embed);
+    block.cls_token = arguments.cls_token.matrix({0, block.cls_tokens}, embed);
+    block.reg_token = arguments.reg_token.matrix({0, block.reg_tokens}, embed);
+    block.pos_embed = arguments.pos_embed.matrix({0, positions}, embed);
+    block.pos_on_prefix = positions == tokens;
+    result.push_back(block);
+  }
+  return result;
+}
+
+Stem of_run(Stem block, int64_t image, int64_t images) {
+  block.batch = images;
+  block.images += image * block.image_strides[0];
+  return block;
+}
+
+Tensor stem(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cls_token,
+            const OptionalTensor& reg_token, const OptionalTensor& pos_embed, const Integers& slices,
+            const OptionalTensor& subnet) {
+  const OptionalTensor weight_argument(weight);
+  const StemArguments arguments{images,
+                                {"weight", weight_argument},
+                                {"bias", bias},
+                                {"cls_token", cls_token},
+                                {"reg_token", reg_token},
+                                {"pos_embed", pos_embed},
+                                slices,
+                                subnet};
+  const std::vector<Stem> blocks = describe(arguments);
+  const int64_t tokens = arguments.tokens(), width = arguments.width();
+  const Tensor y = torch::stable::new_empty(weight, {arguments.batch(), tokens, width});
+  const MutableTokens all = mutable_tokens_of(y);
+  for_each_run(subnet, arguments.batch(), [&](int64_t image, int64_t count, int64_t slice) {
+    Stem block = of_run(blocks[static_cast<size_t>(slice)], image, count);
+    block.y = from_image(all, image);
+    check_status(stem_cpu(block, torch_threads()));
+    zero_beyond(block.y, count, tokens, block.embed, width);
+  });
+  return y;
+}
+
+Tensor stem_backward(const Tensor& grad, const Tensor& images, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& cls_token, const OptionalTensor& reg_token, const OptionalTensor& pos_embed,
+                     const Integers& slices, const OptionalTensor& subnet, bool x_grad,
+                     const OptionalTensor& grad_weight, const OptionalTensor& grad_bias,
+                     const OptionalTensor& grad_cls_token, const OptionalTensor& grad_reg_token,
+                     const OptionalTensor& grad_pos_embed) {
+  const OptionalTensor weight_argument(weight);
+  const StemArguments arguments{images,
+                                {"weight", weight_argument, &grad_weight},
+                                {"bias", bias, &grad_bias},
+                                {"cls_token", cls_token, &grad_cls_token},
+                                {"reg_token", reg_token, &grad_reg_token},
+                                {"pos_embed", pos_embed, &grad_pos_embed},
+                                slices,
+                                subnet};
+  const std::vector<Stem> blocks = describe(arguments);
+  check(grad, "grad", {arguments.batch(), arguments.tokens(), arguments.width()});
+  const Tensor dx = x_grad ? torch::stable::new_empty(images, shape_of(images)) : empty_output(images);
+  for_each_run(subnet, arguments.batch(), [&](int64_t image, int64_t count, int64_t slice) {
+    const Stem block = of_run(blocks[static_cast<size_t>(slice)], image, count);
+    const Interval embed = embed_of(&slices[static_cast<size_t>(slice * kEmbedIntegers)]);
+    StemGradients gradients{};
+    gradients.grad = from_image(tokens_of(grad), image);
+    if (x_grad) gradients.images = mutable_floats(dx) + image * dx.stride(0);
+    if (grad_weight)
+      gradients.weight = {mutable_floats(*grad_weight) + embed.offset * grad_weight->stride(0), grad_weight->stride(0)};
+    gradients.bias = arguments.bias.vector_gradient(embed);
+    gradients.cls_token = arguments.cls_token.matrix_gradient({0, block.cls_tokens}, embed);
+    gradients.reg_token = arguments.reg_token.matrix_gradient({0, block.reg_tokens}, embed);
+    gradients.pos_embed = arguments.pos_embed.matrix_gradient({0, 0}, embed);
+    check_status(stem_backward_cpu(block, gradients, torch_threads()));
+  });
+  return dx;
+}
+
+// ---- Attention block ----
+
+constexpr int64_t kAttentionIntegers = 10;
+
+struct AttentionIntervals {
+  Interval embed, query_rows, key_rows, value_rows, proj_columns;
+  int64_t heads, head_dim, value_dim, pitch;
+
+  explicit AttentionIntervals(const int64_t* slice)
+      : embed(embed_of(slice)), heads(slice[6]), head_dim(slice[7]), value_dim(slice[8]), pitch(slice[9]) {
+    STD_TORCH_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0), "slices: head_dim and value_dim of at least 1 expected, ",
+                    head_dim, " and ", value_dim, " given for ", heads, " heads");
+    STD_TORCH_CHECK(heads <= 1 || pitch >= std::max(head_dim, value_dim), "slices: a pitch of at least head_dim ",
+                    head_dim, " and value_dim ", value_dim, " expected, ", pitch, " given");
+    const auto reach = [&](int64_t dim) { return heads == 0 ? 0 : (heads - 1) * pitch + dim; };
+    query_rows = {heads == 0 ? 0 : slice[2], reach(head_dim)};
+    key_rows = {heads == 0 ? 0 : slice[3], reach(head_dim)};
+    value_rows = {heads == 0 ? 0 : slice[4], reach(value_dim)};
+    proj_columns = {heads == 0 ? 0 : slice[5], reach(value_dim)};
+  }
+};
+
+struct AttentionArguments {
+  Tensor x;
+  Parameter norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale;
+  OptionalTensor branch_scale;
+  Integers slices;
+  std::vector<double> scales;
+  double eps;
+  OptionalTensor subnet;
+
+  // Sizes of what forward saves: the largest of any slice.
+  int64_t qkv = 0, attended = 0, heads = 0;
+};
+
+std::vector<AttentionBlock> describe(AttentionArguments& arguments) {
+  const Tensor& x = arguments.x;
+  check_x(x, "x", largest(arguments.slices, kAttentionIntegers, 1));
+  const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
+  arguments.norm_weight.check_both({D});
+  arguments.norm_bias.check_both({D});
+  arguments.qkv_weight.check_both({kAny, D});
+  arguments.qkv_bias.check_both({arguments.qkv_weight.tensor->size(0)});
+  arguments.proj_weight.check_both({D, kAny});
+  arguments.proj_bias.check_both({D});
+  arguments.layer_scale.check_both({D});
+
+  std::vector<AttentionBlock> result;
+  const int64_t count = check_slices(arguments.slices, kAttentionIntegers, arguments.subnet, x.size(0));
+  STD_TORCH_CHECK(static_cast<int64_t>(arguments.scales.size()) == count, "scales: one for each of ", count,
+                  " slices expected, ", arguments.scales.size(), " given");
+  for (int64_t i = 0; i < count; i++) {
+    const AttentionIntervals slice(&arguments.slices[static_cast<size_t>(i * kAttentionIntegers)]);
+    AttentionBlock block{};
+    block.batch = x.size(0), block.tokens = x.size(1), block.embed = slice.embed.length;
+    block.heads = slice.heads, block.head_dim = slice.head_dim, block.value_dim = slice.value_dim;
+    block.pitch = slice.pitch;
+    block.scale = static_cast<float>(arguments.scales[static_cast<size_t>(i)]);
+    block.eps = static_cast<float>(arguments.eps);
+    block.x = tokens_of(x);
+    block.norm_weight = arguments.norm_weight.vector(slice.embed);
+    block.norm_bias = arguments.norm_bias.vector(slice.embed);
+    block.query_weight = arguments.qkv_weight.matrix(slice.query_rows, slice.embed);
+    block.key_weight = arguments.qkv_weight.matrix(slice.key_rows, slice.embed);
+    block.value_weight = arguments.qkv_weight.matrix(slice.value_rows, slice.embed);
+    block.query_bias = arguments.qkv_bias.vector(slice.query_rows);
+    block.key_bias = arguments.qkv_bias.vector(slice.key_rows);
+    block.value_bias = arguments.qkv_bias.vector(slice.value_rows);
+    block.proj_weight = arguments.proj_weight.matrix(slice.embed, slice.proj_columns);
+    block.proj_bias = arguments.proj_bias.vector(slice.embed);
+    block.layer_scale = arguments.layer_scale.vector(slice.embed);
+    block.branch_scale = check_branch_scale(arguments.branch_scale, x.size(0));
+    arguments.qkv = std::max(arguments.qkv, slice.heads * (2 * slice.head_dim + slice.value_dim));
+    arguments.attended = std::max(arguments.attended, slice.heads * slice.value_dim);
+    arguments.heads = std::max(arguments.heads, slice.heads);
+    result.push_back(block);
+  }
+  return result;
+}
+
+// The block of one run; the saved tensors may be empty.
+AttentionBlock of_run(AttentionBlock block, int64_t image, int64_t images, const Tensor& qkv, const Tensor& attended,
+                      const Tensor& logsumexp) {
+  block.batch = images;
+  block.x = from_image(block.x, image);
+  block.branch_scale = from_image(block.branch_scale, image);
+  block.qkv = from_image(mutable_tokens_of(qkv), image);
+  block.attended = from_image(mutable_tokens_of(attended), image);
+  if (logsumexp.dim() == 3) {
+    block.logsumexp = mutable_floats(logsumexp) + image * logsumexp.stride(0);
+    block.logsumexp_image_stride = logsumexp.stride(0);
+  }
+  return block;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
+    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
+    const OptionalTensor& qkv_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
+    const OptionalTensor& layer_scale, const OptionalTensor& branch_scale, const Integers& slices,
+    const std::vector<double>& scales, double eps, const OptionalTensor& subnet, bool save) {
+  const OptionalTensor required[] = {norm_weight, norm_bias, qkv_weight, proj_weight};
+  AttentionArguments arguments{x,
+                               {"norm_weight", required[0]},
+                               {"norm_bias", required[1]},
+                               {"qkv_weight", required[2]},
+                               {"qkv_bias", qkv_bias},
+                               {"proj_weight", required[3]},
+                               {"proj_bias", proj_bias},
+                               {"layer_scale", layer_scale},
+                               branch_scale,
+                               slices,
+                               scales,
+                               eps,
+                               subnet};
+  const std::vector<AttentionBlock> blocks = describe(arguments);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
+  const auto saved = [&](int64_t first, int64_t second) {
+    return save ? torch::stable::new_empty(x, {batch, first, second}) : empty_output(x);
+  };
+  const Tensor qkv = saved(tokens, arguments.qkv), attended = saved(tokens, arguments.attended);
+  const Tensor logsumexp = saved(arguments.heads, tokens);
+  const MutableTokens all = mutable_tokens_of(y);
+  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
+    AttentionBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, qkv, attended, logsumexp);
+    block.y = from_image(all, image);
+    check_status(attention_block_cpu(block, torch_threads()));
+    zero_beyond(block.y, count, tokens, block.embed, width);
+  });
+  return {y, qkv, attended, logsumexp};
+}
+
+Tensor attention_block_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& qkv, const Tensor& attended, const Tensor& logsumexp,
+    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
+    const Tensor& proj_weight, const OptionalTensor& proj_bias, const OptionalTensor& layer_scale,
+    const OptionalTensor& branch_scale, const Integers& slices, const std::vector<double>& scales, double eps,
+    const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
+    const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_qkv_weight, const OptionalTensor& grad_qkv_bias, const OptionalTensor& grad_proj_weight,
+    const OptionalTensor& grad_proj_bias, const OptionalTensor& grad_layer_scale) {
+  const OptionalTensor required[] = {norm_weight, norm_bias, qkv_weight, proj_weight};
+  AttentionArguments arguments{x,
+                               {"norm_weight", required[0], &grad_norm_weight},
+                               {"norm_bias", required[1], &grad_norm_bias},
+                               {"qkv_weight", required[2], &grad_qkv_weight},
+                               {"qkv_bias", qkv_bias, &grad_qkv_bias},
+                               {"proj_weight", required[3], &grad_proj_weight},
+                               {"proj_bias", proj_bias, &grad_proj_bias},
+                               {"layer_scale", layer_scale, &grad_layer_scale},
+                               branch_scale,
+                               slices,
+                               scales,
+                               eps,
+                               subnet};
+  const std::vector<AttentionBlock> blocks = describe(arguments);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  check(grad, "grad", {batch, tokens, width});
+  check(qkv, "qkv", {batch, tokens, arguments.qkv});
+  check(attended, "attended", {batch, tokens, arguments.attended});
+  check(logsumexp, "logsumexp", {batch, arguments.heads, tokens});
+  STD_TORCH_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
+  const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
+  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
+    const AttentionBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, qkv, attended, logsumexp);
+    const AttentionIntervals slice(&slices[static_cast<size_t>(index * kAttentionIntegers)]);
+    AttentionBlockGradients gradients{};
+    gradients.grad = from_image(tokens_of(grad), image);
+    gradients.x = from_image(mutable_tokens_of(dx), image);
+    gradients.norm_weight = arguments.norm_weight.vector_gradient(slice.embed);
+    gradients.norm_bias = arguments.norm_bias.vector_gradient(slice.embed);
+    gradients.query_weight = arguments.qkv_weight.matrix_gradient(slice.query_rows, slice.embed);
+    gradients.key_weight = arguments.qkv_weight.matrix_gradient(slice.key_rows, slice.embed);
+    gradients.value_weight = arguments.qkv_weight.matrix_gradient(slice.value_rows, slice.embed);
+    gradients.query_bias = arguments.qkv_bias.vector_gradient(slice.query_rows);
+    gradients.key_bias = arguments.qkv_bias.vector_gradient(slice.key_rows);
+    gradients.value_bias = arguments.qkv_bias.vector_gradient(slice.value_rows);
+    gradients.proj_weight = arguments.proj_weight.matrix_gradient(slice.embed, slice.proj_columns);
+    gradients.proj_bias = arguments.proj_bias.vector_gradient(slice.embed);
+    gradients.layer_scale = arguments.layer_scale.vector_gradient(slice.embed);
+    check_status(attention_block_backward_cpu(block, gradients, torch_threads()));
+    zero_beyond(gradients.x, count, tokens, block.embed, width);
+  });
+  return dx;
+}
+
+// ---- MLP block ----
+
+constexpr int64_t kMlpIntegers = 4;
+
+struct MlpArguments {
+  Tensor x;
+  Parameter norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale;
+  OptionalTensor branch_scale;
+  Integers slices;
+  double eps;
+  OptionalTensor subnet;
+
+  int64_t hidden() const { return largest(slices, kMlpIntegers, 3); }
+};
+
+Interval hidden_of(const int64_t* slice) { return {slice[3] == 0 ? 0 : slice[2], slice[3]}; }
+
+std::vector<MlpBlock> describe(const MlpArguments& arguments) {
+  const Tensor& x = arguments.x;
+  check_x(x, "x", largest(arguments.slices, kMlpIntegers, 1));
+  const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
+  arguments.norm_weight.check_both({D});
+  arguments.norm_bias.check_both({D});
+  arguments.fc1_weight.check_both({kAny, D});
+  const int64_t hidden = arguments.fc1_weight.tensor->size(0);
+  arguments.fc1_bias.check_both({hidden});
+  arguments.fc2_weight.check_both({D, hidden});
+  arguments.fc2_bias.check_both({D});
+  arguments.layer_scale.check_both({D});
+
+  std::vector<MlpBlock> result;
+  const int64_t count = check_slices(arguments.slices, kMlpIntegers, arguments.subnet, x.size(0));
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kMlpIntegers)];
+    const Interval embed = embed_of(slice), rows = hidden_of(slice);
+    MlpBlock block{};
+    block.batch = x.size(0), block.tokens = x.size(1), block.embed = embed.length, block.hidden = rows.length;
+    block.eps = static_cast<float>(arguments.eps);
+    block.x = tokens_of(x);
+    block.norm_weight = arguments.norm_weight.vector(embed);
+    block.norm_bias = arguments.norm_bias.vector(embed);
+    block.fc1_weight = arguments.fc1_weight.matrix(rows, embed);
+    block.fc1_bias = arguments.fc1_bias.vector(rows);
+    block.fc2_weight = arguments.fc2_weight.matrix(embed, rows);
+    block.fc2_bias = arguments.fc2_bias.vector(embed);
+    block.layer_scale = arguments.layer_scale.vector(embed);
+    block.branch_scale = check_branch_scale(arguments.branch_scale, x.size(0));
+    result.push_back(block);
+  }
+  return result;
+}
+
+MlpBlock of_run(MlpBlock block, int64_t image, int64_t images, const Tensor& saved) {
+  block.batch = images;
+  block.x = from_image(block.x, image);
+  block.branch_scale = from_image(block.branch_scale, image);
+  block.saved = from_image(mutable_tokens_of(saved), image);
+  return block;
+}
+
+std::tuple<Tensor, Tensor> mlp_block(const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias,
+                                     const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                                     const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+                                     const OptionalTensor& branch_scale, const Integers& slices, double eps,
+                                     const OptionalTensor& subnet, bool save) {
+  const OptionalTensor required[] = {norm_weight, norm_bias, fc1_weight, fc2_weight};
+  const MlpArguments arguments{x,
+                               {"norm_weight", required[0]},
+                               {"norm_bias", required[1]},
+                               {"fc1_weight", required[2]},
+                               {"fc1_bias", fc1_bias},
+                               {"fc2_weight", required[3]},
+                               {"fc2_bias", fc2_bias},
+                               {"layer_scale", layer_scale},
+                               branch_scale,
+                               slices,
+                               eps,
+                               subnet};
+  const std::vector<MlpBlock> blocks = describe(arguments);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
+  const Tensor saved = save ? torch::stable::new_empty(x, {batch, tokens, arguments.hidden()}) : empty_output(x);
+  const MutableTokens all = mutable_tokens_of(y);
+  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
+    MlpBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, saved);
+    block.y = from_image(all, image);
+    check_status(mlp_block_cpu(block, torch_threads()));
+    zero_beyond(block.y, count, tokens, block.embed, width);
+  });
+  return {y, saved};
+}
+
+Tensor mlp_block_backward(const Tensor& grad, const Tensor& x, const Tensor& hidden, const Tensor& norm_weight,
+                          const Tensor& norm_bias, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+                          const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
+                          const OptionalTensor& branch_scale, const Integers& slices, double eps,
+                          const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
+                          const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_fc1_weight,
+                          const OptionalTensor& grad_fc1_bias, const OptionalTensor& grad_fc2_weight,
+                          const OptionalTensor& grad_fc2_bias, const OptionalTensor& grad_layer_scale) {
+  const OptionalTensor required[] = {norm_weight, norm_bias, fc1_weight, fc2_weight};
+  const MlpArguments arguments{x,
+                               {"norm_weight", required[0], &grad_norm_weight},
+                               {"norm_bias", required[1], &grad_norm_bias},
+                               {"fc1_weight", required[2], &grad_fc1_weight},
+                               {"fc1_bias", fc1_bias, &grad_fc1_bias},
+                               {"fc2_weight", required[3], &grad_fc2_weight},
+                               {"fc2_bias", fc2_bias, &grad_fc2_bias},
+                               {"layer_scale", layer_scale, &grad_layer_scale},
+                               branch_scale,
+                               slices,
+                               eps,
+                               subnet};
+  const std::vector<MlpBlock> blocks = describe(arguments);
+  const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
+  check(grad, "grad", {batch, tokens, width});
+  check(hidden, "hidden", {batch, tokens, arguments.hidden()});
+  const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
+  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
+    const MlpBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, hidden);
+    const int64_t* slice = &slices[static_cast<size_t>(index * kMlpIntegers)];
+    const Interval embed = embed_of(slice), rows = hidden_of(slice);
+    MlpBlockGradients gradients{};
+    gradients.grad = from_image(tokens_of(grad), image);
+    gradients.x = from_image(mutable_tokens_of(dx), image);
+    gradients.norm_weight = arguments.norm_weight.vector_gradient(embed);
+    gradients.norm_bias = arguments.norm_bias.vector_gradient(embed);
+    gradients.fc1_weight = arguments.fc1_weight.matrix_gradient(rows, embed);
+    gradients.fc1_bias = arguments.fc1_bias.vector_gradient(rows);
+    gradients.fc2_weight = arguments.fc2_weight.matrix_gradient(embed, rows);
+    gradients.fc2_bias = arguments.fc2_bias.vector_gradient(embed);
+    gradients.layer_scale = arguments.layer_scale.vector_gradient(embed);
+    check_status(mlp_block_backward_cpu(block, gradients, torch_threads()));
+    zero_beyond(gradients.x, count, tokens, block.embed, width);
+  });
+  return dx;
+}
+
+// ---- Head ----
+
+constexpr int64_t kHeadIntegers = 4;
+
+Interval classes_of(const int64_t* slice) { return {slice[2], slice[3]}; }
+
+struct HeadArguments {
+  Tensor x;
+  Parameter norm_weight, norm_bias, weight, bias;
+  int64_t pool_start, pool_stop;
+  Integers slices;
+  double eps;
+  OptionalTensor subnet;
+
+  // Of the result: the largest of any slice.
+  int64_t width() const { return largest(slices, kHeadIntegers, weight.present() ? 3 : 1); }
+};
+
+std::vector<Head> describe(const HeadArguments& arguments) {
+  const Tensor& x = arguments.x;
+  check_x(x, "x", largest(arguments.slices, kHeadIntegers, 1));
+  const int64_t start = arguments.pool_start, stop = arguments.pool_stop;
+  STD_TORCH_CHECK(0 <= start && start < stop && stop <= x.size(1), "pool_start, pool_stop: 0 <= start < stop <= ",
+                  x.size(1), " tokens expected, ", start, " and ", stop, " given");
+  STD_TORCH_CHECK(arguments.norm_weight.present() == arguments.norm_bias.present(),
+                  "norm_bias: given with norm_weight or not at all expected, one of the two given");
+  STD_TORCH_CHECK(arguments.weight.present() || !arguments.bias.present(),
+                  "bias: None expected, as weight is None; a tensor given");
+  arguments.norm_weight.check_both({kAny});
+  arguments.weight.check_both({kAny, kAny});
+  int64_t D = kAny;
+  if (arguments.weight.present()) D = arguments.weight.tensor->size(1);
+  if (arguments.norm_weight.present()) {
+    arguments.norm_weight.check_both({D});
+    arguments.norm_bias.check_both({arguments.norm_weight.tensor->size(0)});
+  }
+  arguments.bias.check_both({arguments.weight.present() ? arguments.weight.tensor->size(0) : 0});
+
+  std::vector<Head> result;
+  const int64_t count = check_slices(arguments.slices, kHeadIntegers, arguments.subnet, x.size(0));
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kHeadIntegers)];
+    const Interval embed = embed_of(slice), classes = classes_of(slice);
+    STD_TORCH_CHECK(!arguments.weight.present() || classes.length > 0, "slices: at least 1 class expected, 0 given");
+    Head block{};
+    block.batch = x.size(0), block.pool_start = start, block.pool_stop = stop;
+    block.embed = embed.length, block.classes = arguments.weight.present() ? classes.length : 0;
+    block.eps = static_cast<float>(arguments.eps);
+    block.x = tokens_of(x);
+    block.norm_weight = arguments.norm_weight.vector(embed);
+    block.norm_bias = arguments.norm_bias.vector(embed);
+    block.weight = arguments.weight.matrix(classes, embed);
+    block.bias = arguments.bias.vector(classes);
+    result.push_back(block);
+  }
+  return result;
+}
+
+Head of_run(Head block, int64_t image, int64_t images) {
+  block.batch = images;
+  block.x = from_image(block.x, image);
+  return block;
+}
+
+Tensor head(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+            const OptionalTensor& weight, const OptionalTensor& bias, int64_t pool_start, int64_t pool_stop,
+            const Integers& slices, double eps, const OptionalTensor& subnet) {
+  const HeadArguments arguments{x,
+                                {"norm_weight", norm_weight},
+                                {"norm_bias", norm_bias},
+                                {"weight", weight},
+                                {"bias", bias},
+                                pool_start,
+                                pool_stop,
+                                slices,
+                                eps,
+                                subnet};
+  const std::vector<Head> blocks = describe(arguments);
+  const int64_t width = arguments.width();
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), width});
+  for_each_run(subnet, x.size(0), [&](int64_t image, int64_t count, int64_t slice) {
+    Head block = of_run(blocks[static_cast<size_t>(slice)], image, count);
+    block.y = mutable_floats(y) + image * width;
+    block.y_row_stride = width;
+    check_status(head_cpu(block, torch_threads()));
+    const int64_t own = arguments.weight.present() ? block.classes : block.embed;
+    zero_beyond({block.y, width, width}, count, 1, own, width);
+  });
+  return y;
+}
+
+Tensor head_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& norm_weight,
+                     const OptionalTensor& norm_bias, const OptionalTensor& weight, const OptionalTensor& bias,
+                     int64_t pool_start, int64_t pool_stop, const Integers& slices, double eps,
+                     const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
+                     const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_weight,
+                     const OptionalTensor& grad_bias) {
+  const HeadArguments arguments{x,
+                                {"norm_weight", norm_weight, &grad_norm_weight},
+                                {"norm_bias", norm_bias, &grad_norm_bias},
+                                {"weight", weight, &grad_weight},
+                                {"bias", bias, &grad_bias},
+                                pool_start,
+                                pool_stop,
+                                slices,
+                                eps,
+                                subnet};
+  const std::vector<Head> blocks = describe(arguments);
+  const int64_t tokens = x.size(1), width = x.size(2);
+  check(grad, "grad", {x.size(0), arguments.width()});
+  const Tensor dx = x_grad ? torch::stable::new_empty(x, {x.size(0), tokens, width}) : empty_output(x);
+  for_each_run(subnet, x.size(0), [&](int64_t image, int64_t count, int64_t index) {
+    const Head block = of_run(blocks[static_cast<size_t>(index)], image, count);
+    const int64_t* slice = &slices[static_cast<size_t>(index * kHeadIntegers)];
+    const Interval embed = embed_of(slice), classes = classes_of(slice);
+    HeadGradients gradients{};
+    gradients.grad = floats(grad) + image * grad.stride(0);
+    gradients.grad_row_stride = grad.stride(0);
+    gradients.tokens = tokens;
+    gradients.x = from_image(mutable_tokens_of(dx), image);
+    gradients.norm_weight = arguments.norm_weight.vector_gradient(embed);
+    gradients.norm_bias = arguments.norm_bias.vector_gradient(embed);
+    gradients.weight = arguments.weight.matrix_gradient(classes, embed);
+    gradients.bias = arguments.bias.vector_gradient(classes);
+    check_status(head_backward_cpu(block, gradients, torch_threads()));
+    zero_beyond(gradients.x, count, tokens, block.embed, width);
+  });
+  return dx;
+}
+
+// ---- Instruction set ----
+
+std::string cpu_isa_name() {
+  const char* name = "";
+  check_status(cpu_isa(&name));
+  return name;
+}
+
+void set_cpu_isa_name(std::string isa) {
+  const int status = set_cpu_isa(isa.c_str());
+  STD_TORCH_CHECK(status == kOk, "isa: ", status_text(status), "; '", isa, "' given");
+}
+
+}  // namespace
+}  // namespace hydravit
+
+STABLE_TORCH_LIBRARY_IMPL(hydravit, CPU, m) {
+  m.impl("stem_native", TORCH_BOX(&hydravit::stem));
+  m.impl("stem_backward_native", TORCH_BOX(&hydravit::stem_backward));
+  m.impl("attention_block_native", TORCH_BOX(&hydravit::attention_block));
+  m.impl("attention_block_backward_native", TORCH_BOX(&hydravit::attention_block_backward));
+  m.impl("mlp_block_native", TORCH_BOX(&hydravit::mlp_block));
+  m.impl("mlp_block_backward_native", TORCH_BOX(&hydravit::mlp_block_backward));
+  m.impl("head_native", TORCH_BOX(&hydravit::head));
+  m.impl("head_backward_native", TORCH_BOX(&hydravit::head_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hydravit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&hydravit::cpu_isa_name));
+  m.impl("set_cpu_isa", TORCH_BOX(&hydravit::set_cpu_isa_name));
+}

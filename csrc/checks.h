@@ -1,0 +1,201 @@
+// What the bindings check before a kernel sees a pointer. Included by bindings.cpp only, as it needs torch.
+//
+// Every function that returns a pointer has checked that the slice it is the base of lies inside the tensor.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hydravit.h"
+
+namespace hydravit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Integers = std::vector<int64_t>;
+
+struct Interval {
+  int64_t offset, length;
+};
+
+constexpr int64_t kAny = -1;
+
+inline std::string text(const Integers& values) {
+  std::string result = "(";
+  for (size_t i = 0; i < values.size(); i++)
+    result += (i == 0 ? "" : ", ") + (values[i] == kAny ? std::string("any") : std::to_string(values[i]));
+  return result + ")";
+}
+
+inline Integers shape_of(const Tensor& tensor) {
+  Integers shape;
+  for (int64_t i = 0; i < tensor.dim(); i++) shape.push_back(tensor.size(i));
+  return shape;
+}
+
+// Where and of which type every tensor of these kernels has to be.
+inline void check_kind(const Tensor& tensor, const char* name, ScalarType type, const char* type_name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": dtype ", type_name, " expected, dtype number ",
+                  static_cast<int>(tensor.scalar_type()), " given");
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, const Integers& expected) {
+  check_kind(tensor, name, ScalarType::Float, "float32");
+  bool right = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; right && i < expected.size(); i++)
+    right = expected[i] == kAny || tensor.size(static_cast<int64_t>(i)) == expected[i];
+  STD_TORCH_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
+}
+
+// Shape and unit innermost stride. Nothing is ever copied to make it so.
+inline void check(const Tensor& tensor, const char* name, const Integers& expected) {
+  check_shape(tensor, name, expected);
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": innermost stride 1 expected, ",
+                  tensor.stride(last), " given");
+}
+
+inline void check_inside(const char* name, const char* axis, const Interval& interval, int64_t size) {
+  STD_TORCH_CHECK(interval.offset >= 0 && interval.length >= 0 && interval.offset + interval.length <= size, name, ": ",
+                  axis, " [", interval.offset, ", ", interval.offset + interval.length, ") of the slice expected inside [0, ",
+                  size, ")");
+}
+
+inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+inline float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// A parameter and the buffer that its gradient is added to, either of which may be absent.
+struct Parameter {
+  const char* name;
+  const Tensor* tensor;
+  const Tensor* gradient;
+
+  Parameter(const char* name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
+      : name(name),
+        tensor(tensor.has_value() ? &*tensor : nullptr),
+        gradient(gradient != nullptr && gradient->has_value() ? &**gradient : nullptr) {}
+
+  bool present() const { return tensor != nullptr; }
+
+  // Shape `expected` of the parameter, unit innermost stride of both, equal shapes.
+  void check_both(const Integers& expected) const {
+    if (present()) check(*tensor, name, expected);
+    if (gradient == nullptr) return;
+    const std::string gradient_name = std::string("grad_") + name;
+    STD_TORCH_CHECK(present(), gradient_name, ": None expected, as ", name, " is None; a tensor given");
+    check(*gradient, gradient_name.c_str(), shape_of(*tensor));
+  }
+
+  // (D,)
+  const float* vector(const Interval& slice) const {
+    if (!present()) return nullptr;
+    check_inside(name, "elements", slice, tensor->size(0));
+    return floats(*tensor) + slice.offset;
+  }
+  float* vector_gradient(const Interval& slice) const {
+    return gradient == nullptr ? nullptr : mutable_floats(*gradient) + slice.offset;
+  }
+
+  // The last two axes are rows and columns.
+  Weight matrix(const Interval& rows, const Interval& columns) const {
+    if (!present()) return {nullptr, 0};
+    const int64_t axis = tensor->dim() - 2;
+    check_inside(name, "rows", rows, tensor->size(axis));
+    check_inside(name, "columns", columns, tensor->size(axis + 1));
+    return {floats(*tensor) + rows.offset * tensor->stride(axis) + columns.offset, tensor->stride(axis)};
+  }
+  MutableWeight matrix_gradient(const Interval& rows, const Interval& columns) const {
+    if (gradient == nullptr) return {nullptr, 0};
+    const int64_t axis = gradient->dim() - 2;
+    return {mutable_floats(*gradient) + rows.offset * gradient->stride(axis) + columns.offset, gradient->stride(axis)};
+  }
+};
+
+// (B, N, channels) or an output that is empty when it is not wanted.
+inline Tokens tokens_of(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
+inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
+  if (tensor.dim() != 3) return {nullptr, 0, 0};
+  return {mutable_floats(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+// ---- Slices, in the order of the fields in hydravit_kernels/slices.py ----
+
+// The integers of every slice: at least one slice, every integer sane, one slice where no image says which it uses.
+inline int64_t check_slices(const Integers& slices, int64_t integers, const OptionalTensor& subnet, int64_t batch) {
+  const int64_t size = static_cast<int64_t>(slices.size()), count = size / integers;
+  STD_TORCH_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers, " integers expected, ",
+                  size, " given");
+  constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every product of two of them inside int64
+  for (const int64_t value : slices)
+    STD_TORCH_CHECK(value >= 0 && value < kLimit, "slices: integers in [0, 2^31) expected, ", text(slices), " given");
+  if (!subnet.has_value()) {
+    STD_TORCH_CHECK(count == 1, "subnet: an int64 tensor (", batch, ",) expected for ", count, " slices, None given");
+    return count;
+  }
+  check_kind(*subnet, "subnet", ScalarType::Long, "int64");
+  STD_TORCH_CHECK(subnet->dim() == 1 && subnet->size(0) == batch, "subnet: shape (", batch, ",) expected, ",
+                  text(shape_of(*subnet)), " given");
+  STD_TORCH_CHECK(subnet->is_contiguous(), "subnet: a contiguous tensor expected");
+  const int64_t* values = static_cast<const int64_t*>(subnet->const_data_ptr());
+  for (int64_t image = 0; image < batch; image++)
+    STD_TORCH_CHECK(values[image] >= 0 && values[image] < count, "subnet: values in [0, ", count, ") expected, ",
+                    values[image], " given for image ", image);
+  return count;
+}
+
+// The largest of field `field` over the slices.
+inline int64_t largest(const Integers& slices, int64_t integers, int64_t field) {
+  int64_t result = 0;
+  for (size_t i = 0; i < slices.size(); i += static_cast<size_t>(integers))
+    result = std::max(result, slices[i + static_cast<size_t>(field)]);
+  return result;
+}
+
+inline Interval embed_of(const int64_t* slice) {
+  STD_TORCH_CHECK(slice[1] > 0, "slices: an embed of at least 1 expected, 0 given");
+  return {slice[0], slice[1]};
+}
+
+// body(first image, images, slice) for every run of consecutive images of one slice.
+template <class Body>
+void for_each_run(const OptionalTensor& subnet, int64_t batch, const Body& body) {
+  const int64_t* values = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
+  for (int64_t image = 0; image < batch;) {
+    int64_t end = batch;
+    if (values != nullptr)
+      for (end = image + 1; end < batch && values[end] == values[image];) end++;
+    body(image, end - image, values == nullptr ? 0 : values[image]);
+    image = end;
+  }
+}
+
+inline Tokens from_image(const Tokens& tokens, int64_t image) {
+  return {tokens.data + image * tokens.image_stride, tokens.image_stride, tokens.token_stride};
+}
+inline MutableTokens from_image(const MutableTokens& tokens, int64_t image) {
+  if (tokens.data == nullptr) return tokens;
+  return {tokens.data + image * tokens.image_stride, tokens.image_stride, tokens.token_stride};
+}
+inline const float* from_image(const float* values, int64_t image) {
+  return values == nullptr ? nullptr : values + image;
+}
+
+// Channels [embed, width) of `images` images: an image at a narrower width leaves the rest of the stream zero.
+inline void zero_beyond(const MutableTokens& tokens, int64_t images, int64_t count, int64_t embed, int64_t width) {
+  if (tokens.data == nullptr || embed == width) return;
+  for (int64_t image = 0; image < images; image++)
+    for (int64_t token = 0; token < count; token++) {
+      float* row = tokens.data + image * tokens.image_stride + token * tokens.token_stride;
+      std::fill(row + embed, row + width, 0.0f);
+    }
+}
+
+}  // namespace hydravit

@@ -1,0 +1,29 @@
+// Attention within each (image, head): softmax(q k^T * scale) v, forward and backward, from Q, K and V where they lie.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+// Head h of q and k are columns [h * head_dim, (h + 1) * head_dim), of v and attended [h * value_dim, ...).
+struct Heads {
+  int64_t images, tokens, heads, head_dim, value_dim;
+  float scale;
+  Tokens q, k, v;            // same strides
+  MutableTokens attended;    // (images, tokens, heads * value_dim); unused by backward
+  float* logsumexp;          // (images, heads, tokens), images `logsumexp_image_stride` apart; forward: nullable
+  int64_t logsumexp_image_stride;
+};
+int64_t attend_scratch(const AttentionBlock& block, const Threads& threads);
+void attend(const Heads& heads, const Threads& threads, float* scratch);
+
+// From the gradient of `attended`: the gradients of q, k and v, laid out like them.
+struct HeadsGradients {
+  Tokens attended;
+  MutableTokens q, k, v;
+};
+int64_t attend_backward_scratch(const AttentionBlock& block, const Threads& threads);
+void attend_backward(const Heads& heads, const HeadsGradients& gradients, const Threads& threads, float* scratch);
+
+}  // namespace hydravit::HYDRAVIT_ISA

@@ -1,0 +1,105 @@
+// Head: mean over tokens [pool_start, pool_stop), layer norm and classifier where given.
+#include "kernels.h"
+#include "norm.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+namespace {
+
+// pooled (B, Dk), contiguous.
+void pool(const Threads& threads, const Head& block, float* pooled) {
+  const float count = static_cast<float>(block.pool_stop - block.pool_start);
+  parallel_ranges(threads, block.batch, (block.pool_stop - block.pool_start) * block.embed,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t image = begin; image < end; image++)
+                      for (int64_t c = 0; c < block.embed; c += kWidth) {
+                        Vec total{};
+                        const float* x = block.x.data + image * block.x.image_stride + c;
+                        for (int64_t token = block.pool_start; token < block.pool_stop; token++)
+                          total += load(x + token * block.x.token_stride, block.embed - c);
+                        store(pooled + image * block.embed + c, total / count, block.embed - c);
+                      }
+                  });
+}
+
+Norm norm_of(const Head& block, const float* pooled) {
+  return {block.batch, block.embed, block.eps, pooled, {block.embed}, block.norm_weight, block.norm_bias};
+}
+
+}  // namespace
+
+int head(const Head& block, const Threads& threads) {
+  const int64_t size = block.batch * block.embed;
+  const bool norm = block.norm_weight != nullptr, classify = block.weight.data != nullptr;
+  float *pooled, *normalised, *scratch;
+  Workspace workspace;
+  workspace.add(&pooled, size);
+  workspace.add(&normalised, norm ? size : 0);
+  workspace.add(&scratch, gemm_scratch(threads));
+  if (!workspace.allocate()) return kOutOfMemory;
+
+  pool(threads, block, pooled);
+  const float* features = pooled;
+  if (norm) normalize(threads, norm_of(block, pooled), normalised, nullptr), features = normalised;
+  if (!classify) {
+    copy_rows(threads, block.batch, block.embed, features, {block.embed}, block.y, {block.y_row_stride});
+    return kOk;
+  }
+  Output out{block.y, {block.y_row_stride}, {}};
+  out.bias = block.bias;
+  gemm(threads, scratch, block.batch, block.classes, block.embed, {features, {block.embed}, {}},
+       {block.weight.data, {}, {block.weight.row_stride}}, out);
+  return kOk;
+}
+
+int head_backward(const Head& block, const HeadGradients& gradients, const Threads& threads) {
+  const int64_t size = block.batch * block.embed;
+  const bool norm = block.norm_weight != nullptr, classify = block.weight.data != nullptr;
+  float *pooled, *normalised, *statistics, *d_features, *d_pooled, *scratch;
+  Workspace workspace;
+  workspace.add(&pooled, size);
+  workspace.add(&normalised, norm ? size : 0);
+  workspace.add(&statistics, norm ? 2 * block.batch : 0);
+  workspace.add(&d_features, size);
+  workspace.add(&d_pooled, norm ? size : 0);
+  workspace.add(&scratch, gemm_scratch(threads));
+  if (!workspace.allocate()) return kOutOfMemory;
+
+  pool(threads, block, pooled);
+  const float* features = pooled;
+  if (norm) normalize(threads, norm_of(block, pooled), normalised, statistics), features = normalised;
+
+  const View grad{gradients.grad, {gradients.grad_row_stride}, {}};
+  if (classify) {
+    if (gradients.bias != nullptr)
+      add_column_sums(threads, block.batch, block.classes, gradients.bias, {}, grad.data, grad.rows);
+    if (gradients.weight.data != nullptr)
+      gemm(threads, scratch, block.classes, block.embed, block.batch, transposed(grad),
+           {features, {block.embed}, {}}, {gradients.weight.data, {gradients.weight.row_stride}, {}, true});
+    gemm(threads, scratch, block.batch, block.embed, block.classes, grad,
+         {block.weight.data, {block.weight.row_stride}, {}}, {d_features, {block.embed}, {}});
+  } else {
+    copy_rows(threads, block.batch, block.embed, grad.data, grad.rows, d_features, {block.embed});
+  }
+  if (norm)
+    normalize_backward(threads, norm_of(block, pooled),
+                       {d_features, statistics, nullptr, {}, d_pooled, {block.embed}, gradients.norm_weight,
+                        gradients.norm_bias});
+  else
+    d_pooled = d_features;
+
+  if (gradients.x.data == nullptr) return kOk;
+  const float count = static_cast<float>(block.pool_stop - block.pool_start);
+  parallel_ranges(threads, block.batch, gradients.tokens * block.embed, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; image++)
+      for (int64_t token = 0; token < gradients.tokens; token++) {
+        const bool pooled_token = token >= block.pool_start && token < block.pool_stop;
+        float* to = gradients.x.data + image * gradients.x.image_stride + token * gradients.x.token_stride;
+        for (int64_t c = 0; c < block.embed; c++)
+          to[c] = pooled_token ? d_pooled[image * block.embed + c] / count : 0.0f;
+      }
+  });
+  return kOk;
+}
+
+}  // namespace hydravit::HYDRAVIT_ISA

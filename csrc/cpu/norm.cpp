@@ -1,0 +1,116 @@
+#include "norm.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+namespace {
+
+RowStatistics statistics_of(const float* x, int64_t channels, float eps) {
+  Vec total{};
+  for (int64_t c = 0; c < channels; c += kWidth) total += load(x + c, channels - c);
+  const float mean = sum(total) / static_cast<float>(channels);
+  Vec squares{};
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const Vec centred = load(x + c, channels - c, mean) - mean;
+    squares += centred * centred;
+  }
+  const float variance = sum(squares) / static_cast<float>(channels);
+  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+}
+
+}  // namespace
+
+void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics) {
+  parallel_ranges(threads, norm.rows, 4 * norm.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const float* x = norm.x + norm.x_rows.at(row);
+      const RowStatistics s = statistics_of(x, norm.channels, norm.eps);
+      for (int64_t c = 0; c < norm.channels; c += kWidth) {
+        const int64_t count = norm.channels - c;
+        const Vec normalised = (load(x + c, count) - s.mean) * s.scale;
+        store(y + row * norm.channels + c, normalised * load(norm.weight + c, count) + load(norm.bias + c, count), count);
+      }
+      if (statistics != nullptr) statistics[2 * row] = s.mean, statistics[2 * row + 1] = s.scale;
+    }
+  });
+}
+
+void normalize_backward(const Threads& threads, const Norm& norm, const NormGradients& gradients) {
+  const auto normalised = [&](int64_t row, int64_t c, int64_t count) {
+    const float mean = gradients.statistics[2 * row], scale = gradients.statistics[2 * row + 1];
+    return (load(norm.x + norm.x_rows.at(row) + c, count, mean) - mean) * scale;
+  };
+  const auto grad = [&](int64_t row, int64_t c, int64_t count) {
+    return load(gradients.grad + row * norm.channels + c, count);
+  };
+  const Axis plain;
+  if (gradients.weight != nullptr)
+    add_column_sums(threads, norm.rows, norm.channels, gradients.weight, plain,
+                    [&](int64_t r, int64_t c, int64_t count) { return grad(r, c, count) * normalised(r, c, count); });
+  if (gradients.bias != nullptr)
+    add_column_sums(threads, norm.rows, norm.channels, gradients.bias, plain, grad);
+  if (gradients.x == nullptr) return;
+
+  // With g = grad * weight and n = the normalised row: dx = scale * (g - mean(g) - n * mean(g * n)).
+  parallel_ranges(threads, norm.rows, 6 * norm.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      Vec total{}, product{};
+      for (int64_t c = 0; c < norm.channels; c += kWidth) {
+        const int64_t count = norm.channels - c;
+        const Vec g = grad(row, c, count) * load(norm.weight + c, count);
+        total += g;
+        product += g * normalised(row, c, count);
+      }
+      const float mean = sum(total) / static_cast<float>(norm.channels);
+      const float slope = sum(product) / static_cast<float>(norm.channels);
+      const float scale = gradients.statistics[2 * row + 1];
+      float* to = gradients.x + gradients.x_rows.at(row);
+      for (int64_t c = 0; c < norm.channels; c += kWidth) {
+        const int64_t count = norm.channels - c;
+        const Vec g = grad(row, c, count) * load(norm.weight + c, count);
+        Vec dx = scale * (g - mean - normalised(row, c, count) * slope);
+        if (gradients.residual != nullptr)
+          dx += load(gradients.residual + gradients.residual_rows.at(row) + c, count);
+        store(to + c, dx, count);
+      }
+    }
+  });
+}
+
+void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
+                     const float* matrix, const Axis& matrix_rows) {
+  add_column_sums(threads, rows, channels, sums, columns, [&](int64_t row, int64_t c, int64_t count) {
+    return load(matrix + matrix_rows.at(row) + c, count);
+  });
+}
+
+void scale_branch(const Threads& threads, const Branch& branch, float* z) {
+  parallel_ranges(threads, branch.rows, 2 * branch.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const float* grad = branch.grad + branch.grad_rows.at(row);
+      const Vec factor = splat(branch.branch_scale == nullptr ? 1.0f : branch.branch_scale[row / branch.tokens]);
+      for (int64_t c = 0; c < branch.channels; c += kWidth) {
+        const int64_t count = branch.channels - c;
+        Vec value = load(grad + c, count) * factor;
+        if (branch.layer_scale != nullptr) value *= load(branch.layer_scale + c, count);
+        store(z + row * branch.channels + c, value, count);
+      }
+    }
+  });
+}
+
+void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, float* sums) {
+  add_column_sums(threads, branch.rows, branch.channels, sums, Axis{}, [&](int64_t row, int64_t c, int64_t count) {
+    const Vec factor = splat(branch.branch_scale == nullptr ? 1.0f : branch.branch_scale[row / branch.tokens]);
+    return load(branch.grad + branch.grad_rows.at(row) + c, count) * load(out + row * branch.channels + c, count) * factor;
+  });
+}
+
+void copy_rows(const Threads& threads, int64_t rows, int64_t channels, const float* from, const Axis& from_rows,
+               float* to, const Axis& to_rows) {
+  parallel_ranges(threads, rows, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      std::memcpy(to + to_rows.at(row), from + from_rows.at(row), static_cast<size_t>(channels) * sizeof(float));
+  });
+}
+
+}  // namespace hydravit::HYDRAVIT_ISA

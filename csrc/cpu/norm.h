@@ -1,0 +1,78 @@
+// Layer norm over the active channels, and sums over rows. Rows are the tokens of all images, (image, token) in order.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+// Mean and 1 / standard deviation of one row.
+struct RowStatistics {
+  float mean, scale;
+};
+
+struct Norm {
+  int64_t rows, channels;
+  float eps;
+  const float* x;  // (rows, channels)
+  Axis x_rows;
+  const float *weight, *bias;  // (channels)
+};
+
+// y (rows, channels), contiguous; `statistics` (rows, 2) nullable.
+void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics);
+
+// dx = residual + the gradient through the norm (residual nullable).
+struct NormGradients {
+  const float* grad;        // of the normalised rows, contiguous
+  const float* statistics;  // (rows, 2)
+  const float* residual;
+  Axis residual_rows;
+  float* x;  // nullable
+  Axis x_rows;
+  float *weight, *bias;  // nullable, added to
+};
+void normalize_backward(const Threads& threads, const Norm& norm, const NormGradients& gradients);
+
+// sums[columns.at(c)] += the sum over rows of term(row, c, count), one vector of columns [c, c + count) at a time. In
+// an order that does not depend on the thread count, in blocks so that long sums keep their precision.
+template <class Term>
+void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
+                     const Term& term) {
+  constexpr int64_t kBlock = 16;
+  parallel_ranges(threads, divide_up(channels, kWidth), rows * kWidth, [&](int64_t begin, int64_t end) {
+    for (int64_t row = 0; row < rows; row += kBlock) {
+      const int64_t last = smaller(rows, row + kBlock);
+      for (int64_t c = begin * kWidth; c < smaller(channels, end * kWidth); c += kWidth) {
+        const int64_t count = smaller<int64_t>(kWidth, channels - c);
+        Vec total{};
+        for (int64_t r = row; r < last; r++) total += term(r, c, count);
+        float lanes[kWidth];
+        store(lanes, total);
+        for (int64_t i = 0; i < count; i++) sums[columns.at(c + i)] += lanes[i];
+      }
+    }
+  });
+}
+
+// The same for a plain matrix (rows, channels).
+void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
+                     const float* matrix, const Axis& matrix_rows);
+
+// Residual branches: z = grad * branch_scale * layer_scale, contiguous (rows, channels); the scales are nullable.
+struct Branch {
+  int64_t rows, channels, tokens;
+  const float* grad;
+  Axis grad_rows;
+  const float *branch_scale, *layer_scale;
+};
+void scale_branch(const Threads& threads, const Branch& branch, float* z);
+// sums[c] += over rows, grad * branch_scale * out: the gradient of the layer scale, out (rows, channels) contiguous.
+void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, float* sums);
+
+// to (rows, channels) = from, of different strides.
+void copy_rows(const Threads& threads, int64_t rows, int64_t channels, const float* from, const Axis& from_rows,
+               float* to, const Axis& to_rows);
+
+}  // namespace hydravit::HYDRAVIT_ISA

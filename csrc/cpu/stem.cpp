@@ -1,0 +1,153 @@
+// Stem: patches times the patch embedding, plus bias and position embedding, behind the prefix tokens.
+//
+// The patches of a chunk of images are gathered into rows (patch, channel * height * width) first: images may have any
+// strides, and the rows serve as an operand of the products of forward and backward alike.
+#include "kernels.h"
+#include "norm.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+namespace {
+
+int64_t patches_of(const Stem& block) { return block.grid_height * block.grid_width; }
+int64_t prefix_of(const Stem& block) { return block.cls_tokens + block.reg_tokens; }
+int64_t patch_size(const Stem& block) { return block.channels * block.patch_height * block.patch_width; }
+
+// The pixel runs of patch `row` of the images from `image` on: body(offset in the patch, pixel coordinates).
+template <class Body>
+void for_each_run(const Stem& block, int64_t image, int64_t row, const Body& body) {
+  const int64_t patch = row % patches_of(block);
+  const int64_t top = patch / block.grid_width * block.patch_height;
+  const int64_t left = patch % block.grid_width * block.patch_width;
+  int64_t offset = 0;
+  for (int64_t channel = 0; channel < block.channels; channel++)
+    for (int64_t y = 0; y < block.patch_height; y++, offset += block.patch_width)
+      body(offset, image + row / patches_of(block), channel, top + y, left);
+}
+
+void gather_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, float* patches) {
+  const int64_t* strides = block.image_strides;
+  parallel_ranges(threads, rows, patch_size(block), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      float* to = patches + row * patch_size(block);
+      for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
+        const float* from = block.images + b * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
+        for (int64_t i = 0; i < block.patch_width; i++) to[offset + i] = from[i * strides[3]];
+      });
+    }
+  });
+}
+
+// Patches do not overlap: every pixel of the images' gradient is written once.
+void scatter_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, const float* patches,
+                     float* images) {
+  const int64_t height = block.grid_height * block.patch_height, width = block.grid_width * block.patch_width;
+  parallel_ranges(threads, rows, patch_size(block), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const float* from = patches + row * patch_size(block);
+      for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
+        float* to = images + ((b * block.channels + channel) * height + y) * width + x;
+        std::memcpy(to, from + offset, static_cast<size_t>(block.patch_width) * sizeof(float));
+      });
+    }
+  });
+}
+
+// The class and register tokens of all images, with their position embedding.
+void write_prefix(const Stem& block) {
+  for (int64_t token = 0; token < prefix_of(block); token++) {
+    const float* value = token < block.cls_tokens
+                             ? block.cls_token.data + token * block.cls_token.row_stride
+                             : block.reg_token.data + (token - block.cls_tokens) * block.reg_token.row_stride;
+    const float* position = block.pos_embed.data != nullptr && block.pos_on_prefix
+                                ? block.pos_embed.data + token * block.pos_embed.row_stride
+                                : nullptr;
+    for (int64_t image = 0; image < block.batch; image++) {
+      float* to = block.y.data + image * block.y.image_stride + token * block.y.token_stride;
+      for (int64_t c = 0; c < block.embed; c++) to[c] = value[c] + (position == nullptr ? 0.0f : position[c]);
+    }
+  }
+}
+
+// to[t] += the sum over images of grad[:, token + t], for `count` tokens.
+void add_token_sums(const Threads& threads, const Stem& block, const Tokens& grad, int64_t token, int64_t count,
+                    const MutableWeight& to) {
+  if (to.data == nullptr) return;
+  parallel_ranges(threads, count, block.batch * block.embed, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t c = 0; c < block.embed; c += kWidth) {
+        const int64_t channels = block.embed - c;
+        Vec total{};
+        for (int64_t image = 0; image < block.batch; image++)
+          total += load(grad.data + image * grad.image_stride + (token + t) * grad.token_stride + c, channels);
+        float* sum = to.data + t * to.row_stride + c;
+        store(sum, load(sum, channels) + total, channels);
+      }
+  });
+}
+
+}  // namespace
+
+int stem(const Stem& block, const Threads& threads) {
+  const int64_t patches = patches_of(block), prefix = prefix_of(block), size = patch_size(block);
+  const int64_t step = images_per_chunk(block.batch, patches);
+  float *rows, *scratch;
+  Workspace workspace;
+  workspace.add(&rows, step * patches * size);
+  workspace.add(&scratch, gemm_scratch(threads));
+  if (!workspace.allocate()) return kOutOfMemory;
+
+  write_prefix(block);
+  for (int64_t image = 0; image < block.batch; image += step) {
+    const int64_t count = smaller(step, block.batch - image) * patches;
+    gather_patches(threads, block, image, count, rows);
+    Output out{block.y.data + image * block.y.image_stride + prefix * block.y.token_stride,
+               token_rows(patches, block.y.token_stride, block.y.image_stride),
+               {}};
+    out.bias = block.bias;
+    if (block.pos_embed.data != nullptr) {
+      out.residual = block.pos_embed.data + (block.pos_on_prefix ? prefix * block.pos_embed.row_stride : 0);
+      out.residual_rows = {block.pos_embed.row_stride, patches, 0};  // the same for every image
+    }
+    gemm(threads, scratch, count, block.embed, size, {rows, {size}, {}},
+         {block.weight.data, {}, {block.weight.row_stride}}, out);
+  }
+  return kOk;
+}
+
+int stem_backward(const Stem& block, const StemGradients& gradients, const Threads& threads) {
+  const int64_t patches = patches_of(block), prefix = prefix_of(block), size = patch_size(block);
+  const Tokens& grad = gradients.grad;
+  const Axis grad_rows = token_rows(patches, grad.token_stride, grad.image_stride);
+  const int64_t step = images_per_chunk(block.batch, patches);
+  float *rows, *scratch;
+  Workspace workspace;
+  workspace.add(&rows, step * patches * size);
+  workspace.add(&scratch, gemm_scratch(threads));
+  if (!workspace.allocate()) return kOutOfMemory;
+
+  add_token_sums(threads, block, grad, 0, block.cls_tokens, gradients.cls_token);
+  add_token_sums(threads, block, grad, block.cls_tokens, block.reg_tokens, gradients.reg_token);
+  const int64_t first = block.pos_on_prefix ? 0 : prefix;
+  add_token_sums(threads, block, grad, first, prefix + patches - first, gradients.pos_embed);
+
+  for (int64_t image = 0; image < block.batch; image += step) {
+    const int64_t count = smaller(step, block.batch - image) * patches;
+    const View d{grad.data + image * grad.image_stride + prefix * grad.token_stride, grad_rows, {}};
+    if (gradients.bias != nullptr)
+      add_column_sums(threads, count, block.embed, gradients.bias, {}, d.data, grad_rows);
+    if (gradients.weight.data != nullptr) {
+      gather_patches(threads, block, image, count, rows);
+      gemm(threads, scratch, block.embed, size, count, transposed(d), {rows, {size}, {}},
+           {gradients.weight.data, {gradients.weight.row_stride}, {}, true});
+    }
+    if (gradients.images != nullptr) {
+      gemm(threads, scratch, count, size, block.embed, d, {block.weight.data, {block.weight.row_stride}, {}},
+           {rows, {size}, {}});
+      scatter_patches(threads, block, image, count, rows, gradients.images);
+    }
+  }
+  return kOk;
+}
+
+}  // namespace hydravit::HYDRAVIT_ISA

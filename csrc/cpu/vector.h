@@ -1,0 +1,124 @@
+// One vector of floats, as wide as the instruction set this file is compiled for, by the vector extension of GCC and
+// Clang: no intrinsics, so another width is another line below. Arithmetic is the language's; `a * b + c` becomes a
+// fused multiply-add where the instruction set has one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef HYDRAVIT_ISA
+#error "compile with -DHYDRAVIT_ISA=<name>: it names the namespace of this instruction set"
+#endif
+
+namespace hydravit::HYDRAVIT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(kWidth * 4)));
+using IntVec = int32_t __attribute__((vector_size(kWidth * 4)));
+
+// Not from <algorithm>: a std template compiled here for AVX-512 could be the copy that the linker keeps for all.
+template <class T>
+static inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+static inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+static inline Vec splat(float value) { return value - Vec{}; }
+
+static inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+static inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+// The first `count` lanes; the others are `fill`, and memory beyond is not touched.
+static inline Vec load(const float* from, int64_t count, float fill = 0.0f) {
+  if (count >= kWidth) return load(from);
+  Vec value = splat(fill);
+  std::memcpy(&value, from, static_cast<size_t>(count) * sizeof(float));
+  return value;
+}
+static inline void store(float* to, Vec value, int64_t count) {
+  if (count >= kWidth) return store(to, value);
+  std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
+static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+// Pairwise, always in the same order.
+static inline float sum(Vec value) {
+  float lanes[kWidth];
+  store(lanes, value);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// e^x within 1 ulp for -87.3 <= x <= 88.3: zero below, e^88.3 above, NaN stays NaN.
+static inline Vec exp(Vec x) {
+  const Vec low = splat(-87.3f), high = splat(88.3f);
+  Vec clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Vec shifted = clamped * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IntVec exponent = (reinterpret_cast<IntVec>(shifted) << 23) + 0x3f800000;
+  const Vec result = p * reinterpret_cast<Vec>(exponent);
+  return x < low ? Vec{} : result;
+}
+
+// The error function within 2 ulp: a polynomial near zero, 1 - e^polynomial beyond.
+static inline Vec erf(Vec x) {
+  const Vec a = x < 0.0f ? -x : x;
+  const Vec s = x * x;
+  Vec outer = splat(-1.72853470e-5f) * a + 3.83197126e-4f;
+  outer = outer * s + (splat(-3.88396438e-3f) * a + 2.42546219e-2f);
+  outer = outer * a - 1.06777877e-1f;
+  outer = outer * a - 6.34846687e-1f;
+  outer = outer * a - 1.28717512e-1f;
+  outer = outer * a - a;
+  outer = 1.0f - exp(outer);
+  outer = x < 0.0f ? -outer : outer;
+  Vec inner = splat(-5.96761703e-4f);
+  inner = inner * s + 4.99119423e-3f;
+  inner = inner * s - 2.67681349e-2f;
+  inner = inner * s + 1.12819925e-1f;
+  inner = inner * s - 3.76125336e-1f;
+  inner = inner * s + 1.28379166e-1f;
+  inner = inner * x + x;
+  return a > 0.927734375f ? outer : inner;
+}
+
+static inline Vec gelu(Vec x) {
+  const Vec half = 0.5f * x;
+  return half + half * erf(x * 0.707106781f);
+}
+
+// d gelu(x) / dx = Phi(x) + x phi(x)
+static inline Vec gelu_derivative(Vec x) {
+  const Vec phi = 0.398942280f * exp(-0.5f * (x * x));
+  return 0.5f + 0.5f * erf(x * 0.707106781f) + x * phi;
+}
+
+}  // namespace hydravit::HYDRAVIT_ISA

@@ -1,0 +1,9 @@
+"""Every width of a Vision Transformer from one set of weights, at the speed each width deserves."""
+
+from hydravit.config import CONFIGS, HydraViTConfig
+from hydravit.factory import fused_model
+from hydravit.geometry import Geometry
+from hydravit.model import HydraViT
+
+__version__ = "0.1.0"
+__all__ = ["CONFIGS", "Geometry", "HydraViT", "HydraViTConfig", "fused_model"]

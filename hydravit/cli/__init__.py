@@ -1,0 +1,80 @@
+"""The command line: ``hydravit train | evaluate | predict | info | extract``.
+
+A command is a module with ``add_parser(subparsers)`` and ``run(args)``. Whatever a user can get wrong ends in one line
+on standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+COMMANDS = ("train", "evaluate", "predict", "info", "extract")
+
+_EXAMPLES = """examples:
+  hydravit train --recipe demo --out runs/demo
+  hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
+  hydravit predict photo.jpg --checkpoint runs/demo/model.safetensors --heads all
+  hydravit info
+Every command has its own --help with examples.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for wrong input, or 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if os.environ.get("HYDRAVIT_DEBUG") == "1":
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"hydravit: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hydravit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from importlib import import_module
+
+    parser = argparse.ArgumentParser(
+        prog="hydravit",
+        description="Train, evaluate and use a Vision Transformer that works at every width.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in COMMANDS:
+        import_module(f"hydravit.cli.{command}").add_parser(subparsers)
+    for command, subparser in subparsers.choices.items():
+        subparser.set_defaults(run=import_module(f"hydravit.cli.{command}").run)
+    return parser
+
+
+def parse_heads(text: str, max_heads: int) -> tuple[int, ...]:
+    """Widths, ascending, from ``"all"``, ``"6"``, ``"3,6,12"``, ``"3-12"`` or ``"1,3-5"``.
+
+    Raises ``ValueError`` for anything else, and for widths outside ``1..max_heads``.
+    """
+    if text.strip().lower() == "all":
+        return tuple(range(1, max_heads + 1))
+    heads = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
+            raise ValueError(f"heads {text!r}: expected all, or numbers and ranges such as 3,6,12 or 3-12")
+        if int(first) < 1 or int(last) > max_heads:
+            raise ValueError(f"heads {text!r}: must be in 1..{max_heads}")
+        heads.update(range(int(first), int(last) + 1))
+    return tuple(sorted(heads))

@@ -1,0 +1,70 @@
+"""``hydravit evaluate``: accuracy, cost, latency and memory of a checkpoint at every width."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model, positive
+
+_EXAMPLES = """examples:
+  hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
+  hydravit evaluate --checkpoint model.safetensors --data photos/ --heads 3,6,12 --out runs/photos
+  hydravit evaluate --checkpoint model.safetensors --data imagenet/ --heads 3-12 --accuracy-only --workers 8
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="accuracy, cost, latency and memory at every width",
+        description="Evaluate a checkpoint at several widths: a table, and with --out results.json and results.png.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser, "default: all trained")
+    parser.set_defaults(heads="all")
+    parser.add_argument("--data", required=True, help="digits, fashion-mnist[:FOLDER], or a folder of class folders")
+    parser.add_argument("--split", default="test", choices=["train", "test", "all"], help="(default: %(default)s)")
+    parser.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder; the training's"
+    )
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--accuracy-only", action="store_true", help="do not measure latency and memory")
+    parser.add_argument("--seconds", type=positive, default=1, metavar="N", help="of timing per width and backend")
+    parser.add_argument("--out", metavar="FOLDER", help="where results.json and results.png go")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hydravit.data import load_dataset
+    from hydravit.evaluation import evaluate, format_table, write_results
+
+    model, checkpoint, preprocessing = load_model(args)
+    heads = chosen_heads(args, model)
+    dataset = load_dataset(
+        args.data,
+        split=args.split,
+        seed=args.split_seed,
+        skip_corrupt=args.skip_corrupt,
+        preprocessing=preprocessing,
+        class_names=checkpoint.class_names,
+    )
+    results = evaluate(
+        model,
+        dataset,
+        heads=heads,
+        batch_size=args.batch_size,
+        num_workers=args.workers,
+        latency=not args.accuracy_only,
+        memory=not args.accuracy_only,
+        seconds=args.seconds,
+        progress=sys.stderr.isatty(),
+    )
+    results["data"] = {"source": args.data, "split": args.split, "skipped": len(dataset.skipped)}
+    results["checkpoint"] = args.checkpoint
+    print(format_table(results))
+    if dataset.skipped:
+        print(f"skipped {len(dataset.skipped)} unreadable file(s)")
+    if args.out:
+        print("wrote", *write_results(results, args.out))

@@ -1,0 +1,57 @@
+"""``hydravit info``: what is installed, or what a model is made of and what each of its widths costs."""
+
+from __future__ import annotations
+
+import argparse
+
+_EXAMPLES = """examples:
+  hydravit info                                  # what was built, what runs here, and why the rest does not
+  hydravit info --config base                    # parameters and multiply-accumulates of every width
+  hydravit info --checkpoint model.safetensors
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="the installation, or a model's configuration and costs",
+        description="Report on the installation or, with --config or --checkpoint, on a model and each of its widths.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", metavar="NAME", help="tiny, small, base or large")
+    which.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, .pt or .pth")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.config is None and args.checkpoint is None:
+        from hydravit import __version__
+        from hydravit_kernels.__main__ import report
+
+        print(f"hydravit {__version__}\n{report()}")
+        return
+    from hydravit.cli.loading import config_of
+    from hydravit.config import resolve_config
+    from hydravit.evaluation import costs
+    from hydravit.evaluation.report import aligned, count
+    from hydravit.weights import read_checkpoint
+
+    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    config = config_of(checkpoint) if checkpoint else resolve_config(args.config)
+    rows = config.to_dict()
+    if checkpoint:
+        classes, preprocessing = checkpoint.class_names, checkpoint.preprocessing
+        rows["trained widths"] = list(checkpoint.trained_heads) if checkpoint.trained_heads else "not recorded"
+        rows["preprocessing"] = preprocessing.to_dict() if preprocessing else "not recorded"
+        some = [*classes[:10], "..."] if classes and len(classes) > 10 else classes
+        rows["classes"] = ", ".join(some) if some else "not recorded"
+    width = max(map(len, rows))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+    print()
+    trained = checkpoint.trained_heads if checkpoint and checkpoint.trained_heads else None
+    table = []
+    for k, (params, macs) in costs(config).items():
+        state = "?" if trained is None else "yes" if k in trained else "no"
+        table.append([str(k), state, count(params), f"{macs / 1e9:.4g}"])
+    print(aligned(["heads", "trained", "params", "GMACs"], table))

@@ -1,0 +1,78 @@
+"""Images to train on and to evaluate with: ``load_dataset``.
+
+Pillow and scikit-learn are imported only when a source needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydravit.data import augment as augmentations
+from hydravit.data.arrays import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, digits, fashion_mnist
+from hydravit.data.dataset import ArrayDataset, Dataset, agreed_classes
+from hydravit.preprocessing import Preprocessing
+
+__all__ = ["SPLITS", "Dataset", "load_dataset"]
+
+SPLITS = ("train", "test", "all")
+
+
+def load_dataset(
+    source: str | Path,
+    *,
+    split: str,
+    image_size: int | tuple[int, int] | None = None,
+    augment: bool = False,
+    skip_corrupt: bool = False,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Dataset:
+    """The part ``split`` of a data set.
+
+    Args:
+        source: ``"digits"`` (scikit-learn's scans), ``"fashion-mnist"`` (where Debian's package installs it),
+            ``"fashion-mnist:FOLDER"`` (its four IDX files, gzipped or not), or a folder of class folders.
+        split: ``"train"``, ``"test"`` or ``"all"``. The test part is held out: no choice in training may look at it. A
+            folder's own ``train`` and ``test`` (or ``val``) folders are used if present, else a third of every class,
+            drawn by ``seed``, is the test part. The digits' third never changes.
+        image_size: pixels of a side, or (height, width); None: 8 for digits, 28 for Fashion-MNIST, 224 for a folder.
+        augment: light random changes: small shifts, turns and zooms of digits, random crops and flips of photos. See
+            ``Dataset`` on what makes them repeatable.
+        skip_corrupt: leave unreadable files and empty class folders of a folder out, count the files in ``skipped`` and
+            say so in one warning. Decodes every file once. Otherwise only the headers are read, and a bad file raises
+            here or, damaged behind its header, when it is asked for.
+        seed: of a folder's split only. Training and evaluation must use the same one.
+        preprocessing: a trained model's; replaces ``image_size`` and the data set's own mean and deviation.
+        class_names: a trained model's classes: labels are places in it.
+    Raises:
+        ValueError, OSError: an unknown source or split; missing, unreadable, damaged or empty files and folders, by
+            name; classes that ``class_names`` does not have.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if preprocessing is not None and image_size is not None:
+        raise ValueError("image_size: give it or preprocessing, not both")
+    name, _, folder = str(source).partition(":")
+    if name == "digits" and not folder:
+        images, targets = digits(split)
+        found, size, mean, std = [str(digit) for digit in range(10)], 8, (0.305,), (0.376,)
+        augmentation = augmentations.SYMBOLS
+    elif name == "fashion-mnist":
+        images, targets = fashion_mnist(split, Path(folder) if folder else FASHION_MNIST_FOLDER)
+        found, size, mean, std = list(FASHION_MNIST_CLASSES), 28, (0.286,), (0.353,)
+        augmentation = augmentations.SMALL_PHOTOS
+    else:
+        from hydravit.data.folder import load_folder
+
+        root = Path(source)
+        if not root.exists() and len(root.parts) == 1:
+            raise ValueError(f"data {str(source)!r} is neither digits, fashion-mnist nor a folder")
+        preprocessing = preprocessing or Preprocessing(image_size=image_size or 224)
+        augmentation = augmentations.PHOTOS if augment else None
+        return load_folder(root, split, preprocessing, class_names, augmentation, skip_corrupt, seed)
+    preprocessing = preprocessing or Preprocessing(image_size=image_size or size, mean=mean, std=std)
+    label = agreed_classes(found, class_names, name)
+    labels = [label[found[target]] for target in targets]
+    return ArrayDataset(images, list(label), labels, preprocessing, augmentation if augment else None)

@@ -1,0 +1,54 @@
+"""Light augmentation of whole batches with torch alone. Heavier recipes (RandAugment, mixup, ...) are timm's job."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Ranges of a random affine map, drawn uniformly per image.
+
+    Args:
+        zoom: smallest and largest side of the part shown, as a fraction of the image's; below 1 it is a random crop.
+        shift: largest shift on each axis, as a fraction of the side, beyond that of a crop inside the image.
+        rotate: largest rotation in degrees.
+        flip: probability of a left-right flip.
+    """
+
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shift: float = 0.0
+    rotate: float = 0.0
+    flip: float = 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` float to the same shape. Draws five numbers per image from torch's global CPU generator.
+
+        What lies outside the image repeats its border.
+        """
+        draws = torch.rand(5, len(images)).to(images)
+        zoom = self.zoom[0] + (self.zoom[1] - self.zoom[0]) * draws[0]
+        angle = math.radians(self.rotate) * (2 * draws[1] - 1)
+        # affine_grid's coordinates run from -1 to 1, so a side is 2 long: a fraction f of it is 2f.
+        room = (1 - zoom).clamp_min(0) + 2 * self.shift
+        shift = room * (2 * draws[2:4] - 1)
+        mirror = torch.where(draws[4] < self.flip, -1.0, 1.0)
+        aspect = images.shape[-2] / images.shape[-1]
+        cos, sin = zoom * angle.cos(), zoom * angle.sin()
+        rows = (
+            torch.stack((mirror * cos, -sin * aspect, shift[0]), 1),
+            torch.stack((mirror * sin / aspect, cos, shift[1]), 1),
+        )
+        grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+# By the kind of image: scans of symbols must not be mirrored, small photos lose too much in a strong crop.
+SYMBOLS = Affine(zoom=(0.9, 1.1), shift=0.08, rotate=10.0)
+SMALL_PHOTOS = Affine(zoom=(0.85, 1.0), flip=0.5)
+PHOTOS = Affine(zoom=(0.5, 1.0), flip=0.5)

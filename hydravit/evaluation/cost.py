@@ -1,0 +1,52 @@
+"""What a subnetwork costs, counted from its geometry."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from hydravit.config import HydraViTConfig
+from hydravit.geometry import GEOMETRIES, Geometry
+from hydravit.model import HydraViT
+
+
+class Cost(NamedTuple):
+    """``params``: elements of all weights the subnetwork reads. ``macs``: multiply-accumulates of one image."""
+
+    params: int
+    macs: int
+
+
+def cost(config: HydraViTConfig, geometry: Geometry) -> Cost:
+    """Parameters and multiply-accumulates of one subnetwork.
+
+    The products of attention count (queries by keys, weights by values), as they are in the figures of the ViT
+    literature; norms, softmax, GELU, residuals and pooling do not.
+    """
+    tokens, embed = config.tokens, geometry.embed.embed
+    macs = math.prod(config.grid) * embed * config.in_channels * config.patch_size**2
+    for attention, mlp in zip(geometry.attention, geometry.mlp, strict=True):
+        keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
+        macs += tokens * embed * (2 * keys + 2 * values)  # Q and K; V and the projection
+        macs += tokens**2 * (keys + values)
+        macs += tokens * embed * 2 * mlp.hidden
+    macs += embed * geometry.head.classes
+
+    slices = geometry.parameter_slices(config)
+    params = 0
+    for name, parameter in HydraViT(config, backend="reference", device="meta").named_parameters():
+        read = [sum(length for _, length in axis) for axis in slices.get(name, ())]
+        params += math.prod([*read, *parameter.shape[len(read) :]])
+    return Cost(params, macs)
+
+
+def costs(config: HydraViTConfig) -> dict[int, Cost]:
+    """The cost of every width the config's nesting has, by number of heads."""
+    found = {}
+    for heads in config.separate_classifiers or range(1, config.max_heads + 1):
+        try:
+            geometry = GEOMETRIES[config.geometry](config, heads)
+        except ValueError:  # SortedNet has no width that its heads do not divide
+            continue
+        found[heads] = cost(config, geometry)
+    return found

@@ -1,0 +1,167 @@
+"""Accuracy, cost, latency and memory of a model at every width."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from hydravit.evaluation.cost import cost
+from hydravit.evaluation.latency import backends_to_time, measure_latency
+from hydravit.evaluation.memory import measure_memory
+from hydravit.model import HydraViT
+
+
+def evaluate(
+    model: HydraViT,
+    dataset: torch.utils.data.Dataset,
+    *,
+    heads: Sequence[int] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    latency: bool = True,
+    memory: bool = True,
+    seconds: float = 1.0,
+    progress: bool = False,
+) -> dict:
+    """What every width delivers and costs.
+
+    Args:
+        model: is put into evaluation mode for the call; runs on its own device.
+        dataset: items ``(image (C, H, W) float32, label)``.
+        heads: widths; None: all the model allows.
+        latency, memory: whether to measure them; without, their entries are None.
+        seconds: to spend on the latency of one width on one backend.
+    Returns:
+        ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
+
+        * ``heads``, ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
+        * ``top1``, ``top5``: percent (of fewer than 5 classes top5 counts all);
+        * ``latency_ms``: ``{"eager", "fused"}``, medians at batch 1 of the reference and of the model's own backend; a
+          None has its reason in ``environment["fused_missing"]``;
+        * ``latency_spread_ms``: 20th and 80th percentile of the same;
+        * ``difference``: of the two backends' logits, relative to the largest logit;
+        * ``peak_memory_mib``: beyond the weights, for a batch of ``batch_size``; ``environment["memory"]`` says what
+          was measured.
+    Raises:
+        ValueError: an empty data set, labels the model has no class for, widths the model refuses.
+        RuntimeError: logits that are not finite, backends that disagree.
+    """
+    heads = list(model.allowed_heads if heads is None else heads)
+    geometries = {k: model.geometry(k) for k in heads}
+    mode = model.training
+    model.eval()
+    try:
+        accuracies = accuracy(model, dataset, heads, batch_size=batch_size, num_workers=num_workers, progress=progress)
+        models, fused_missing = backends_to_time(model)
+        timings, peaks, measured = {}, {}, "not asked for"
+        if latency:
+            parameter = next(model.parameters())
+            image = dataset[0][0][None].to(parameter.device, parameter.dtype)
+            timings = measure_latency(models, image, heads, seconds=seconds)
+        if memory:
+            peaks, measured = measure_memory(model, heads, batch_size)
+    finally:
+        model.train(mode)
+    rows = []
+    for k in heads:
+        params, macs = cost(model.config, geometries[k])
+        timing = timings.get(k, {})
+        rows.append(
+            {
+                "heads": k,
+                "params": params,
+                "gmacs": macs / 1e9,
+                "top1": accuracies[k][0],
+                "top5": accuracies[k][1],
+                "latency_ms": {name: timing[name]["p50"] if name in timing else None for name in ("eager", "fused")},
+                "latency_spread_ms": {name: [times["p20"], times["p80"]] for name, times in timing.items()},
+                "difference": timing["fused"]["difference"] if "fused" in timing else None,
+                "peak_memory_mib": peaks.get(k),
+            }
+        )
+    about = {
+        **environment(model),
+        "images": len(dataset),
+        "batch_size": batch_size,
+        "latency": "median wall time of one image, backends and widths in turns" if latency else "not asked for",
+        "fused_missing": fused_missing if latency else "not asked for",
+        "memory": measured,
+    }
+    return {"widths": rows, "environment": about}
+
+
+@torch.inference_mode()
+def accuracy(
+    model: HydraViT,
+    dataset: torch.utils.data.Dataset,
+    heads: Sequence[int],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> dict[int, tuple[float, float]]:
+    """Top-1 and top-5 in percent per width. Every image is read once, for all widths. Errors as in ``evaluate``."""
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty")
+    if model.num_classes == 0:
+        raise ValueError("the model has no classifier (num_classes=0)")
+    parameter = next(model.parameters())
+    correct = {k: torch.zeros(2, dtype=torch.int64) for k in heads}
+    batches: Iterable = DataLoader(dataset, batch_size, num_workers=num_workers)
+    for images, labels in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        if labels.max() >= model.num_classes:
+            raise ValueError(f"label {int(labels.max())} in the data, but the model has {model.num_classes} classes")
+        images = images.to(parameter.device, parameter.dtype)
+        for k in heads:
+            logits = model(images, heads=k).cpu()
+            if not logits.isfinite().all():
+                raise RuntimeError(f"heads={k}: the model's logits are not finite")
+            hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]
+            correct[k] += torch.stack((hits[:, 0].sum(), hits.sum()))
+    return {k: tuple((100 * counts / len(dataset)).tolist()) for k, counts in correct.items()}
+
+
+def environment(model: HydraViT) -> dict:
+    """The machine and the software a result belongs to."""
+    device = next(model.parameters()).device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "backend": model.backend,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Of the checkout this file lies in; None where it is installed elsewhere."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        # Only our own repository's: an installed copy may lie inside someone else's checkout.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,95 @@
+"""How long one forward takes at every width, on the plain and on the fused backend, in one process."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import hydravit_kernels as kernels
+from hydravit.model import HydraViT
+
+# Largest difference of two backends' logits, relative to the largest logit, that rounding explains.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+def with_backend(model: HydraViT, backend: str) -> HydraViT:
+    """The same model, sharing every weight, on another backend. Raises ``RuntimeError`` if it cannot run there."""
+    parameter = next(model.parameters())
+    other = copy.copy(model)  # shallow: the parameters are the model's own
+    other.requested_backend = backend
+    other.backend = kernels.select(backend, parameter.device, parameter.dtype)
+    return other
+
+
+def backends_to_time(model: HydraViT) -> tuple[dict[str, HydraViT], str]:
+    """``"eager"`` (the reference backend) and, if the model has one, ``"fused"``; else the reason why not."""
+    models = {"eager": with_backend(model, "reference")}
+    if model.backend != "reference":
+        return {**models, "fused": model}, ""
+    if model.requested_backend == "reference":
+        return models, "the reference backend was asked for"
+    parameter = next(model.parameters())
+    try:
+        kernels.select("native", parameter.device, parameter.dtype)
+    except RuntimeError as error:
+        return models, str(error)
+    return models, "the model runs on the reference backend"
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: dict[str, HydraViT], images: Tensor, heads: Sequence[int], *, seconds: float = 1.0
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Wall time of ``model(images, heads=k)``, per width and backend: ``{"p20", "p50", "p80", "samples"}`` in ms.
+
+    All widths and backends take turns, so that what disturbs the machine disturbs all alike. About ``seconds`` per
+    width and backend, 10 to 200 samples. Before any timing the backends' outputs are compared; the largest difference
+    relative to the largest logit is each entry's ``"difference"``.
+
+    Raises ``RuntimeError`` where the outputs differ by more than rounding.
+    """
+    differences = {k: _compare(models, images, k) for k in heads}
+    runs = [(k, name, model) for k in heads for name, model in models.items()]
+    samples = {(k, name): [] for k, name, _ in runs}
+    for k, _, model in runs * 2:  # caches, thread pools, clocks
+        _time(model, images, k)
+    start = time.perf_counter()
+    for turn in range(200):
+        if turn >= 10 and time.perf_counter() - start > seconds * len(runs):
+            break
+        for k, name, model in runs if turn % 2 else reversed(runs):
+            samples[k, name].append(_time(model, images, k))
+    result = {}
+    for k in heads:
+        result[k] = {}
+        for name in models:
+            p20, p50, p80 = torch.tensor(samples[k, name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+            counted = {"samples": len(samples[k, name]), "difference": differences[k]}
+            result[k][name] = {"p20": p20, "p50": p50, "p80": p80, **counted}
+    return result
+
+
+def _compare(models: dict[str, HydraViT], images: Tensor, heads: int) -> float:
+    outputs = {name: model(images, heads=heads).double() for name, model in models.items()}
+    expected = outputs["eager"]
+    worst = 0.0
+    for name, output in outputs.items():
+        difference = ((output - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+        if not difference <= _TOLERANCE.get(images.dtype, 5e-2):
+            raise RuntimeError(f"heads={heads}: {name} ({models[name].backend}) differs from eager by {difference:.1e}")
+        worst = max(worst, difference)
+    return worst
+
+
+def _time(model: HydraViT, images: Tensor, heads: int) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(images, heads=heads)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3

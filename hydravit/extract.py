@@ -1,0 +1,88 @@
+"""One width as a plain Vision Transformer of its own, for every tool that knows nothing of slices."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hydravit.geometry import Geometry
+from hydravit.model import HydraViT
+
+
+def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
+    """The weights of one width as a standalone ViT of that width, under timm's names.
+
+    Args:
+        heads: a width, or any geometry that is a plain ViT: the same slices in every layer, none skipped, and heads
+            that together are as wide as the residual stream.
+    Returns:
+        Contiguous copies in the model's dtype, on its device. An attention scale other than ``head_dim ** -0.5`` is
+        folded into the query rows of ``qkv``. They load strictly into a ``VisionTransformer(**extract_config(...))``.
+    Raises:
+        ValueError: no plain ViT computes the same; the message says why.
+    """
+    geometry = _plain(model, heads)
+    slices = geometry.parameter_slices(model.config)
+    attention = geometry.attention[0]
+    queries = attention.heads * attention.head_dim
+    fold = attention.scale / attention.head_dim**-0.5
+    result = {}
+    for name, tensor in model.state_dict().items():
+        if name not in slices:  # a parameter nobody slices would otherwise come out in full size
+            raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
+        for axis, intervals in enumerate(slices[name]):
+            tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if ".qkv." in name and fold != 1.0:
+            tensor[:queries] *= fold
+        if name.startswith("head.") and model.config.separate_classifiers:
+            tensor = tensor[0]  # the width's own classifier
+        result[name] = tensor
+    return result
+
+
+def extract_config(model: HydraViT, heads: int | Geometry) -> dict:
+    """Keyword arguments of timm's ``VisionTransformer`` for what ``extract`` returns; raises as it does."""
+    geometry, config = _plain(model, heads), model.config
+    width, hidden = geometry.embed.embed, geometry.mlp[0].hidden
+    ratio = hidden / width
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.in_channels,
+        "num_classes": config.num_classes,
+        "global_pool": config.pool,
+        "embed_dim": width,
+        "depth": config.depth,
+        "num_heads": geometry.attention[0].heads,
+        # timm rounds the product down, so a quotient that was rounded down itself would lose a channel
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
+        "qkv_bias": config.qkv_bias,
+        "init_values": config.layer_scale,
+        "class_token": config.class_token,
+        "reg_tokens": config.register_tokens,
+        "no_embed_class": config.no_embed_class,
+        "norm_layer": partial(nn.LayerNorm, eps=geometry.eps),
+    }
+
+
+def _plain(model: HydraViT, heads: int | Geometry) -> Geometry:
+    """The geometry, if a plain ViT has its shape."""
+    geometry = heads.validate(model.config) if isinstance(heads, Geometry) else model.geometry(heads)
+    attention, mlp, width = geometry.attention[0], geometry.mlp[0], geometry.embed.embed
+    reason = ""
+    if len(set(geometry.attention)) > 1 or len(set(geometry.mlp)) > 1:
+        reason = "its layers differ"
+    elif not attention.heads or not mlp.hidden:
+        reason = "it skips a branch"
+    elif attention.head_dim != attention.value_dim:
+        reason = f"its heads have {attention.head_dim} query and {attention.value_dim} value channels"
+    elif attention.heads * attention.head_dim != width:
+        reason = (
+            f"{attention.heads} heads of {attention.head_dim} channels are not as wide as its residual stream, {width}"
+        )
+    if reason:
+        raise ValueError(f"heads={geometry.heads} cannot be extracted as a plain Vision Transformer: {reason}")
+    return geometry

@@ -1,0 +1,80 @@
+"""The parameters of the model, in modules of timm's names and shapes. They hold weights; ``model.py`` runs them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hydravit.config import HydraViTConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, embed: int, qkv_bias: bool, **factory):
+        super().__init__()
+        self.qkv = nn.Linear(embed, 3 * embed, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(embed, embed, **factory)
+
+
+class Mlp(nn.Module):
+    def __init__(self, embed: int, hidden: int, **factory):
+        super().__init__()
+        self.fc1 = nn.Linear(embed, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, embed, **factory)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, embed: int, init: float, **factory):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed,), init, **factory))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: HydraViTConfig, **factory):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.embed, config.patch_size, config.patch_size, **factory)
+
+
+class Classifier(nn.Module):
+    """``weight (classes, D)`` and ``bias (classes,)``; with separate classifiers both have a leading axis of widths."""
+
+    def __init__(self, config: HydraViTConfig, **factory):
+        super().__init__()
+        widths = (len(config.separate_classifiers),) if config.separate_classifiers else ()
+        self.weight = nn.Parameter(torch.empty(*widths, config.num_classes, config.embed, **factory))
+        self.bias = nn.Parameter(torch.zeros(*widths, config.num_classes, **factory))
+
+    def head_parameters(self) -> tuple[Tensor, Tensor]:
+        """All classifiers under each other: ``(rows, D)`` and ``(rows,)``; a slice says which rows a width uses."""
+        return self.weight.flatten(0, -2), self.bias.flatten()
+
+
+class Block(nn.Module):
+    """Attention and MLP with pre-norms and residuals; the parameters of timm's ``Block``."""
+
+    def __init__(self, config: HydraViTConfig, drop_path: float, **factory):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed, config.norm_eps, **factory)
+        self.attn = Attention(config.embed, config.qkv_bias, **factory)
+        self.norm2 = nn.LayerNorm(config.embed, config.norm_eps, **factory)
+        self.mlp = Mlp(config.embed, config.hidden, **factory)
+        if config.layer_scale is not None:
+            self.ls1 = LayerScale(config.embed, config.layer_scale, **factory)
+            self.ls2 = LayerScale(config.embed, config.layer_scale, **factory)
+        self.drop_path = drop_path
+
+    def attention_parameters(self) -> tuple[Tensor | None, ...]:
+        norm, attn = self.norm1, self.attn
+        scale = self.ls1.gamma if hasattr(self, "ls1") else None
+        return norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias, scale
+
+    def mlp_parameters(self) -> tuple[Tensor | None, ...]:
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        scale = self.ls2.gamma if hasattr(self, "ls2") else None
+        return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, scale
+
+    def branch_scale(self, x: Tensor) -> Tensor | None:
+        """Drop-path: per image 0, or the inverse of the probability to be kept; None where nothing is dropped."""
+        if not self.training or self.drop_path == 0.0:
+            return None
+        keep = 1.0 - self.drop_path
+        return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)

@@ -1,0 +1,291 @@
+"""The model: full-size parameters under timm's names, any width per call. All arithmetic is in ``hydravit_kernels``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import hydravit_kernels as kernels
+from hydravit.config import HydraViTConfig
+from hydravit.geometry import GEOMETRIES, Geometry, position
+from hydravit.layers import Block, Classifier, PatchEmbed
+
+
+class Widths(NamedTuple):
+    """The subnetworks of one call: one geometry for the batch, or several and, per image, which of them it uses."""
+
+    geometries: tuple[Geometry, ...]
+    subnet: Tensor | None
+
+    @property
+    def eps(self) -> float:
+        return self.geometries[0].eps
+
+    @property
+    def embed(self) -> list[kernels.EmbedSlice]:
+        return [geometry.embed for geometry in self.geometries]
+
+
+class HydraViT(nn.Module):
+    """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
+
+    Args:
+        config: the full model.
+        heads: active heads from now on; None for all. Every call can name its own: ``model(images, heads=3)``.
+        trained_heads: widths that were trained; None: no width is refused. See ``allow_untrained``.
+        backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``; chosen when the model is made and
+            again when it is moved or cast.
+    """
+
+    def __init__(
+        self,
+        config: HydraViTConfig,
+        heads: int | None = None,
+        *,
+        trained_heads: tuple[int, ...] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if config.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry: unknown {config.geometry!r}; known: {', '.join(GEOMETRIES)}")
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.patch_embed = PatchEmbed(config, **factory)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed, **factory))
+        if config.register_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.register_tokens, config.embed, **factory))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.pos_tokens, config.embed, **factory))
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList([Block(config, rate, **factory) for rate in rates])
+        # timm's names: the norm before pooling is `norm`, the norm after average pooling is `fc_norm`.
+        norm = nn.LayerNorm(config.embed, config.norm_eps, **factory)
+        self.add_module("norm" if config.pool == "token" else "fc_norm", norm)
+        self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
+        self._init_weights()
+
+        self.slice_gradients = None  # set by hydravit.training.SliceGradients
+        self.requested_backend = kernels.check_backend(backend)
+        self._geometries: dict[int, Geometry] = {}
+        self.trained_heads = None if trained_heads is None else tuple(sorted(trained_heads))
+        self.allow_untrained = False
+        self._select_backend()
+        self.heads = max(self.allowed_heads) if heads is None else heads
+
+    def _init_weights(self) -> None:
+        """As in timm: truncated normal of deviation 0.02, zero biases."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, Classifier)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in ("cls_token", "reg_token"):
+            if hasattr(self, token):
+                nn.init.normal_(getattr(self, token), std=1e-6)
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the full model's features; a width has ``geometry(heads).embed.embed`` of them."""
+        return self.config.embed
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, freshly initialised classifier for ``num_classes``; 0: none, logits are then the pooled features."""
+        factory = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self._geometries.clear()
+
+    # Width and backend ------------------------------------------------------------------------------------------------
+
+    @property
+    def heads(self) -> int:
+        """Active heads of calls that do not name their own."""
+        return self._heads_as_shape.shape[0] - 1
+
+    @heads.setter
+    def heads(self, heads: int) -> None:
+        self._check_heads(heads)
+        # torch.compile makes a graph per value of a module's int attribute, but only one for all values of a dimension
+        # (from 2 up: 0 and 1 are always special). So the width is kept as the length of an empty tensor.
+        self._heads_as_shape = torch.empty(heads + 1, 0, device="cpu")
+
+    @property
+    def allowed_heads(self) -> tuple[int, ...]:
+        """The widths a call may ask for, ascending."""
+        if self.trained_heads is None or self.allow_untrained:
+            return tuple(range(1, self.config.max_heads + 1))
+        return self.trained_heads
+
+    def _check_heads(self, heads: int) -> None:
+        if isinstance(heads, bool) or not isinstance(heads, (int, torch.SymInt)):
+            kind = type(heads).__name__
+            raise TypeError(f"heads must be an int, an integer tensor (B,) or a Geometry, not {kind} {heads}")
+        if not 1 <= heads <= self.config.max_heads:
+            raise ValueError(f"heads must be in 1..{self.config.max_heads}, not {heads}")
+        position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
+
+    def geometry(self, heads: int) -> Geometry:
+        """The slices of one width; resolved once, then looked up."""
+        if torch.compiler.is_compiling():  # a dict would make a graph per key
+            self._check_heads(heads)
+            return GEOMETRIES[self.config.geometry](self.config, heads)
+        if type(heads) is not int or heads not in self._geometries:
+            self._check_heads(heads)
+            self._geometries[heads] = GEOMETRIES[self.config.geometry](self.config, heads).validate(self.config)
+        return self._geometries[heads]
+
+    def widths(self, heads: int | Tensor | Geometry | None, batch: int) -> Widths:
+        """The subnetworks of one call; ``heads`` as in ``forward``."""
+        if heads is None:
+            heads = self.heads
+        if isinstance(heads, Geometry):
+            return Widths((heads.validate(self.config),), None)
+        if not isinstance(heads, Tensor):
+            return Widths((self.geometry(heads),), None)
+        if heads.dtype.is_floating_point or heads.dtype == torch.bool:
+            raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
+        if heads.shape != (batch,):
+            raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
+        # Compiled, which widths occur is not known: then all are in the table, and the stream is as wide as the widest.
+        compiling = torch.compiler.is_compiling()
+        used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
+        geometries = tuple(self.geometry(k) for k in used)
+        position = [-1] * (self.config.max_heads + 1)
+        for index, k in enumerate(used):
+            position[k] = index
+        subnet = torch.tensor(position, device=self.pos_embed.device)[heads.to(self.pos_embed.device)]
+        return Widths(geometries, subnet) if len(used) > 1 else Widths(geometries, None)
+
+    def _select_backend(self) -> None:
+        self.backend = kernels.select(self.requested_backend, self.pos_embed.device, self.pos_embed.dtype)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._select_backend()
+        return self
+
+    def __getstate__(self):
+        """Copies and pickles share no cache and no gradient buffers with the original."""
+        return {**self.__dict__, "_geometries": {}, "slice_gradients": None}
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
+        """Logits ``(B, num_classes)`` of images ``(B, in_channels, height, width)``.
+
+        Args:
+            heads: active heads in this call; or an integer tensor ``(B,)``, one width per image; or any ``Geometry``.
+                None: ``self.heads``.
+        Raises:
+            TypeError, ValueError: images or heads that do not fit the model.
+        """
+        widths = self.widths(heads, len(images))
+        x = self._blocks(self._stem(images, widths), widths)
+        return self._head(x, self.norm if self.config.pool == "token" else self.fc_norm, widths)
+
+    def forward_features(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
+        """Tokens ``(B, N, Dk)`` after the blocks, and after the final norm where it precedes pooling (as in timm).
+
+        With one width per image ``Dk`` is the widest, and the channels beyond an image's own are zero.
+        """
+        widths = self.widths(heads, len(images))
+        x = self._blocks(self._stem(images, widths), widths)
+        if self.config.pool == "avg":
+            return x
+        return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.subnet)
+
+    def forward_head(
+        self, features: Tensor, heads: int | Tensor | Geometry | None = None, *, pre_logits: bool = False
+    ) -> Tensor:
+        """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
+        widths = self.widths(heads, len(features))
+        channels = kernels.widest(widths.embed)
+        if features.shape[-1] != channels:
+            raise ValueError(f"features have {features.shape[-1]} channels, these heads have {channels}")
+        return self._head(features, None if self.config.pool == "token" else self.fc_norm, widths, pre_logits)
+
+    def attention_maps(self, images: Tensor, heads: int | Geometry | None = None) -> list[Tensor | None]:
+        """Per layer what every token attends to, ``(B, heads, N, N)``; None where a layer's attention is skipped."""
+        widths = self.widths(heads, len(images))
+        if widths.subnet is not None:
+            raise ValueError("attention_maps takes one width for the batch")
+        x, maps = self._stem(images, widths), []
+        for i, block in enumerate(self.blocks):
+            attention = widths.geometries[0].attention[i]
+            parameters = block.attention_parameters()[:4]
+            maps.append(kernels.attention_map(x, *parameters, attention, widths.eps) if attention.heads else None)
+            x = self._block(i, x, widths)
+        return maps
+
+    def _stem(self, images: Tensor, widths: Widths) -> Tensor:
+        images = self._check_images(images)
+        if self.slice_gradients is not None and torch.is_grad_enabled():
+            self.slice_gradients.mark(widths.geometries)
+        tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
+        parameters = (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
+        return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._run(parameters))
+
+    def _blocks(self, x: Tensor, widths: Widths) -> Tensor:
+        for i in range(len(self.blocks)):
+            x = self._block(i, x, widths)
+        return x
+
+    def _block(self, i: int, x: Tensor, widths: Widths) -> Tensor:
+        block = self.blocks[i]
+        attention = [geometry.attention[i] for geometry in widths.geometries]
+        mlp = [geometry.mlp[i] for geometry in widths.geometries]
+        if any(s.heads for s in attention):
+            parameters = block.attention_parameters()
+            common = (block.branch_scale(x), attention, widths.eps, widths.subnet)
+            x = kernels.attention_block(x, *parameters, *common, **self._run(parameters))
+        if any(s.hidden for s in mlp):
+            parameters = block.mlp_parameters()
+            common = (block.branch_scale(x), mlp, widths.eps, widths.subnet)
+            x = kernels.mlp_block(x, *parameters, *common, **self._run(parameters))
+        return x
+
+    def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
+        pool = (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, x.shape[1])
+        norm_parameters = (None, None) if norm is None else (norm.weight, norm.bias)
+        classifier = (None, None) if pre_logits or self.num_classes == 0 else self.head.head_parameters()
+        parameters = (*norm_parameters, *classifier)
+        slices = [geometry.head for geometry in widths.geometries]
+        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._run(parameters))
+
+    def _run(self, parameters: tuple[Tensor | None, ...]) -> dict:
+        """How the kernels run: on which backend, and where they put gradients."""
+        if self.slice_gradients is None:
+            return {"backend": self.backend}
+        buffers = [None if p is None else self.slice_gradients.buffer(p) for p in parameters]
+        return {"backend": self.backend, "buffers": buffers}
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        """Raise unless the images fit the model; autocast's low precision is undone, as the parameters are not cast."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, not {type(images).__name__}")
+        expected = (self.config.in_channels, *self.config.image_size)
+        if images.dim() != 4 or images.shape[1:] != expected or images.shape[0] == 0:
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"images must be (B, {sizes}) with B > 0, not {tuple(images.shape)}")
+        if images.device != self.pos_embed.device:
+            raise ValueError(f"images are on {images.device}, the model on {self.pos_embed.device}")
+        if images.dtype != self.pos_embed.dtype:
+            if not images.dtype.is_floating_point or not torch.is_autocast_enabled(images.device.type):
+                raise TypeError(f"images are {images.dtype}, the model is {self.pos_embed.dtype}")
+            images = images.to(self.pos_embed.dtype)
+        return images

@@ -1,0 +1,150 @@
+"""Named recipes: everything that decides the weights a training run ends with, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from hydravit.config import HydraViTConfig, resolve_config
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a HydraViT is trained. Defaults are HydraViT's (arXiv 2409.17978, section 4, and its public code).
+
+    Args:
+        config: the full model; the data's image size, channels and classes replace its own.
+        data: source of the images, as in ``hydravit.data.load_dataset``.
+        heads: widths to train; empty: all.
+        weights: how often each of ``heads`` is drawn, relative to the others; empty: equally often.
+        per_image: every image of a batch draws its own width, instead of one for the batch.
+        rank_shared: all ranks of a distributed run draw alike; the paper's do not, and wait for the widest.
+        epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.
+        batch_size: images per step and rank.
+        accumulate: a step's images are sent through the model in this many parts, to save memory.
+        lr: peak learning rate for ``lr_batch`` images per step; scaled linearly to the batch of all ranks. ``lr_batch``
+            0: not scaled. ``min_lr`` and ``warmup_lr`` are scaled with it.
+        min_lr: where the cosine ends.
+        warmup_lr, warmup_epochs: where the linear warm-up starts, and how long it takes.
+        weight_decay: of AdamW; none on biases, norms, tokens, position embedding and layer scale.
+        betas, eps: of AdamW.
+        smoothing: label smoothing.
+        mixup, cutmix: their alphas, 0 for none; done by timm (mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899).
+        clip_norm: largest norm of a step's gradient; 0: not clipped.
+        ema: decay of the average of the weights, 0 for none. The average is what is evaluated and saved.
+        augment: light augmentation by the data set.
+        rand_augment, color_jitter, random_erasing: timm's heavy augmentation, for folders of photos; "" and 0: none.
+        seed: of initial weights, order of the data, augmentation and widths.
+    """
+
+    config: HydraViTConfig = field(default_factory=HydraViTConfig)
+    data: str = "digits"
+    heads: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    per_image: bool = False
+    rank_shared: bool = True
+    epochs: int = 300
+    cooldown_epochs: int = 0
+    batch_size: int = 512
+    accumulate: int = 1
+    lr: float = 5e-4
+    lr_batch: int = 512
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    augment: bool = True
+    rand_augment: str = ""
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    seed: int = 42
+
+    def __post_init__(self):
+        for name in ("heads", "weights", "betas"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("epochs", "batch_size", "accumulate"):
+            self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
+        for name in ("lr", "eps"):
+            self._check(name, getattr(self, name) > 0, "positive")
+        for name in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "clip_norm", "lr_batch"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("smoothing", "ema", "random_erasing"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check("cooldown_epochs", 0 <= self.cooldown_epochs < self.epochs, "at least 0 and less than epochs")
+        largest = self.config.max_heads
+        for heads in self.heads:
+            self._check("heads", type(heads) is int and 1 <= heads <= largest, f"different integers in 1..{largest}")
+        self._check("heads", len(set(self.heads)) == len(self.heads), f"different integers in 1..{largest}")
+        if self.weights:
+            fits = len(self.weights) == len(self.trained_heads) and min(self.weights) >= 0 and sum(self.weights) > 0
+            self._check("weights", fits, f"one number of at least 0 for each of heads {list(self.trained_heads)}")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f"recipe: {name} must be {expected}, not {getattr(self, name)!r}")
+
+    @property
+    def trained_heads(self) -> tuple[int, ...]:
+        """The widths that are trained."""
+        return self.heads or self.config.separate_classifiers or tuple(range(1, self.config.max_heads + 1))
+
+    def replace(self, **values) -> Recipe:
+        """The recipe with some fields replaced. Raises ``ValueError`` for an unknown field or a value out of range."""
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"recipe: unknown field {name!r}; known: {', '.join(known)}")
+        return dataclasses.replace(self, **values)
+
+    def to_dict(self) -> dict:
+        """Plain values only; ``config`` is a dict too."""
+        return dataclasses.asdict(self)
+
+
+RECIPES = {
+    # scikit-learn's 8x8 digits: minutes on two CPU cores.
+    "demo": Recipe(
+        config=HydraViTConfig(
+            image_size=8, patch_size=2, in_channels=1, num_classes=10, depth=4, max_heads=6, head_dim=16, mlp_ratio=2.0
+        ),
+        data="digits",
+        epochs=80,
+        batch_size=64,
+        lr=2e-3,
+        lr_batch=0,
+        warmup_epochs=4.0,
+        clip_norm=1.0,
+        ema=0.99,
+        seed=0,
+    ),
+    # The paper's run on ImageNet-1K (300 epochs; it also reports 400, 500 and 800): 2 GPUs with 512 images each, fp32.
+    "hydravit-imagenet": Recipe(
+        config=resolve_config("base", drop_path=0.1),
+        data="imagenet",
+        heads=tuple(range(3, 13)),
+        rank_shared=False,
+        epochs=310,
+        cooldown_epochs=10,
+        mixup=0.8,
+        cutmix=1.0,
+        ema=0.99996,
+        augment=False,
+        rand_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=0.3,
+        random_erasing=0.25,
+    ),
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """A recipe by name. Raises ``ValueError`` naming the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]

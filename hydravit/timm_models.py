@@ -1,0 +1,124 @@
+"""HydraViT in timm's registry; importing this module adds ``hydravit_tiny_patch16_224`` and the other sizes.
+
+The only module that imports timm. The rest of the package needs neither timm nor torchvision.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.model import HydraViT
+from hydravit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+
+def declare_torchvision_operators() -> None:
+    """Declare the operators whose absence breaks ``import torchvision``, and with it timm's.
+
+    torchvision from the registry is built for a CUDA torch. Beside a CPU torch its library does not load, and its
+    Python part then describes operators that do not exist. A schema is all it needs; nothing here ever calls them.
+    """
+    spec = find_spec("torchvision")
+    if spec is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+        try:
+            torch.ops.load_library(str(library))  # torchvision would do the same; a second time has no effect
+            return
+        except OSError:
+            pass
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+declare_torchvision_operators()
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
+
+__all__ = ["declare_torchvision_operators"]  # timm adds every model it registers
+
+# timm's names of our fields. Fields of the same name, such as depth, need no entry.
+FIELDS = {
+    "img_size": "image_size",
+    "in_chans": "in_channels",
+    "drop_path_rate": "drop_path",
+    "global_pool": "pool",
+    "init_values": "layer_scale",
+    "reg_tokens": "register_tokens",
+}
+# Regularisation that the model does not have: timm's scripts pass these, and 0 asks for nothing.
+DROP_RATES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate")
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"hydravit_{size}_patch16_224": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": None,
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "fixed_input_size": True,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "mit",
+        }
+        for size in ("tiny", "small", "base", "large")
+    }
+)
+
+
+def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **arguments) -> HydraViT:
+    """timm's arguments of a ViT to a model. Raises ``ValueError`` for one that has no meaning here."""
+    for name in DROP_RATES:
+        if arguments.pop(name, 0.0):
+            raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
+    for name in ("img_size", "patch_size"):
+        if isinstance(arguments.get(name), list):
+            arguments[name] = tuple(arguments[name])
+    overrides = {FIELDS.get(name, name): value for name, value in arguments.items()}
+    resolved: HydraViTConfig = resolve_config(config, **overrides)
+    return HydraViT(resolved, heads, backend=backend, device=device, dtype=dtype)
+
+
+def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
+    if pretrained and not arguments.get("pretrained_cfg_overlay"):
+        raise ValueError(
+            f"hydravit_{size}_patch16_224 has no pretrained weights: pass checkpoint_path, or "
+            "pretrained_cfg_overlay={'file': ...}"
+        )
+    model = build_model_with_cfg(_build, f"hydravit_{size}_patch16_224", pretrained, config=size, **arguments)
+    # timm's loaders follow this dictionary, which describes the default model until here.
+    model.pretrained_cfg["input_size"] = (model.config.in_channels, *model.config.image_size)
+    if model.config.in_channels != 3:
+        usual = Preprocessing.for_model(model.config)
+        model.pretrained_cfg.update(mean=usual.mean, std=usual.std, crop_pct=usual.crop)
+    return model
+
+
+@register_model
+def hydravit_tiny_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
+    """3 heads at most."""
+    return _create("tiny", pretrained, **arguments)
+
+
+@register_model
+def hydravit_small_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
+    """6 heads at most."""
+    return _create("small", pretrained, **arguments)
+
+
+@register_model
+def hydravit_base_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
+    """12 heads at most; ``timm.create_model("hydravit_base_patch16_224", heads=6)`` has 6 of them active."""
+    return _create("base", pretrained, **arguments)
+
+
+@register_model
+def hydravit_large_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
+    """16 heads at most, 24 layers."""
+    return _create("large", pretrained, **arguments)

@@ -1,0 +1,22 @@
+"""Training of all widths at once: sampled widths, gradients in place, exact resuming."""
+
+from hydravit.training.batches import Batches
+from hydravit.training.checkpoint import load_state, save_state
+from hydravit.training.gradients import LiveSlices, SliceGradients
+from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
+from hydravit.training.sampler import WidthSampler
+from hydravit.training.trainer import Interrupted, Trainer
+
+__all__ = [
+    "Batches",
+    "Interrupted",
+    "LiveSlices",
+    "SliceGradients",
+    "Trainer",
+    "WidthSampler",
+    "load_state",
+    "make_average",
+    "make_optimizer",
+    "make_scheduler",
+    "save_state",
+]

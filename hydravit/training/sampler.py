@@ -1,0 +1,55 @@
+"""Which width, or widths, the next batch trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class WidthSampler:
+    """Draws numbers of heads at random, from its own random state (HydraViT, arXiv 2409.17978, section 3).
+
+    Args:
+        heads: the widths to choose from.
+        weights: their relative frequencies; None: all alike.
+        per_image: one width per image instead of one per batch.
+        seed: equal seeds draw equal widths.
+        rank: with ranks of a distributed run that draw alike, 0 everywhere; otherwise the rank, so that each draws its own
+            (as the reference does: ranks then wait for the widest).
+
+    Raises:
+        ValueError: for no or repeated widths, or weights that do not fit them.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        per_image: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+    ):
+        if not heads or len(set(heads)) != len(heads):
+            raise ValueError(f"heads must be one or more different widths, not {list(heads)}")
+        weights = [1.0] * len(heads) if weights is None else list(weights)
+        if len(weights) != len(heads) or min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"weights must be {len(heads)} numbers of at least 0 and not all 0, not {weights}")
+        self._heads = torch.tensor(list(heads))
+        self._weights = torch.tensor(weights, dtype=torch.float64)
+        self.per_image = per_image
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
+
+    def draw(self, batch: int) -> int | Tensor:
+        """The width of the next batch, or an int64 tensor ``(batch,)`` with one per image."""
+        count = batch if self.per_image else 1
+        chosen = self._heads[torch.multinomial(self._weights, count, replacement=True, generator=self._generator)]
+        return chosen if self.per_image else int(chosen)
+
+    def state_dict(self) -> dict:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._generator.set_state(state["generator"])

@@ -1,0 +1,23 @@
+"""Blocks of a sliced Vision Transformer that read one subnetwork's part of the full weights, in place."""
+
+from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.functional import attention_block, head, mlp_block, stem
+from hydravit_kernels.reference import attention_map, layer_norm
+from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
+
+__all__ = [
+    "AttentionSlice",
+    "EmbedSlice",
+    "HeadSlice",
+    "MlpSlice",
+    "attention_block",
+    "attention_map",
+    "available_backends",
+    "check_backend",
+    "head",
+    "layer_norm",
+    "mlp_block",
+    "select",
+    "stem",
+    "widest",
+]

@@ -1,0 +1,82 @@
+"""Which implementation of the blocks runs: one ordered table, asked once per module, never swapped behind its back.
+
+``"auto"`` takes the first backend that can run on the device and dtype, and says once when that is not the one made for
+them; a backend that is named runs or raises with the reason. The environment variable ``HYDRAVIT_BACKEND`` replaces
+``"auto"``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from hydravit_kernels import _native
+
+
+def _native_why_not(device: torch.device, dtype: torch.dtype) -> str:
+    if not _native.loaded:
+        return _native.why_not
+    if device.type != "cpu":
+        return f"has no kernels for device {device.type!r} yet"
+    if dtype != torch.float32:
+        return f"computes in torch.float32 on the CPU, not in {dtype}"
+    return ""
+
+
+def _reference_why_not(device: torch.device, dtype: torch.dtype) -> str:
+    return "" if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
+
+
+# In the order in which "auto" prefers them. A value says why the backend cannot run there, or "".
+BACKENDS = {"native": _native_why_not, "reference": _reference_why_not}
+
+_fallbacks_told: set[str] = set()
+
+
+def check_backend(backend: str) -> str:
+    """Raise ``ValueError`` for a backend nobody knows; return the name otherwise."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    return backend
+
+
+def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The backend that will run on this device and dtype.
+
+    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a named one that cannot run.
+    """
+    device = torch.device(device)
+    if check_backend(backend) == "auto":
+        backend = check_backend(os.environ.get("HYDRAVIT_BACKEND", "auto"))
+    if backend != "auto":
+        reason = BACKENDS[backend](device, dtype)
+        if reason:
+            raise RuntimeError(f"backend {backend!r}: {reason}")
+        return backend
+    reasons = []
+    for name, why_not in BACKENDS.items():
+        reason = why_not(device, dtype)
+        if not reason:
+            _tell_fallback(name, reasons)
+            return name
+        reasons.append(f"{name} {reason}")
+    raise RuntimeError(f"no backend runs on {device} in {dtype}: {'; '.join(reasons)}")
+
+
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """Every backend that can run there, best first."""
+    return [name for name, why_not in BACKENDS.items() if not why_not(torch.device(device), dtype)]
+
+
+def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Backend name to ``"available"`` or the reason why not."""
+    return {name: why_not(torch.device(device), dtype) or "available" for name, why_not in BACKENDS.items()}
+
+
+def _tell_fallback(name: str, reasons: list[str]) -> None:
+    message = f"hydravit: using backend {name!r}, because {'; '.join(reasons)}"
+    if reasons and message not in _fallbacks_told:
+        _fallbacks_told.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,162 @@
+"""The blocks as functions: any backend, with gradients.
+
+A compiled backend's forward and backward are separate ops behind one ``autograd.Function``, entered only where a
+gradient is needed. Gradients are full-size tensors with exact zeros outside the slice, as PyTorch users expect; with
+``buffers`` they are added in place to the slice of those tensors instead, and autograd sees none for the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydravit_kernels import ops, reference
+from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
+
+Buffers = Sequence[Tensor | None] | None
+
+# Ops that can return what their backward needs, so that it is not computed again.
+_SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in schema)
+
+
+def stem(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor | None,
+    reg_token: Tensor | None,
+    pos_embed: Tensor | None,
+    slices: Sequence[EmbedSlice],
+    subnet: Tensor | None = None,
+    *,
+    backend: str,
+    buffers: Buffers = None,
+) -> Tensor:
+    """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual stream ``(B, N, Dk)``.
+
+    ``weight (D, C, patch, patch)``, ``bias (D,)``, tokens ``(1, ·, D)``; ``pos_embed (1, P, D)`` has ``P`` all tokens
+    or the patches only. Order: class, registers, patches (ViT, arXiv 2010.11929; registers, arXiv 2309.16588).
+    """
+    parameters = (weight, bias, cls_token, reg_token, pos_embed)
+    if backend == "reference":
+        return reference.stem(images, *parameters, slices, subnet)
+    return _run("stem", backend, images, parameters, (flatten(slices), subnet), buffers)
+
+
+def attention_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    branch_scale: Tensor | None,
+    slices: Sequence[AttentionSlice],
+    eps: float,
+    subnet: Tensor | None = None,
+    *,
+    backend: str,
+    buffers: Buffers = None,
+) -> Tensor:
+    """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape."""
+    parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale)
+    if backend == "reference":
+        return reference.attention_block(x, *parameters, branch_scale, slices, eps, subnet)
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, subnet)
+    return _run("attention_block", backend, x, parameters, constants, buffers)
+
+
+def mlp_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    branch_scale: Tensor | None,
+    slices: Sequence[MlpSlice],
+    eps: float,
+    subnet: Tensor | None = None,
+    *,
+    backend: str,
+    buffers: Buffers = None,
+) -> Tensor:
+    """Norm, fc1, exact GELU, fc2, scales and residual: ``x (B, N, Dk)`` to the same shape."""
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
+    if backend == "reference":
+        return reference.mlp_block(x, *parameters, branch_scale, slices, eps, subnet)
+    return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, subnet), buffers)
+
+
+def head(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool: tuple[int, int],
+    slices: Sequence[HeadSlice],
+    eps: float,
+    subnet: Tensor | None = None,
+    *,
+    backend: str,
+    buffers: Buffers = None,
+) -> Tensor:
+    """Mean of the tokens ``[pool[0], pool[1])``, norm, classifier: ``x (B, N, Dk)`` to logits ``(B, classes)``.
+
+    ``weight (rows, D)``, ``bias (rows,)``: a width's slice says which rows are its classifier. Without ``norm_weight``
+    there is no norm; without ``weight`` the result is the pooled features ``(B, Dk)``.
+    """
+    parameters = (norm_weight, norm_bias, weight, bias)
+    if backend == "reference":
+        return reference.head(x, *parameters, *pool, slices, eps, subnet)
+    return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, subnet), buffers)
+
+
+def _run(name, backend, x, parameters, constants, buffers):
+    """The plain op, or the ``autograd.Function`` around it where somebody wants a gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
+        return _Block.apply(name, backend, constants, buffers, x, *parameters)
+    result = _op(name, backend)(x, *parameters, *constants, *((False,) if name in _SAVING else ()))
+    return result[0] if name in _SAVING else result
+
+
+def _op(name, backend):
+    return getattr(torch.ops.hydravit, f"{name}_{backend}").default
+
+
+class _Block(torch.autograd.Function):
+    """Forward and backward ops of one block; ``parameters`` are in the order of the op's schema."""
+
+    @staticmethod
+    def forward(ctx, name, backend, constants, buffers, x, *parameters):
+        if name in _SAVING:
+            y, *saved = _op(name, backend)(x, *parameters, *constants, True)
+        else:
+            y, saved = _op(name, backend)(x, *parameters, *constants), []
+        ctx.save_for_backward(x, *saved, *parameters)
+        ctx.saved_count = len(saved)
+        ctx.name, ctx.backend, ctx.constants, ctx.buffers = name, backend, constants, buffers
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *rest = ctx.saved_tensors
+        saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]
+        x_wanted, *wanted = ctx.needs_input_grad[4:]
+        if ctx.buffers is None:
+            sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
+        else:
+            sums = [buffer if want else None for buffer, want in zip(ctx.buffers, wanted, strict=True)]
+        grad_x = _op(f"{ctx.name}_backward", ctx.backend)(
+            grad.contiguous(), x, *saved, *parameters, *ctx.constants, x_wanted, *sums
+        )
+        in_place = ctx.buffers is not None
+        return None, None, None, None, grad_x if x_wanted else None, *([None] * len(sums) if in_place else sums)

@@ -1,0 +1,157 @@
+"""Every block in plain PyTorch on views of the full weights: the oracle, the documentation, the path for any device.
+
+Differentiable to any order where a gradient is asked for. Shapes as in ``ops.py``; here a block takes the slices as a
+sequence of ``EmbedSlice``, ``AttentionSlice``, ``MlpSlice`` or ``HeadSlice``. Maths: ViT (arXiv 2010.11929) with
+pre-norm blocks, exact GELU and an explicit attention scale, as sliced by HydraViT (arXiv 2409.17978).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hydravit_kernels.slices import AttentionSlice, widest
+
+
+def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet=None) -> Tensor:
+    """Patches, class and register tokens, position embedding: images ``(B, C, height, width)`` to ``(B, N, Dk)``."""
+
+    def single(images, _, s):
+        def channels(parameter, dim):
+            return None if parameter is None else parameter.narrow(dim, s.embed_offset, s.embed)
+
+        patches = F.conv2d(images, channels(weight, 0), channels(bias, 0), stride=weight.shape[2:]).flatten(2).mT
+        prefix = [channels(t, 2).expand(len(images), -1, -1) for t in (cls_token, reg_token) if t is not None]
+        position = channels(pos_embed, 2)
+        if position is not None and position.shape[1] == patches.shape[1]:
+            patches, position = patches + position, None
+        tokens = torch.cat([t.to(patches.dtype) for t in prefix] + [patches], dim=1)
+        return tokens if position is None else tokens + position
+
+    return _per_image(single, images, None, slices, subnet)
+
+
+def attention_block(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
+    slices, eps, subnet=None,
+) -> Tensor:  # fmt: skip
+    """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``."""
+
+    def single(x, branch_scale, s):
+        if s.heads == 0:
+            return x
+        query, key, value = _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps)
+        if torch.is_grad_enabled():
+            attended = _attention(query, key, s.scale) @ value
+        else:  # the fused kernels have no second derivative, so they serve only where no gradient is asked for
+            attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
+        attended = attended.transpose(1, 2).flatten(2)
+        columns = _head_rows(proj_weight.t(), s.proj_column, s.value_dim, s).t()
+        return _add_branch(x, attended, columns, proj_bias, layer_scale, branch_scale, s)
+
+    return _per_image(single, x, branch_scale, slices, subnet)
+
+
+def mlp_block(
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale,
+    slices, eps, subnet=None,
+) -> Tensor:  # fmt: skip
+    """``x + branch_scale * layer_scale * fc2(gelu(fc1(norm(x))))``."""
+
+    def single(x, branch_scale, s):
+        if s.hidden == 0:
+            return x
+        normed = _norm(x, norm_weight, norm_bias, s, eps)
+        rows = fc1_weight.narrow(0, s.hidden_offset, s.hidden).narrow(1, s.embed_offset, s.embed)
+        bias = None if fc1_bias is None else fc1_bias.narrow(0, s.hidden_offset, s.hidden)
+        hidden = F.gelu(F.linear(normed, rows, bias))
+        columns = fc2_weight.narrow(1, s.hidden_offset, s.hidden)
+        return _add_branch(x, hidden, columns, fc2_bias, layer_scale, branch_scale, s)
+
+    return _per_image(single, x, branch_scale, slices, subnet)
+
+
+def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet=None) -> Tensor:
+    """Mean of tokens ``[pool_start, pool_stop)``, norm, classifier: ``(B, N, Dk)`` to ``(B, classes)``.
+
+    Without ``norm_weight`` there is no norm; without ``weight`` the pooled features ``(B, Dk)`` are the result.
+    """
+
+    def single(x, _, s):
+        pooled = x[:, pool_start:pool_stop].mean(dim=1)
+        if norm_weight is not None:
+            pooled = _norm(pooled, norm_weight, norm_bias, s, eps)
+        if weight is None:
+            return pooled
+        rows = weight.narrow(0, s.class_offset, s.classes).narrow(1, s.embed_offset, s.embed)
+        return F.linear(pooled, rows, None if bias is None else bias.narrow(0, s.class_offset, s.classes))
+
+    return _per_image(single, x, None, slices, subnet, pad=weight is None)
+
+
+def layer_norm(x, norm_weight, norm_bias, slices, eps, subnet=None) -> Tensor:
+    """The norm alone, over the slice's channels, for every token of ``x (B, N, Dk)``."""
+    return _per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, subnet)
+
+
+def attention_map(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s: AttentionSlice, eps) -> Tensor:
+    """What every token attends to in this block: ``(B, heads, N, N)``, rows sum to one."""
+    query, key, _ = _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps)
+    return _attention(query, key, s.scale)
+
+
+def _attention(query, key, scale):
+    return (query @ key.mT * scale).softmax(dim=-1)
+
+
+def _norm(x, weight, bias, s, eps):
+    weight, bias = (p.narrow(0, s.embed_offset, s.embed) for p in (weight, bias))
+    return F.layer_norm(x, (s.embed,), weight, bias, eps)
+
+
+def _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps):
+    """Three tensors ``(B, heads, N, channels)``, each from its own rows of the fused weight."""
+    normed = _norm(x, norm_weight, norm_bias, s, eps)
+    columns = qkv_weight.narrow(1, s.embed_offset, s.embed)
+    roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
+    for row, length in roles:
+        bias = None if qkv_bias is None else _head_rows(qkv_bias, row, length, s)
+        projected = F.linear(normed, _head_rows(columns, row, length, s), bias)
+        yield projected.unflatten(-1, (s.heads, length)).transpose(1, 2)
+
+
+def _head_rows(parameter, start, length, s):
+    """Rows ``[start + h * pitch, ... + length)`` of all heads: a view where heads touch, else a copy of the slice."""
+    if s.pitch == length:
+        return parameter.narrow(0, start, s.heads * length)
+    rows = parameter.narrow(0, start, (s.heads - 1) * s.pitch + length).unfold(0, length, s.pitch)
+    return rows.movedim(-1, 1).flatten(0, 1)
+
+
+def _add_branch(x, inner, columns, bias, layer_scale, branch_scale, s):
+    """The block's last product, its scales and the residual."""
+    bias, layer_scale = (None if p is None else p.narrow(0, s.embed_offset, s.embed) for p in (bias, layer_scale))
+    branch = F.linear(inner, columns.narrow(0, s.embed_offset, s.embed), bias)
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if branch_scale is not None:
+        branch = branch * branch_scale.view(-1, 1, 1)
+    return x + branch
+
+
+def _per_image(single, x, branch_scale, slices, subnet, pad=True):
+    """``single`` on the batch, or on each group of images of one width; ``pad`` fills narrower results with zeros."""
+    if subnet is None:
+        return single(x, branch_scale, slices[0])
+    activations = x.dim() == 3
+    order, results = [], []
+    for index, s in enumerate(slices):
+        group = (subnet == index).nonzero().squeeze(1)
+        own = x[group, :, : s.embed] if activations else x[group]
+        result = single(own, None if branch_scale is None else branch_scale[group], s)
+        if pad:
+            result = F.pad(result, (0, widest(slices) - s.embed))
+        order.append(group)
+        results.append(result)
+    return torch.cat(results)[torch.cat(order).argsort()]

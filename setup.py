@@ -1,0 +1,123 @@
+"""Builds hydravit_kernels/_C.so with CMake and records the outcome in hydravit_kernels/_build_info.py.
+
+HYDRAVIT_BUILD says what must come of it:
+    auto (or unset)  as much as this machine allows: CPU and CUDA kernels, CPU kernels only, or pure Python
+    cpu              the library must be built (CUDA kernels too where nvcc is found)
+    cuda             the library must be built with CUDA kernels
+    none             no library
+HYDRAVIT_TORCH_DIR names the directory of the torch package to build against; without it, the installed one is found.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MODE = os.environ.get("HYDRAVIT_BUILD") or "auto"
+TORCH_FLOOR = (2, 11)
+
+
+class NotBuilt(Exception):
+    """Why there is no library."""
+
+
+def find_torch() -> tuple[Path, str]:
+    """Directory and version of torch, without importing it: under build isolation it cannot be imported, yet it is there."""
+    if named := os.environ.get("HYDRAVIT_TORCH_DIR"):
+        candidates = [Path(named)]
+    else:
+        spec = importlib.util.find_spec("torch")
+        candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+        candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    for directory in candidates:
+        version_file = directory / "version.py"
+        if version_file.is_file():
+            version = re.search(r"__version__ = '([^']+)'", version_file.read_text()).group(1)
+            if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH_FLOOR:
+                raise NotBuilt(f"torch {version} is older than {'.'.join(map(str, TORCH_FLOOR))}")
+            return directory, version
+    raise NotBuilt("torch was not found at build time: install it first, then this package again")
+
+
+def find_program(name: str) -> str | None:
+    """A program of this Python's environment (which need not be activated), or of the system."""
+    return shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+
+
+def run(*command) -> None:
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(result.stdout, flush=True)
+    if result.returncode:
+        error = re.search(r"^[^\n]*\berror\b.*", result.stdout, re.I | re.M | re.S)
+        summary = " ".join((error.group() if error else result.stdout).split())
+        raise NotBuilt(f"{Path(command[0]).name} failed: {summary[:300]}")
+
+
+def build_native() -> tuple[Path, dict]:
+    """Compile, incrementally where it was done before; return the library and what is in it."""
+    if MODE == "none":
+        raise NotBuilt("switched off by HYDRAVIT_BUILD=none")
+    torch_root, torch_version = find_torch()
+    cmake, ninja = find_program("cmake"), find_program("ninja")
+    if not cmake:
+        raise NotBuilt("cmake was not found")
+    # CMake never looks for a compiler twice, so another toolchain gets another directory.
+    toolchain = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")] + [shutil.which("nvcc")]
+    build = ROOT / "build" / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
+    cuda = "ON" if MODE == "cuda" else "AUTO"
+    run(cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_ROOT={torch_root}", f"-DHYDRAVIT_CUDA={cuda}")
+    run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
+    info = json.loads((build / "build_info.json").read_text())
+    return build / "_C.so", {**info, "torch": torch_version}
+
+
+class BuildNative(build_ext):
+    def run(self):
+        package = (ROOT if self.inplace else Path(self.build_lib)) / "hydravit_kernels"
+        package.mkdir(parents=True, exist_ok=True)
+        target = package / "_C.so"
+        target.unlink(missing_ok=True)  # never ship an earlier build's, never overwrite one that a process has loaded
+        try:
+            library, info = build_native()
+            shutil.copy(library, target)
+        except NotBuilt as reason:
+            if MODE in ("cpu", "cuda"):
+                raise SystemExit(f"hydravit: HYDRAVIT_BUILD={MODE}, but no native library: {reason}") from None
+            info = {"why_not": str(reason)}
+            print(f"hydravit: no native library ({reason}); the package works without it, in plain PyTorch")
+        text = f'"""Written by setup.py."""\n\nBUILD_INFO = {json.dumps(info, indent=4)}\n'
+        (package / "_build_info.py").write_text(text)
+
+    def get_outputs(self):
+        package = Path(self.build_lib) / "hydravit_kernels"
+        return [str(path) for path in (package / "_C.so", package / "_build_info.py") if path.exists()]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]  # the library depends on the platform, not on Python
+
+
+if MODE not in ("auto", "cpu", "cuda", "none"):
+    raise SystemExit(f"HYDRAVIT_BUILD={MODE!r}: expected auto, cpu, cuda or none")
+
+setup(
+    license="MIT",  # here, because old and new setuptools want it spelt differently in pyproject.toml
+    ext_modules=[Extension("hydravit_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+)

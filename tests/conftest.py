@@ -1,0 +1,19 @@
+"""Fixtures that every test shares: a seed, and each backend that runs here (a missing one skips, with its reason)."""
+
+import pytest
+import torch
+
+from hydravit_kernels import backends
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=list(backends.BACKENDS))
+def backend(request):
+    reason = backends.report()[request.param]
+    if reason != "available":
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param

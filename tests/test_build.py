@@ -1,0 +1,161 @@
+"""The build: what each machine gets, and that nothing missing passes unnoticed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hydravit_kernels
+from hydravit_kernels import __main__ as build_report
+from hydravit_kernels import _native
+
+ROOT = Path(__file__).parent.parent
+NO_COMPILER = {"CXX": "/nonexistent/c++"}
+
+
+def python(*arguments, cwd, **variables):
+    """Run Python with these environment variables and no HYDRAVIT_BUILD but the one given."""
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRAVIT_BUILD"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True)
+
+
+def load(where, **variables):
+    """Load the native part of the package in `where`; print whether, and why not."""
+    code = "from hydravit_kernels import _native; print(_native.__file__, _native.loaded, _native.why_not)"
+    return python("-c", code, cwd=where, **variables)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of the sources in which nothing was ever built."""
+    copy = tmp_path / "source"
+    built = shutil.ignore_patterns("_C.so", "_build_info.py", "__pycache__")
+    for folder in ("csrc", "hydravit", "hydravit_kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=built)
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def build(source, **variables):
+    """`setup.py build`, the part of an installation that differs between machines; return its result and its output."""
+    target = source.parent / "built"
+    return python("setup.py", "build", "--build-lib", target, cwd=source, **variables), target
+
+
+def test_library_is_loaded_where_it_is_demanded():
+    if os.environ.get("HYDRAVIT_BUILD") not in ("cpu", "cuda"):
+        pytest.skip("HYDRAVIT_BUILD does not demand the library")
+    assert _native.loaded and not _native.why_not
+    assert torch.ops.hydravit.cpu_isa() in _native.build_info["cpu_isas"].split()
+
+
+def test_loaded_or_a_reason():
+    assert _native.loaded == (_native.why_not == "")
+
+
+def test_kernels_see_no_torch():
+    files = [ROOT / "csrc" / "hydravit.h", *(ROOT / "csrc" / "cpu").iterdir(), *(ROOT / "csrc").glob("cuda/*")]
+    for file in files:
+        includes = re.findall(r'#\s*include\s*[<"]([^>"]+)', file.read_text())
+        assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/", "Python.h"))], file
+
+
+def test_report_names_every_part():
+    text = build_report.report()
+    assert torch.__version__ in text
+    for word in ("library", "native on cpu", "reference on cpu"):
+        assert word in text
+    if _native.loaded:
+        assert str(_native.path) in text
+        assert torch.ops.hydravit.cpu_isa() in text
+        assert "CUDA kernels" in text
+
+
+def test_none_leaves_the_library_alone():
+    result = load(Path(hydravit_kernels.__file__).parent.parent, HYDRAVIT_BUILD="none")
+    assert "False is switched off by HYDRAVIT_BUILD=none" in result.stdout, result.stderr
+
+
+def test_unknown_mode_is_refused():
+    result = load(Path(hydravit_kernels.__file__).parent.parent, HYDRAVIT_BUILD="gpu")
+    assert result.returncode and "expected auto, cpu, cuda or none" in result.stderr
+
+
+def test_import_fails_where_the_demanded_library_is_missing(source):
+    assert "False has no library" in load(source).stdout
+    result = load(source, HYDRAVIT_BUILD="cpu")
+    assert result.returncode and "ImportError: HYDRAVIT_BUILD=cpu demands the native backend" in result.stderr
+
+
+def test_library_that_does_not_load_is_reported(source):
+    (source / "hydravit_kernels" / "_C.so").write_text("not a library")
+    result = load(source)
+    assert "False cannot load its library" in result.stdout and "invalid ELF header" in result.stdout
+
+
+def test_demanded_cuda_kernels_are_missed_at_import():
+    if _native.build_info.get("cuda_architectures"):
+        pytest.skip("this library has CUDA kernels")
+    result = load(Path(hydravit_kernels.__file__).parent.parent, HYDRAVIT_BUILD="cuda")
+    assert result.returncode and "ImportError: HYDRAVIT_BUILD=cuda demands the native backend" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        (NO_COMPILER, "cmake failed"),
+        ({"HYDRAVIT_BUILD": "none"}, "switched off by HYDRAVIT_BUILD=none"),
+        ({"HYDRAVIT_TORCH_DIR": "/nonexistent"}, "torch was not found at build time"),
+    ],
+    ids=["no compiler", "none", "no torch"],
+)
+@pytest.mark.long
+def test_build_without_library_is_pure_python(source, variables, reason):
+    result, target = build(source, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"hydravit: no native library ({reason}" in result.stdout
+    assert not (target / "hydravit_kernels" / "_C.so").exists()
+    assert f"False has no library: {reason}" in load(target).stdout
+
+
+@pytest.mark.long
+def test_build_against_a_torch_that_is_too_old(source, tmp_path):
+    (tmp_path / "version.py").write_text("__version__ = '2.10.1+cpu'\n")
+    result, target = build(source, HYDRAVIT_TORCH_DIR=str(tmp_path))
+    assert "torch 2.10.1+cpu is older than 2.11" in load(target).stdout, result.stdout + result.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_build_fails_where_a_demanded_part_is_missing(source, mode):
+    result, target = build(source, HYDRAVIT_BUILD=mode, **NO_COMPILER)
+    assert result.returncode
+    assert f"hydravit: HYDRAVIT_BUILD={mode}, but no native library: cmake failed" in result.stderr
+
+
+@pytest.mark.long
+def test_failed_build_ships_no_earlier_library(source):
+    earlier = source.parent / "built" / "hydravit_kernels" / "_C.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("built before")
+    build(source, **NO_COMPILER)
+    assert not earlier.exists()
+
+
+@pytest.mark.long
+def test_install_without_nvcc(source, tmp_path):
+    if not _native.loaded:
+        pytest.skip(f"native {_native.why_not}")
+    install = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", ".")
+    result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", CUDACXX="/nonexistent/nvcc")
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = python("-m", "hydravit_kernels", cwd=tmp_path / "site", HYDRAVIT_BUILD="cpu")
+    assert str(tmp_path / "site") in result.stdout, result.stderr
+    assert re.search(r"CUDA kernels +none: \w+", result.stdout)

@@ -1,0 +1,423 @@
+"""The model at every width against a plain ViT with the sliced weights: logits and every gradient."""
+
+import copy
+import pickle
+import threading
+from contextlib import nullcontext
+
+import plain
+import pytest
+import torch
+
+import hydravit
+import hydravit_kernels as kernels
+from hydravit import HydraViTConfig, geometry
+from hydravit.config import CONFIGS, resolve_config
+
+SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+VARIANTS = {
+    "plain": {},
+    "registers, no_embed_class": {"register_tokens": 3, "no_embed_class": True},
+    "registers": {"register_tokens": 2},
+    "layer scale": {"layer_scale": 0.3},
+    "average pooling": {"pool": "avg"},
+    "no class token": {"pool": "avg", "class_token": False},
+    "no qkv bias": {"qkv_bias": False},
+    "grey, oblong, odd head": {"in_channels": 1, "image_size": (24, 40), "head_dim": 12, "mlp_ratio": 2.5},
+}
+
+
+def randomise(model):
+    """Weights at which every parameter matters: also norms, biases and tokens are far from their initial values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model
+
+
+def make(backend, config=SMALL, **kwargs):
+    return randomise(hydravit.fused_model(config=config, backend=backend, **kwargs))
+
+
+def images_for(config, batch=3):
+    return torch.randn(batch, config.in_channels, *config.image_size)
+
+
+def plain_results(model, subnets, images):
+    """Float64 logits of a plain ViT, one subnet per image or one for all, and all full-size gradients."""
+    images = images.double()
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    if not isinstance(subnets, list):
+        logits = plain.forward(weights, model.config, subnets, images)
+    else:
+        rows = [plain.forward(weights, model.config, s, images[i : i + 1]) for i, s in enumerate(subnets)]
+        logits = torch.cat(rows)
+    logits.square().sum().backward()
+    zero = {name: torch.zeros_like(w) for name, w in weights.items()}
+    return logits.detach(), {name: zero[name] if w.grad is None else w.grad for name, w in weights.items()}
+
+
+def poison(model, subnet):
+    """NaN in every element of every parameter that the subnetworks' own gradients never touch."""
+    subnets = subnet if isinstance(subnet, list) else [subnet]
+    touched = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    for s in subnets:
+        pick = {"patch_embed.proj.weight": (s.embed,), "patch_embed.proj.bias": (s.embed,)}
+        for token in ("cls_token", "reg_token", "pos_embed"):
+            pick[token] = (..., s.embed)
+        for norm in ("norm", "fc_norm"):
+            pick[norm + ".weight"] = pick[norm + ".bias"] = (s.embed,)
+        for i, layer in enumerate(s.layers):
+            block, e, qkv = f"blocks.{i}.", s.embed, layer.query + layer.key + layer.value
+            if layer.query:
+                pick |= {block + n: (e,) for n in ("norm1.weight", "norm1.bias", "attn.proj.bias", "ls1.gamma")}
+                pick |= {block + "attn.qkv.weight": (qkv, e), block + "attn.qkv.bias": (qkv,)}
+                pick[block + "attn.proj.weight"] = (e, layer.proj)
+            if layer.hidden:
+                pick |= {block + n: (e,) for n in ("norm2.weight", "norm2.bias", "mlp.fc2.bias", "ls2.gamma")}
+                pick |= {block + "mlp.fc1.weight": (layer.hidden, e), block + "mlp.fc1.bias": (layer.hidden,)}
+                pick[block + "mlp.fc2.weight"] = (e, layer.hidden)
+        width = model.config.embed
+        touched["head.weight"].view(-1, width)[torch.tensor(s.classes)[:, None], torch.tensor(s.embed)] = True
+        touched["head.bias"].view(-1)[s.classes] = True
+        for name, index in pick.items():
+            if name in touched:
+                if len(index) == 2 and index[0] is not ...:
+                    index = (torch.tensor(index[0])[:, None], torch.tensor(index[1]))
+                touched[name][index] = True
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter[~touched[name]] = float("nan")
+    return touched
+
+
+def assert_equal_numbers(actual, exact, name):
+    """Within 1e-4 of the float64 result in L2 norm; the blocks one by one are held to the error budget in test_ops."""
+    assert torch.isfinite(actual).all(), f"{name} is not finite"
+    error = torch.linalg.vector_norm(actual.detach().double() - exact)
+    size = torch.linalg.vector_norm(exact)
+    assert error <= 1e-4 * size, f"{name}: relative error {error / size:.2e}"
+
+
+def check(model, heads, subnet, images):
+    """Logits and all gradients, with NaN in every parameter element outside the slice."""
+    exact, gradients = plain_results(model, subnet, images)
+    touched = poison(model, subnet)
+    model.zero_grad()
+    logits = model(images, heads=heads)
+    logits.square().sum().backward()
+    assert_equal_numbers(logits, exact, "logits")
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_equal_numbers(gradient, gradients[name], name)
+        assert (gradient[~touched[name]] == 0).all(), f"{name}: gradient outside the slice"
+    with torch.no_grad():
+        assert_equal_numbers(model(images, heads=heads), exact, "logits without gradients")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_every_width_is_a_plain_vit(backend, heads, variant):
+    config = resolve_config(SMALL, **VARIANTS[variant])
+    check(make(backend, config), heads, plain.prefix(config, heads), images_for(config))
+
+
+@pytest.mark.parametrize("widths", [[1, 4, 2, 4], [3, 3, 3, 3], [4, 1, 1, 2]])
+@pytest.mark.parametrize("variant", ["plain", "layer scale", "average pooling"])
+def test_one_width_per_image(backend, widths, variant):
+    config = resolve_config(SMALL, **VARIANTS[variant])
+    model, images = make(backend, config), images_for(config, len(widths))
+    check(model, torch.tensor(widths), [plain.prefix(config, k) for k in widths], images)
+    mixed = model(images, heads=torch.tensor(widths))
+    for i, k in enumerate(widths):
+        alone = model(images[i : i + 1], heads=k)[0]
+        if backend == "native":
+            assert torch.equal(mixed[i], alone)
+        else:
+            torch.testing.assert_close(mixed[i], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_separate_classifiers(backend):
+    config = resolve_config(SMALL, separate_classifiers=(1, 2, 4))
+    widths = [4, 1, 2]
+    subnets = [plain.prefix(config, k) for k in widths]
+    for k, subnet in zip(widths, subnets, strict=True):
+        start = config.separate_classifiers.index(k) * config.num_classes
+        subnet.classes = list(range(start, start + config.num_classes))
+    images = images_for(config)
+    for k, subnet in zip(widths, subnets, strict=True):
+        check(make(backend, config), k, subnet, images)
+    check(make(backend, config), torch.tensor(widths), subnets, images)
+    with pytest.raises(ValueError, match="heads=3 has no classifier"):
+        make(backend, config)(images, heads=3)
+
+
+def test_scala_suffix_with_fused_rows(backend):
+    """The suffix of every axis; Q, K and V are thirds of the last 3 C rows, so roles mix; constant scale; eps 1e-5."""
+    config = SMALL
+    for width in (16, 32, 48):
+        channels = list(range(config.embed - width, config.embed))
+        rows = list(range(3 * config.embed - 3 * width, 3 * config.embed))
+        layer = plain.Layer(
+            rows[:width], rows[width : 2 * width], rows[2 * width :], channels, config.max_heads, config.head_dim**-0.5,
+            list(range(config.hidden - 4 * width, config.hidden)),
+        )  # fmt: skip
+        subnet = plain.Subnet(channels, [layer] * config.depth, 1e-5, list(range(config.num_classes)))
+        check(make(backend), geometry.scala(config, width, suffix=True), subnet, images_for(config))
+    with pytest.raises(ValueError, match="divisible"):
+        geometry.scala(config, 30, suffix=True)
+
+
+def test_skd_widths_per_layer(backend):
+    """A prefix inside every head, its own width in every layer, skipped branches; the stream is whole."""
+    config = resolve_config(SMALL, depth=4)
+    table = [(8, 96), (0, 40), (16, 0), (6, 256)]
+    full, pitch = config.embed, config.head_dim
+
+    def inside(role, r):
+        return [role * full + head * pitch + j for head in range(config.max_heads) for j in range(r)]
+
+    layers = [
+        plain.Layer(*(inside(role, r) for role in (0, 1, 2, 0)), config.max_heads, pitch**-0.5, list(range(m)))
+        for r, m in table
+    ]
+    subnet = plain.Subnet(list(range(full)), layers, config.norm_eps, list(range(config.num_classes)))
+    check(make(backend, config), geometry.skd(config, table), subnet, images_for(config))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_other_nestings(backend, heads):
+    config, full = SMALL, list(range(SMALL.embed))
+    hidden = list(range(heads * config.hidden_per_head))
+
+    def subnet(embed, width, count, hidden):
+        roles = [list(range(role * len(full), role * len(full) + width)) for role in range(3)]
+        layer = plain.Layer(*roles, list(range(width)), count, config.head_dim**-0.5, hidden)
+        return plain.Subnet(embed, [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
+
+    width = heads * config.head_dim
+    expected = {
+        "dynabert": subnet(full, width, heads, hidden),
+        "matformer": subnet(full, len(full), config.max_heads, hidden),
+        "sortednet": subnet(list(range(width)), width, config.max_heads, hidden),
+    }
+    for name, plain_subnet in expected.items():
+        nested = resolve_config(config, geometry=name)
+        check(make(backend, nested), heads, plain_subnet, images_for(config))
+
+
+def test_arbitrary_offsets(backend):
+    """Every interval somewhere in the middle, value heads narrower than query heads, a pitch wider than both."""
+    config = SMALL
+    attention = kernels.AttentionSlice(5, 37, 7, 80, 131, 3, 3, 11, 9, 13, 0.21)
+    mlp = kernels.MlpSlice(5, 37, 19, 101)
+    head = kernels.HeadSlice(5, 37, 2, 7)
+    embed = list(range(5, 42))
+
+    def heads_of(start, length):
+        return [start + h * 13 + j for h in range(3) for j in range(length)]
+
+    layer = plain.Layer(
+        heads_of(7, 11), heads_of(80, 11), heads_of(131, 9), heads_of(3, 9), 3, 0.21, list(range(19, 120))
+    )
+    subnet = plain.Subnet(embed, [layer] * 2, 1e-3, list(range(2, 9)))
+    any_geometry = geometry.Geometry(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
+    check(make(backend), any_geometry, subnet, images_for(config))
+
+
+def test_width_by_attribute_and_argument(backend):
+    model, images = make(backend), images_for(SMALL)
+    assert model.heads == 4
+    wide = model(images)
+    model.heads = 2
+    assert model.heads == 2
+    assert torch.equal(model(images), model(images, heads=2))
+    assert torch.equal(model(images, heads=4), wide)
+    assert model.heads == 2
+
+
+def test_features_and_head_compose(backend):
+    for variant in ("plain", "average pooling"):
+        model = make(backend, resolve_config(SMALL, **VARIANTS[variant]))
+        images = images_for(SMALL)
+        for heads in (2, torch.tensor([1, 3, 2])):
+            features = model.forward_features(images, heads)
+            assert features.shape == (3, 17, 32 if isinstance(heads, int) else 48)
+            logits = model.forward_head(features, heads)
+            torch.testing.assert_close(logits, model(images, heads=heads), rtol=1e-4, atol=1e-5)
+            assert model.forward_head(features, heads, pre_logits=True).shape == (3, features.shape[-1])
+
+
+def test_reset_classifier(backend):
+    model, images = make(backend), images_for(SMALL)
+    model.reset_classifier(7)
+    assert model.num_classes == 7 and model(images, heads=2).shape == (3, 7)
+    model.reset_classifier(0)
+    assert model(images, heads=2).shape == (3, 32)
+    assert model.get_classifier() is model.head
+
+
+def test_attention_maps(backend):
+    maps = make(backend).attention_maps(images_for(SMALL), heads=3)
+    assert [m.shape for m in maps] == [(3, 3, 17, 17)] * 2
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 3, 17))
+    assert make(backend).attention_maps(images_for(SMALL), geometry.skd(SMALL, [(0, 8), (8, 0)]))[0] is None
+
+
+def test_drop_path_keeps_the_mean(backend):
+    """In training whole branches of images are dropped and the rest scaled up; in evaluation nothing is."""
+    config = resolve_config(SMALL, drop_path=0.5)
+    model, images = make(backend, config), images_for(SMALL, 1).expand(64, -1, -1, -1)
+    model.eval()
+    assert torch.equal(model(images)[0], model(images)[1])
+    model.train()
+    with torch.no_grad():
+        logits = model(images)
+    distinct = torch.unique(logits.round(decimals=4), dim=0)
+    assert 2 <= len(distinct) <= 4  # the last layer's two branches, each dropped or not
+    logits = model(images)
+    logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_frozen_parameters_get_no_gradient(backend):
+    model, images = make(backend), images_for(SMALL)
+    reference = make(backend)
+    reference.load_state_dict(model.state_dict())
+    reference(images, heads=3).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("fc1" in name or "norm2" in name)
+    model(images, heads=3).square().sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
+        else:
+            assert parameter.grad is None, name
+
+
+def test_gradient_of_the_images(backend):
+    model, images = make(backend), images_for(SMALL)
+    images.requires_grad_()
+    model(images, heads=2).square().sum().backward()
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    exact = images.detach().double().requires_grad_()
+    plain.forward(weights, SMALL, plain.prefix(SMALL, 2), exact).square().sum().backward()
+    torch.testing.assert_close(images.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_autograd_grad_and_accumulation(backend):
+    model, images = make(backend), images_for(SMALL)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(model(images, heads=2).square().sum(), parameters)
+    assert all(p.grad is None for p in parameters)
+    for _ in range(2):
+        model(images, heads=2).square().sum().backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_second_order_is_the_references_alone(backend):
+    model, images = make(backend), images_for(SMALL)
+    (gradient,) = torch.autograd.grad(model(images, heads=2).square().sum(), model.pos_embed, create_graph=True)
+    if backend == "reference":
+        gradient.square().sum().backward()
+        assert torch.isfinite(model.blocks[0].attn.qkv.weight.grad).all()
+    else:
+        with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+            gradient.square().sum().backward()
+
+
+def test_copies_and_pickles(backend):
+    model, images = make(backend), images_for(SMALL)
+    model.heads = 3
+    expected = model(images)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.heads == 3 and other.backend == backend
+        assert torch.equal(other(images), expected)
+        with torch.no_grad():
+            other.head.bias.add_(1.0)
+        assert torch.equal(model(images), expected)
+
+
+def test_autocast(backend):
+    model, images = make(backend), images_for(SMALL)
+    exact = model(images, heads=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images, heads=3)
+        logits.float().square().sum().backward()
+        also = model(images.bfloat16(), heads=3)
+    torch.testing.assert_close(logits.float(), exact, rtol=0.1, atol=0.2)
+    assert torch.isfinite(also).all()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_threads_with_different_widths(backend):
+    """A call's width is its own: threads that run one model at different widths at once do not disturb each other."""
+    model, images = make(backend).eval(), images_for(SMALL)
+    with torch.no_grad():
+        expected = {k: model(images, heads=k) for k in (1, 2, 3, 4)}
+    wrong = []
+
+    def work(k):
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(model(images, heads=k), expected[k]):
+                    wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_same_bits_at_any_batch_size_and_thread_count():
+    reason = kernels.backends.report()["native"]
+    if reason != "available":
+        pytest.skip(reason)
+    model, images = make("native").eval(), images_for(SMALL, 5)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(model(images, heads=3))
+                results.append(torch.cat([model(image[None], heads=3) for image in images]))
+                results.append(model(images.flip(0), heads=3).flip(0))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_moving_chooses_the_backend_again(backend):
+    model = make("auto")
+    assert model.backend == kernels.select("auto")
+    with pytest.warns(UserWarning) if model.backend == "native" else nullcontext():
+        kernels.backends._fallbacks_told.clear()
+        assert model.to(torch.bfloat16).backend == "reference"
+    assert model.to(torch.float32).backend == kernels.select("auto")
+    if backend == "native":
+        with pytest.raises(RuntimeError, match="backend 'native'.*float32"):
+            make("native").to(torch.bfloat16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("heads", range(1, 13))
+def test_vit_base_at_every_width(backend, heads):
+    """The real shapes: 12 layers, 197 tokens, 12 heads of 64 channels."""
+    config = CONFIGS["base"]
+    check(make(backend, config), heads, plain.prefix(config, heads), images_for(config, 1))
+
+
+@pytest.mark.long
+def test_vit_base_with_six_widths_in_a_batch(backend):
+    config = CONFIGS["base"]
+    model, widths, images = make(backend, config).eval(), [1, 3, 12, 6, 3, 9], images_for(config, 6)
+    with torch.no_grad():
+        mixed = model(images, heads=torch.tensor(widths))
+        alone = torch.cat([model(image[None], heads=k) for image, k in zip(images, widths, strict=True)])
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=0 if backend == "native" else 1e-4)
