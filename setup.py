@@ -33,7 +33,7 @@ class NotBuilt(Exception):
 
 
 def find_torch() -> tuple[Path, str]:
-    """Directory and version of torch, without importing it: under build isolation it cannot be imported, yet it is there."""
+    """Directory and version of torch, not imported: under build isolation it cannot be, although it is there."""
     if named := os.environ.get("HYDRAVIT_TORCH_DIR"):
         candidates = [Path(named)]
     else:
@@ -56,7 +56,8 @@ def find_program(name: str) -> str | None:
 
 
 def run(*command) -> None:
-    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [str(part) for part in command]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, flush=True)
     if result.returncode:
         error = re.search(r"^[^\n]*\berror\b.*", result.stdout, re.I | re.M | re.S)

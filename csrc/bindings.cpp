@@ -261,7 +261,7 @@ AttentionBlock of_run(AttentionBlock block, int64_t image, int64_t images, const
   block.branch_scale = from_image(block.branch_scale, image);
   block.qkv = from_image(mutable_tokens_of(qkv), image);
   block.attended = from_image(mutable_tokens_of(attended), image);
-  if (logsumexp.dim() == 3) {
+  if (logsumexp.dim() == 2) {
     block.logsumexp = mutable_floats(logsumexp) + image * logsumexp.stride(0);
     block.logsumexp_image_stride = logsumexp.stride(0);
   }
@@ -290,11 +290,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
-  const auto saved = [&](int64_t first, int64_t second) {
-    return save ? torch::stable::new_empty(x, {batch, first, second}) : empty_output(x);
+  const auto saved = [&](const Integers& shape) {
+    return save ? torch::stable::new_empty(x, shape) : empty_output(x);
   };
-  const Tensor qkv = saved(tokens, arguments.qkv), attended = saved(tokens, arguments.attended);
-  const Tensor logsumexp = saved(arguments.heads, tokens);
+  const Tensor qkv = saved({batch, tokens, arguments.qkv}), attended = saved({batch, tokens, arguments.attended});
+  const Tensor logsumexp = saved({batch, arguments.heads * tokens});
   const MutableTokens all = mutable_tokens_of(y);
   for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
     AttentionBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, qkv, attended, logsumexp);
@@ -332,7 +332,7 @@ Tensor attention_block_backward(
   check(grad, "grad", {batch, tokens, width});
   check(qkv, "qkv", {batch, tokens, arguments.qkv});
   check(attended, "attended", {batch, tokens, arguments.attended});
-  check(logsumexp, "logsumexp", {batch, arguments.heads, tokens});
+  check(logsumexp, "logsumexp", {batch, arguments.heads * tokens});
   STD_TORCH_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
   for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {

@@ -86,7 +86,7 @@ class Preprocessing:
             ValueError: another number of channels (a Pillow image is converted to grey or colour as needed).
         """
         bands = [self._resize_and_crop(band) for band in self._bands(image)]
-        pixels = torch.from_numpy(np.concatenate(bands, axis=2)).permute(2, 0, 1).float().div_(255)
+        pixels = torch.from_numpy(np.concatenate(bands, axis=2)).permute(2, 0, 1).contiguous().float().div_(255)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return pixels.sub_(mean).div_(std)
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import struct
 import warnings
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def read_checkpoint(path: str | os.PathLike, *, prefer_ema: bool = True) -> Chec
         raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    open(path, "rb").close()  # whatever fails from here on is the content: torch raises OSError for a torn file, too
     try:
         if path.suffix == ".safetensors":
             content, metadata = load_file(path), _safetensors_metadata(path)
@@ -70,8 +72,6 @@ def read_checkpoint(path: str | os.PathLike, *, prefer_ema: bool = True) -> Chec
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer stores its arguments
                 content = torch.load(path, map_location="cpu", weights_only=True)
             metadata = content.get(METADATA, {}) if isinstance(content, Mapping) else {}
-    except OSError:
-        raise
     except Exception as error:  # pickle, zip and safetensors each have their own kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = "a whole safetensors file" if path.suffix == ".safetensors" else "a whole torch file of tensors"
@@ -133,12 +133,19 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], object]) -> N
     path = Path(os.path.realpath(path))  # a link keeps pointing to its file
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         writer(temporary)
+        temporary.chmod(mode)  # safetensors' own are for the owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(getattr(error, "errno", None), f"could not be written: {error}", str(path)) from error
+        # torch words a full disk as an inconsistent position in a file, so say what is left, too.
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        failure = OSError(f"{path} could not be written ({free >> 20} MiB free there): {error}")
+        failure.errno = getattr(error, "errno", None)
+        raise failure from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":

@@ -32,8 +32,8 @@ def _load(wanted: str) -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        built_for = build_info.get("torch", "an unknown version")
-        return f"cannot load its library (built with torch {built_for}, running {torch.__version__}): {error}"
+        versions = f"built with torch {build_info.get('torch', 'of unknown version')}, running {torch.__version__}"
+        return f"cannot load its library ({versions}): {error.__cause__ or error}"
     return ""
 
 

@@ -17,7 +17,7 @@ largest slice, each image filling the front of its own part:
 
     ``qkv``             ``(B, N, heads * (2 * head_dim + value_dim))``, laid out Q | K | V
     ``attended``        ``(B, N, heads * value_dim)``
-    ``logsumexp``       ``(B, heads, N)``, of the scaled scores
+    ``logsumexp``       ``(B, heads * N)``, of the scaled scores (flat: a dimension of one head is another graph)
     ``hidden``          ``(B, N, hidden)``, before GELU
 
 A ``*_backward`` returns the gradient of the activations (empty unless ``x_grad``) and **adds** the gradients of the
@@ -107,7 +107,7 @@ def _attention_block(x, *arguments):
         y,
         x.new_empty((batch, tokens, qkv)),
         x.new_empty((batch, tokens, attended)),
-        x.new_empty((batch, _largest(heads), tokens), dtype=torch.float32),
+        x.new_empty((batch, _largest(heads) * tokens), dtype=torch.float32),
     )
 
 

@@ -95,7 +95,7 @@ def test_import_fails_where_the_demanded_library_is_missing(source):
 
 
 def test_library_that_does_not_load_is_reported(source):
-    (source / "hydravit_kernels" / "_C.so").write_text("not a library")
+    (source / "hydravit_kernels" / "_C.so").write_text("not a library" * 100)
     result = load(source)
     assert "False cannot load its library" in result.stdout and "invalid ELF header" in result.stdout
 

@@ -81,7 +81,7 @@ def test_round_trip_keeps_everything(tmp_path, suffix, variant):
 
 def test_low_precision_and_wrapped_models_are_saved_as_they_are(tmp_path):
     model = make().to(torch.bfloat16)
-    save_checkpoint(tmp_path / "a.safetensors", torch.compile(model))
+    save_checkpoint(tmp_path / "a.safetensors", torch.nn.DataParallel(model))
     checkpoint = read_checkpoint(tmp_path / "a.safetensors")
     assert set(checkpoint.state_dict) == set(model.state_dict())
     assert checkpoint.state_dict["pos_embed"].dtype == torch.bfloat16
@@ -483,9 +483,8 @@ def test_preprocessing_of_images_and_tensors():
     assert result.shape == (3, 32, 32) and result.dtype == torch.float32 and result.is_contiguous()
     assert torch.equal(result, preprocess(pixels))
     exact = Preprocessing(image_size=(40, 60), crop=1.0)(pixels)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (exact_mean := IMAGENET_MEAN, preprocess.std))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, preprocess.std))
     torch.testing.assert_close(exact * std + mean, pixels / 255)
-    assert len(exact_mean) == 3
     assert preprocess(image.convert("L")).shape == preprocess(image.convert("P")).shape == (3, 32, 32)
     assert preprocess(image.convert("RGBA").resize((7, 90))).shape == (3, 32, 32)
     assert Preprocessing(image_size=(16, 48))(image).shape == (3, 16, 48)
@@ -495,7 +494,7 @@ def test_preprocessing_of_other_channels():
     grey = Preprocessing.for_model(resolve_config(SMALL, in_channels=1))
     assert grey.mean == (0.5,) and grey.crop == 1.0 and grey.image_size == (32, 32)
     deep = Image.fromarray(np.full((32, 32), 128 << 8, np.uint16))
-    assert torch.allclose(grey(deep), torch.tensor((128 / 255 - 0.5) / 0.5))
+    assert torch.allclose(grey(deep), torch.tensor((128 / 255 - 0.5) / 0.5), atol=1e-6)
     five = Preprocessing.for_model(resolve_config(SMALL, in_channels=5), crop=0.8)
     assert five(torch.zeros(5, 20, 20, dtype=torch.uint8)).shape == (5, 32, 32)
     with pytest.raises(ValueError, match="the model has 5: pass a uint8 tensor"):

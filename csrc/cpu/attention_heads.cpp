@@ -30,19 +30,6 @@ void score(int64_t tokens, int64_t depth, const float* keys, const float* querie
                                                               scores + token * kQueries, kQueries, false});
 }
 
-// The sum of term(token), in blocks so that long sums keep their precision.
-template <class Term>
-Vec sum_over(int64_t tokens, const Term& term) {
-  constexpr int64_t kBlock = 16;
-  Vec total{};
-  for (int64_t begin = 0; begin < tokens; begin += kBlock) {
-    Vec part{};
-    for (int64_t token = begin; token < smaller(tokens, begin + kBlock); token++) part += term(token);
-    total += part;
-  }
-  return total;
-}
-
 // scores -> e^(scores * scale - max), lane by lane; the lanes' sums and maxima.
 void exponentiate(int64_t tokens, float scale, float* scores, float* sums, float* maxima) {
   for (int half = 0; half < 2; half++) {

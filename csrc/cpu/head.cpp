@@ -8,18 +8,16 @@ namespace {
 
 // pooled (B, Dk), contiguous.
 void pool(const Threads& threads, const Head& block, float* pooled) {
-  const float count = static_cast<float>(block.pool_stop - block.pool_start);
-  parallel_ranges(threads, block.batch, (block.pool_stop - block.pool_start) * block.embed,
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t image = begin; image < end; image++)
-                      for (int64_t c = 0; c < block.embed; c += kWidth) {
-                        Vec total{};
-                        const float* x = block.x.data + image * block.x.image_stride + c;
-                        for (int64_t token = block.pool_start; token < block.pool_stop; token++)
-                          total += load(x + token * block.x.token_stride, block.embed - c);
-                        store(pooled + image * block.embed + c, total / count, block.embed - c);
-                      }
-                  });
+  const int64_t tokens = block.pool_stop - block.pool_start;
+  parallel_ranges(threads, block.batch, tokens * block.embed, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; image++)
+      for (int64_t c = 0; c < block.embed; c += kWidth) {
+        const float* x = block.x.data + image * block.x.image_stride + block.pool_start * block.x.token_stride + c;
+        const Vec total =
+            sum_over(tokens, [&](int64_t token) { return load(x + token * block.x.token_stride, block.embed - c); });
+        store(pooled + image * block.embed + c, total / static_cast<float>(tokens), block.embed - c);
+      }
+  });
 }
 
 Norm norm_of(const Head& block, const float* pooled) {

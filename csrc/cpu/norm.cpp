@@ -5,14 +5,13 @@ namespace hydravit::HYDRAVIT_ISA {
 namespace {
 
 RowStatistics statistics_of(const float* x, int64_t channels, float eps) {
-  Vec total{};
-  for (int64_t c = 0; c < channels; c += kWidth) total += load(x + c, channels - c);
+  const int64_t vectors = divide_up(channels, kWidth);
+  const Vec total = sum_over(vectors, [&](int64_t i) { return load(x + i * kWidth, channels - i * kWidth); });
   const float mean = sum(total) / static_cast<float>(channels);
-  Vec squares{};
-  for (int64_t c = 0; c < channels; c += kWidth) {
-    const Vec centred = load(x + c, channels - c, mean) - mean;
-    squares += centred * centred;
-  }
+  const Vec squares = sum_over(vectors, [&](int64_t i) {
+    const Vec centred = load(x + i * kWidth, channels - i * kWidth, mean) - mean;
+    return centred * centred;
+  });
   const float variance = sum(squares) / static_cast<float>(channels);
   return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }

@@ -67,6 +67,19 @@ static inline float sum(Vec value) {
   return lanes[0];
 }
 
+// The sum of term(i) for i in [0, count), in blocks so that long sums keep their precision.
+template <class Term>
+static inline Vec sum_over(int64_t count, const Term& term) {
+  constexpr int64_t kBlock = 16;
+  Vec total{};
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    Vec part{};
+    for (int64_t i = begin; i < smaller(count, begin + kBlock); i++) part += term(i);
+    total += part;
+  }
+  return total;
+}
+
 // e^x within 1 ulp for -87.3 <= x <= 88.3: zero below, e^88.3 above, NaN stays NaN.
 static inline Vec exp(Vec x) {
   const Vec low = splat(-87.3f), high = splat(88.3f);

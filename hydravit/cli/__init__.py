@@ -26,13 +26,14 @@ Every command has its own --help with examples.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for wrong input, or 130 when interrupted."""
     args = _parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
+            args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has enough; nothing more may be written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         if os.environ.get("HYDRAVIT_DEBUG") == "1":
             raise
         message = " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model, positive
+from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model
 
 _EXAMPLES = """examples:
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
@@ -32,7 +32,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument("--accuracy-only", action="store_true", help="do not measure latency and memory")
-    parser.add_argument("--seconds", type=positive, default=1, metavar="N", help="of timing per width and backend")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing per width and backend (default: 1)")
     parser.add_argument("--out", metavar="FOLDER", help="where results.json and results.png go")
 
 

@@ -8,9 +8,10 @@ import torch
 
 from hydravit.cli import parse_heads
 from hydravit.config import HydraViTConfig
+from hydravit.factory import fused_model
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
-from hydravit.weights import Checkpoint, infer_config, load_weights, read_checkpoint
+from hydravit.weights import Checkpoint, infer_config, read_checkpoint
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:
@@ -33,11 +34,13 @@ def positive(text: str) -> int:
 def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preprocessing]:
     """The model, ready for inference, what else its checkpoint says, and how its images are prepared."""
     checkpoint = read_checkpoint(args.checkpoint)
-    config = config_of(checkpoint)
-    model = HydraViT(config, trained_heads=checkpoint.trained_heads, backend=args.backend, device=_device(args.device))
-    load_weights(model, checkpoint)
-    model.allow_untrained = args.allow_untrained
-    return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(config)
+    model = fused_model(
+        checkpoint=checkpoint,
+        backend=args.backend,
+        device=_device(args.device),
+        allow_untrained=args.allow_untrained,
+    )
+    return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(model.config)
 
 
 def config_of(checkpoint: Checkpoint) -> HydraViTConfig:

@@ -1,0 +1,59 @@
+"""``hydravit extract``: one width as a plain Vision Transformer's file, for tools that know nothing of slices."""
+
+from __future__ import annotations
+
+import argparse
+
+_EXAMPLES = """examples:
+  hydravit extract --checkpoint runs/demo/model.safetensors --heads 3 --out vit3.safetensors
+  hydravit evaluate --checkpoint vit3.safetensors --data digits --accuracy-only
+"""
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "extract",
+        help="one width as a plain ViT's file",
+        description="Write one width as a plain Vision Transformer under timm's names; it also is a checkpoint here.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
+    parser.add_argument("--heads", required=True, type=int, metavar="K", help="the width")
+    parser.add_argument("--allow-untrained", action="store_true", help="also a width the checkpoint was not trained at")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .pt or .pth")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hydravit.config import resolve_config
+    from hydravit.extract import extract, extract_config
+    from hydravit.factory import fused_model
+    from hydravit.model import HydraViT
+    from hydravit.weights import read_checkpoint, save_checkpoint
+
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = fused_model(checkpoint=checkpoint, backend="reference", allow_untrained=args.allow_untrained)
+    weights, geometry = extract(model, args.heads), model.geometry(args.heads)
+    heads, width = geometry.attention[0].heads, geometry.embed.embed
+    config = resolve_config(
+        model.config,
+        geometry="hydravit",  # of which the plain ViT is the full width
+        max_heads=heads,
+        head_dim=width // heads,
+        mlp_ratio=geometry.mlp[0].hidden / width,
+        norm_eps=geometry.eps,
+        separate_classifiers=(),
+    )
+    plain = HydraViT(config, backend="reference")
+    plain.load_state_dict(weights)
+    save_checkpoint(
+        args.out,
+        plain,
+        trained_heads=(heads,),
+        preprocessing=checkpoint.preprocessing,
+        class_names=checkpoint.class_names,
+    )
+    arguments = extract_config(model, args.heads)
+    arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={geometry.eps})"
+    print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
+    print("timm's VisionTransformer(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")

@@ -1,0 +1,201 @@
+"""The commands end to end on a tiny checkpoint, and what users get for wrong input: one line and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hydravit import HydraViT, HydraViTConfig
+from hydravit.cli import main, parse_heads
+from hydravit.data import load_dataset
+from hydravit.weights import save_checkpoint
+
+TINY = HydraViTConfig(image_size=8, patch_size=4, in_channels=1, num_classes=10, depth=2, max_heads=3, head_dim=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint trained at widths 1 and 3 (or so it says), and two pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = HydraViT(TINY, trained_heads=(1, 3), backend="reference")
+    data = load_dataset("digits", split="test")
+    save_checkpoint(
+        folder / "model.safetensors", model, preprocessing=data.preprocessing, class_names=[f"n{i}" for i in range(10)]
+    )
+    save_checkpoint(folder / "digits.pt", model, preprocessing=data.preprocessing, class_names=data.class_names)
+    (folder / "pictures").mkdir()
+    for i in range(2):
+        Image.effect_noise((20, 16), 60).save(folder / "pictures" / f"{i}.png")
+    return folder
+
+
+def hydravit(*arguments, backend="reference") -> int:
+    if arguments[0] in ("evaluate", "predict"):
+        arguments = (*arguments, "--backend", backend)
+    return main([str(argument) for argument in arguments])
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line of a command that must fail."""
+    assert hydravit(*arguments) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("hydravit: warning:")]
+    assert len(lines) == 1 and lines[0].startswith("hydravit: error: ") and "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "heads"),
+    [("6", (6,)), ("12, 3,6", (3, 6, 12)), ("3-5", (3, 4, 5)), ("1,3-4,3", (1, 3, 4)), ("all", tuple(range(1, 13)))],
+)
+def test_lists_of_heads(text, heads):
+    assert parse_heads(text, 12) == heads
+
+
+@pytest.mark.parametrize("text", ["", "0", "13", "3-13", "5-3", "-3", "3-", "1,,2", "1.5", "three", "3:6"])
+def test_wrong_lists_of_heads(text):
+    with pytest.raises(ValueError, match="heads"):
+        parse_heads(text, 12)
+
+
+def test_evaluate_writes_table_json_and_plot(folder, capsys):
+    out = folder / "results"
+    digits = ("evaluate", "--checkpoint", folder / "digits.pt", "--data", "digits")
+    assert hydravit(*digits, "--out", out, "--seconds", 0.1, "--heads", "1,3") == 0
+    table = capsys.readouterr().out
+    assert "GMACs" in table and "599 images" in table
+    results = json.loads((out / "results.json").read_text())
+    assert [row["heads"] for row in results["widths"]] == [1, 3]
+    assert results["data"] == {"source": "digits", "split": "test", "skipped": 0}
+    assert (out / "results.png").exists()
+    assert hydravit(*digits, "--accuracy-only", "--heads", "all") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["1", "3"]
+    assert hydravit(*digits, "--accuracy-only", "--heads", "2", "--allow-untrained") == 0
+
+
+def test_evaluate_skips_and_counts_corrupt_files(folder, tmp_path, capsys):
+    for name in ("n3", "n7"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.effect_noise((20, 16), 60).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "n3" / "bad.png").write_bytes(b"")
+    photos = ("evaluate", "--checkpoint", folder / "model.safetensors", "--data", tmp_path, "--accuracy-only")
+    assert "bad.png: cannot be read as an image (empty file)" in fails(capsys, *photos)
+    assert hydravit(*photos, "--split", "all", "--skip-corrupt") == 0
+    out, err = capsys.readouterr()
+    assert "6 images" in out and "skipped 1 unreadable file(s)" in out and "hydravit: warning: " in err
+
+
+def test_predict_shows_names_and_probabilities(folder, capsys):
+    predict = ("predict", folder / "pictures", "--checkpoint", folder / "model.safetensors")
+    assert hydravit(*predict) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 6 and lines[0].endswith("0.png") and lines[1].split()[1].startswith("n")
+    assert hydravit(*predict, "--heads", "all", "--top", "2") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["k=1", "k=3"]
+    assert hydravit(*predict, "--json", "--top", "10", "--batch-size", "1") == 0
+    answers = json.loads(capsys.readouterr().out)
+    for answer in answers:
+        (width,) = answer["widths"]
+        assert width["heads"] == 3 and sum(c["probability"] for c in width["classes"]) == pytest.approx(1)
+        assert all(c["name"] == f"n{c['label']}" for c in width["classes"])
+
+
+def test_predict_skips_corrupt_files(folder, tmp_path, capsys):
+    Image.effect_noise((20, 16), 60).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no")
+    predict = ("predict", tmp_path, "--checkpoint", folder / "model.safetensors")
+    assert "bad.png: cannot be read as an image" in fails(capsys, *predict)
+    assert hydravit(*predict, "--skip-corrupt") == 0
+    assert "skipped 1" in capsys.readouterr().err
+
+
+def test_info(folder, capsys):
+    assert hydravit("info") == 0
+    assert torch.__version__ in capsys.readouterr().out
+    assert hydravit("info", "--config", "base") == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["12", "?", "86.6", "M", "17.56"]
+    assert hydravit("info", "--checkpoint", folder / "digits.pt") == 0
+    out = capsys.readouterr().out
+    assert "trained widths" in out and [line.split()[1] for line in out.splitlines()[-3:]] == ["yes", "no", "yes"]
+
+
+def test_extract_writes_a_plain_vit(folder, tmp_path, capsys):
+    out = tmp_path / "vit.safetensors"
+    assert hydravit("extract", "--checkpoint", folder / "digits.pt", "--heads", 1, "--out", out) == 0
+    assert "embed_dim=4, depth=2, num_heads=1" in capsys.readouterr().out
+    assert load_file(out)["blocks.0.attn.qkv.weight"].shape == (12, 4)
+    tops = []
+    for checkpoint in (folder / "digits.pt", out):
+        evaluate = ("evaluate", "--checkpoint", checkpoint, "--data", "digits", "--heads", "1", "--accuracy-only")
+        assert hydravit(*evaluate) == 0
+        tops.append(capsys.readouterr().out.splitlines()[1])
+    assert tops[0] == tops[1]
+    assert "not trained" in fails(
+        capsys, "extract", "--checkpoint", folder / "digits.pt", "--heads", 2, "--out", tmp_path / "x.pt"
+    )
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
+    model = ("--checkpoint", folder / "model.safetensors")
+    (tmp_path / "bad.safetensors").write_text("no")
+    evaluate, digits = ("evaluate", *model, "--accuracy-only", "--data"), folder / "digits.pt"
+    assert "nowhere.pt does not exist" in fails(capsys, "predict", tmp_path, "--checkpoint", "nowhere.pt")
+    assert "bad.safetensors cannot be read" in fails(capsys, "info", "--checkpoint", tmp_path / "bad.safetensors")
+    assert "unknown config 'huge'" in fails(capsys, "info", "--config", "huge")
+    assert "neither digits, fashion-mnist nor a folder" in fails(capsys, *evaluate, "cifar10")
+    assert "classes are unknown to the model" in fails(capsys, *evaluate, "digits")
+    assert "heads '4': must be in 1..3" in fails(capsys, *evaluate, "digits", "--heads", 4)
+    assert "[2] were not trained; trained: [1, 3]" in fails(capsys, *evaluate, "digits", "--heads", "1-2")
+    assert "device string: toaster" in fails(capsys, *evaluate, "digits", "--device", "toaster")
+    assert "no such file or folder" in fails(capsys, "predict", tmp_path / "x.png", *model)
+    assert "folder without images" in fails(capsys, "predict", tmp_path, *model)
+    (tmp_path / "file").touch()
+    good = ("evaluate", "--checkpoint", digits, "--data", "digits", "--accuracy-only", "--out")
+    assert str(tmp_path / "file") in fails(capsys, *good, tmp_path / "file")
+    assert "vit.bin" in fails(capsys, "extract", "--checkpoint", digits, "--heads", 1, "--out", tmp_path / "vit.bin")
+    assert main(["evaluate", *map(str, model), "--data", "digits", "--backend", "quantum"]) == 2
+    assert "unknown backend 'quantum'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["evaluate"], ["predict", "x.png"], ["evaluate", "--batch-size", "0"]]
+)
+def test_wrong_arguments_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "info", "extract"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"hydravit {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_debugging_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("HYDRAVIT_DEBUG", "1")
+    with pytest.raises(ValueError, match="unknown config"):
+        main(["info", "--config", "huge"])
+
+
+def test_importing_hydravit_is_lean():
+    code = "import sys, hydravit, hydravit.cli; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "sklearn", "PIL", "timm", "torchvision", "triton"} & set(modules)
+
+
+def test_the_program_ends_quietly_when_its_reader_has_enough():
+    code = "import sys; from hydravit.cli import main; sys.exit(main(['info', '--config', 'base']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+"""What PyTorch asks of an op and a module: schemas, fakes, torch.compile at every width, memory, DDP."""
+
+import pytest
+import torch
+import torch.utils._python_dispatch
+from torch._dynamo.utils import counters
+
+import hydravit
+from hydravit import HydraViTConfig
+from hydravit_kernels import backends, ops
+
+native = pytest.mark.skipif(backends.report()["native"] != "available", reason=backends.report()["native"])
+
+TWELVE = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=12, head_dim=8, num_classes=10)
+
+
+def calls():
+    """One call of every native op on small tensors, with every optional argument: name to arguments."""
+    d, embed, tokens, batch, full = 8, 16, 5, 3, 24
+    attention, mlp = [4, embed, 2, 26, 50, 3, 2, d, d, d], [4, embed, 7, 30]
+    x = torch.randn(batch, tokens, embed)
+    norms = (torch.randn(full), torch.randn(full))
+    scales = (torch.randn(full), torch.rand(batch))
+    qkv = (torch.randn(3 * full, full), torch.randn(3 * full), torch.randn(full, full), torch.randn(full))
+    fc = (torch.randn(96, full), torch.randn(96), torch.randn(full, 96), torch.randn(full))
+    stem = (torch.randn(full, 3, 4, 4), torch.randn(full), *(torch.randn(1, n, full) for n in (1, 2, 4)))
+    images, classifier = torch.randn(batch, 3, 4, 4), (torch.randn(10, full), torch.randn(10))
+    one = torch.zeros(batch, dtype=torch.int64)
+
+    def buffers(parameters):
+        return tuple(torch.zeros_like(p) for p in parameters)
+
+    def run(name, *arguments):
+        return getattr(torch.ops.hydravit, f"{name}_native")(*arguments)
+
+    attention_inputs = (*norms, *qkv, *scales, attention, [0.3], 1e-6, one)
+    mlp_inputs = (*norms, *fc, *scales, mlp, 1e-6, one)
+    head_inputs = (x, *norms, *classifier, 1, tokens, [4, embed, 2, 6], 1e-6, one)
+    stem_inputs = (images, *stem[:4], torch.randn(1, 4, full), [4, embed], one)
+    y, *attention_saved = run("attention_block", x, *attention_inputs, True)
+    _, hidden = run("mlp_block", x, *mlp_inputs, True)
+    return {
+        "stem": stem_inputs,
+        "stem_backward": (torch.randn(batch, 4, embed), *stem_inputs, True, *buffers(stem_inputs[1:6])),
+        "attention_block": (x, *attention_inputs, True),
+        "attention_block_backward": (
+            torch.randn_like(y), x, *attention_saved, *attention_inputs, True, *buffers((*norms, *qkv, scales[0])),
+        ),
+        "mlp_block": (x, *mlp_inputs, False),
+        "mlp_block_backward": (torch.randn_like(y), x, hidden, *mlp_inputs, True, *buffers((*norms, *fc, scales[0]))),
+        "head": head_inputs,
+        "head_backward": (torch.randn(batch, 6), *head_inputs, True, *buffers((*norms, *classifier))),
+    }  # fmt: skip
+
+
+@native
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_opcheck(name):
+    """Schema (mutation and aliasing), fake kernel and tracing with symbolic sizes agree with the real kernel."""
+    op = getattr(torch.ops.hydravit, f"{name}_native").default
+    torch.library.opcheck(op, calls()[name], test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def compiled(kernels, compiler="aot_eager"):
+    torch._dynamo.reset()
+    counters.clear()
+    model = hydravit.fused_model(config=TWELVE, backend=kernels)
+    return model, torch.compile(model, fullgraph=True, backend=compiler)
+
+
+def check_gradients(model, logits, expected):
+    results = []
+    for value in (logits, expected):
+        model.zero_grad()
+        value.square().sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+ORDERS = {"falling": range(12, 0, -1), "rising": range(1, 13), "mixed": [5, 1, 12, *range(2, 12)]}
+
+
+@native
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("way", ["argument", "attribute"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_two_graphs_serve_twelve_widths(way, grad, order):
+    model, graph = compiled("native")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(grad):
+        for heads in ORDERS[order]:
+            if way == "argument":
+                logits = graph(images, heads=heads)
+            else:
+                model.heads = heads
+                logits = graph(images)
+            expected = model(images, heads=heads)
+            torch.testing.assert_close(logits, expected)
+            if grad and heads in (1, 5):
+                check_gradients(model, logits, expected)
+    assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+
+
+@native
+def test_one_graph_serves_every_mixture_of_widths():
+    model, graph = compiled("native")
+    images = torch.randn(3, 3, 32, 32)
+    for widths in ([1, 12, 5], [3, 3, 3], [7, 2, 11]):
+        logits = graph(images, heads=torch.tensor(widths))
+        torch.testing.assert_close(logits, model(images, heads=torch.tensor(widths)))
+        check_gradients(model, logits, model(images, heads=torch.tensor(widths)))
+    assert counters["stats"]["unique_graphs"] == 1
+    with pytest.raises(RuntimeError, match="subnet"):
+        graph(images, heads=torch.tensor([0, 1, 2]))
+
+
+def test_reference_compiles():
+    """Views of a symbolic width; a single head is a graph of its own, because PyTorch always specialises size one."""
+    model, graph = compiled("reference")
+    images = torch.randn(2, 3, 32, 32)
+    for heads in (12, 3, 7, 1, 2):
+        logits, expected = graph(images, heads=heads), model(images, heads=heads)
+        torch.testing.assert_close(logits, expected)
+        check_gradients(model, logits, expected)
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
+@native
+@pytest.mark.long
+def test_inductor():
+    model, graph = compiled("native", "inductor")
+    images = torch.randn(2, 3, 32, 32)
+    for heads in (12, 3, 7, 1):
+        logits, expected = graph(images, heads=heads), model(images, heads=heads)
+        torch.testing.assert_close(logits, expected)
+        check_gradients(model, logits, expected)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+class LargestAllocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """Largest tensor, in elements, that any op returned in storage that was not there before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("heads", [1, 5, 12])
+def test_forward_allocates_nothing_of_a_weights_size(backend, heads):
+    """Few tokens and large weights: whatever is as large as the smallest sliced weight matrix would be a copy of it."""
+    config = HydraViTConfig(image_size=32, patch_size=16, depth=2, max_heads=12, head_dim=32, num_classes=10)
+    model = hydravit.fused_model(config=config, backend=backend).eval()
+    images = torch.randn(1, 3, 32, 32)
+    width = heads * config.head_dim
+    with torch.no_grad(), LargestAllocation([images, *model.parameters()]) as seen:
+        model(images, heads=heads)
+    assert 0 < seen.largest <= config.tokens * 4 * width, seen.largest  # the hidden layer is the largest activation
+    if heads > 1:
+        assert seen.largest < width * width
+
+
+def test_switching_width_prepares_nothing(backend):
+    """The first call at a width resolves its geometry; from then on nothing is made per width."""
+    model, images = hydravit.fused_model(config=TWELVE, backend=backend), torch.randn(1, 3, 32, 32)
+    for heads in range(1, 13):
+        model(images, heads=heads)
+    resolved = {heads: id(model.geometry(heads)) for heads in range(1, 13)}
+    for heads in (3, 12, 3, 1):
+        model(images, heads=heads)
+    assert {heads: id(model.geometry(heads)) for heads in range(1, 13)} == resolved
+
+
+def _ddp_worker(rank, port, backend, queue):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = hydravit.fused_model(config=TWELVE, backend=backend)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    images = torch.randn(4, 3, 32, 32)
+    parallel(images[2 * rank : 2 * rank + 2], heads=(3, 7)[rank]).square().mean().backward()
+    if rank == 0:
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        halves = [model(images[:2], heads=3).square().mean(), model(images[2:], heads=7).square().mean()]
+        (sum(halves) / 2).backward()
+        queue.put(max((a - p.grad).abs().max().item() for a, p in zip(gradients, model.parameters(), strict=True)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_ddp_with_another_width_on_every_rank(backend):
+    """Full-size gradients make ranks of different widths an ordinary all-reduce."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_ddp_worker, args=(rank, port, backend, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    assert queue.get(timeout=120) < 1e-5
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0

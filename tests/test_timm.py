@@ -1,0 +1,242 @@
+"""Against timm: the same names, the same numbers at every width, its registry and its transforms."""
+
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from PIL import Image
+
+if find_spec("timm") is None:
+    pytest.skip("timm is not installed", allow_module_level=True)
+
+import hydravit.timm_models  # noqa: F401, I001  before timm: it repairs torchvision's import
+import timm
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+
+from hydravit import HydraViTConfig, fused_model, geometry
+from hydravit.config import resolve_config
+from hydravit.extract import extract, extract_config
+from hydravit.model import HydraViT
+from hydravit.preprocessing import Preprocessing
+from hydravit.weights import infer_config, load_weights, save_checkpoint
+
+SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+TINY = HydraViTConfig(max_heads=3, depth=2)  # the width of ViT-Ti at full image size
+VARIANTS = {
+    "plain": {},
+    "registers, no_embed_class": {"register_tokens": 3, "no_embed_class": True},
+    "layer scale, no bias": {"layer_scale": 0.3, "qkv_bias": False},
+    "average pooling": {"pool": "avg"},
+    "no class token, grey, oblong": {"pool": "avg", "class_token": False, "in_channels": 1, "image_size": (24, 40)},
+    "other ratio, epsilon": {"mlp_ratio": 2.5625, "norm_eps": 1e-3},
+    "separate classifiers": {"separate_classifiers": (1, 2, 3, 4)},
+    "no classifier": {"num_classes": 0},
+}
+
+
+def make(config=SMALL, **overrides):
+    """A model with no parameter left at zero or one, so that a wrong place shows."""
+    model = HydraViT(resolve_config(config, **overrides), backend="reference").eval()
+    return shake(model)
+
+
+def shake(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def images(config, batch=2):
+    return torch.randn(batch, config.in_channels, *config.image_size)
+
+
+def timm_vit(config, heads):
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.in_channels,
+        num_classes=config.num_classes,
+        embed_dim=heads * config.head_dim,
+        depth=config.depth,
+        num_heads=heads,
+    ).eval()
+
+
+def first_heads(state, config, heads):
+    """Slices of a full ViT's weights, written from the paper's table and not from the package's geometry."""
+    width, full = heads * config.head_dim, config.embed
+    result = {}
+    for name, tensor in state.items():
+        if ".qkv." in name:
+            tensor = tensor.unflatten(0, (3, full))[:, :width].flatten(0, 1)
+        elif ".fc1." in name:
+            tensor = tensor[: 4 * width]
+        elif not name.startswith("head.") and tensor.dim() != 3:
+            tensor = tensor[:width]
+        if name.endswith("fc2.weight"):
+            tensor = tensor[:, : 4 * width]
+        elif tensor.dim() == 2 or name == "head.weight":
+            tensor = tensor[:, :width]
+        elif tensor.dim() == 3:
+            tensor = tensor[..., :width]
+        result[name] = tensor
+    return result
+
+
+@pytest.mark.parametrize("config", [SMALL, TINY], ids=["small", "tiny"])
+def test_timm_weights_load_strictly_and_every_width_is_a_timm_vit(config):
+    full = shake(timm_vit(config, config.max_heads))
+    model = HydraViT(config, backend="reference").eval()
+    model.load_state_dict(full.state_dict(), strict=True)
+    assert infer_config(full.state_dict(), head_dim=config.head_dim) == config
+    x = images(config, batch=1)
+    torch.testing.assert_close(model(x), full(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.forward_features(x), full.forward_features(x), rtol=1e-5, atol=1e-5)
+    for heads in range(1, config.max_heads + 1):
+        narrow = timm_vit(config, heads)
+        narrow.load_state_dict(first_heads(full.state_dict(), config, heads), strict=True)
+        torch.testing.assert_close(model(x, heads=heads), narrow(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_timm_checkpoint_file_is_a_model(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    torch.save({"state_dict": vit.state_dict()}, tmp_path / "vit.pth")
+    model = fused_model(checkpoint=tmp_path / "vit.pth", backend="reference").eval()
+    assert model.config == HydraViTConfig(max_heads=3, depth=1)
+    x = images(model.config)
+    torch.testing.assert_close(model(x), vit(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_distilled_timm_checkpoint_is_explained():
+    deit = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+    model = HydraViT(resolve_config("tiny", depth=1), backend="reference")
+    with pytest.raises(ValueError, match="distilled DeiT"):
+        load_weights(model, deit.state_dict())
+    with pytest.warns(UserWarning, match="dropped dist_token"):
+        load_weights(model, deit.state_dict(), strict=False)
+    assert torch.equal(model.pos_embed[:, 1:], deit.pos_embed[:, 2:])
+
+
+@pytest.mark.parametrize("size", [48, 24, (40, 16)], ids=str)
+@pytest.mark.parametrize("no_embed_class", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_resampled_as_timm_does(size, no_embed_class, dtype):
+    source = make(no_embed_class=no_embed_class).to(dtype)
+    model = make(no_embed_class=no_embed_class, image_size=size).to(dtype)
+    with pytest.warns(UserWarning, match="pos_embed is resampled from 4 x 4"):
+        load_weights(model, source.state_dict())
+    prefix = 0 if no_embed_class else 1
+    expected = resample_abs_pos_embed(source.pos_embed, list(model.config.grid), num_prefix_tokens=prefix)
+    assert torch.equal(model.pos_embed, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_width_is_extracted_into_timm(variant):
+    model = make(**VARIANTS[variant])
+    x = images(model.config)
+    for heads in (1, 3, 4):
+        vit = VisionTransformer(**extract_config(model, heads)).eval()
+        state = extract(model, heads)
+        vit.load_state_dict(state, strict=True)
+        torch.testing.assert_close(vit(x), model(x, heads=heads), rtol=1e-5, atol=1e-5)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        for tensor in state.values():
+            assert tensor.is_contiguous() and not tensor.requires_grad
+            assert tensor.untyped_storage().data_ptr() not in own
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_nestings_are_extracted_with_their_scale(dtype):
+    model = make().to(dtype)
+    x = images(model.config).to(dtype)
+    cases = [
+        geometry.scala(model.config, 48, suffix=True),
+        geometry.scala(model.config, 16, suffix=False),
+        geometry.sortednet(model.config, 3),
+        geometry.matformer(model.config, 1),
+    ]
+    for case in cases:
+        vit = VisionTransformer(**extract_config(model, case)).eval().to(dtype)
+        vit.load_state_dict(extract(model, case), strict=True)
+        torch.testing.assert_close(vit(x), model(x, heads=case), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_plain_vit_is_not_extracted():
+    model = make()
+    config = model.config
+    cases = [
+        (geometry.dynabert(config, 2), "2 heads of 16 channels are not as wide as its residual stream, 64"),
+        (geometry.skd(config, [(16, 256), (8, 256)]), "its layers differ"),
+        (geometry.skd(config, [(8, 256), (8, 256)]), "4 heads of 8 channels"),
+        (geometry.skd(config, [(0, 256), (0, 256)]), "it skips a branch"),
+    ]
+    for case, reason in cases:
+        for function in (extract, extract_config):
+            with pytest.raises(ValueError, match=f"cannot be extracted as a plain Vision Transformer: {reason}"):
+                function(model, case)
+    with pytest.raises(ValueError, match=r"heads must be in 1\.\.4, not 5"):
+        extract(model, 5)
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_registered_models():
+    assert timm.list_models("hydravit*") == [
+        f"hydravit_{size}_patch16_224" for size in ("base", "large", "small", "tiny")
+    ]
+    with torch.device("meta"):
+        model = timm.create_model("hydravit_base_patch16_224", heads=6, backend="reference")
+    assert model.heads == 6 and model.config == HydraViTConfig()
+
+
+def test_timm_arguments():
+    arguments = {
+        "num_classes": 7,
+        "img_size": 64,
+        "in_chans": 1,
+        "drop_path_rate": 0.1,
+        "global_pool": "avg",
+        "depth": 2,
+    }
+    model = timm.create_model("hydravit_tiny_patch16_224", heads=2, backend="reference", drop_rate=0.0, **arguments)
+    assert model.config == HydraViTConfig(
+        num_classes=7, image_size=64, in_channels=1, drop_path=0.1, pool="avg", depth=2, max_heads=3
+    )
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    data = resolve_model_data_config(model)
+    assert data["input_size"] == (1, 64, 64) and data["mean"] == (0.5,)
+    assert model.default_cfg["classifier"] == "head" and isinstance(model.get_classifier(), type(model.head))
+    model.reset_classifier(3)
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="drop_rate: this model has no dropout"):
+        timm.create_model("hydravit_tiny_patch16_224", drop_rate=0.1)
+    with pytest.raises(ValueError, match="unknown config field.*embed_dim"):
+        timm.create_model("hydravit_tiny_patch16_224", embed_dim=128)
+    with pytest.raises(ValueError, match="no pretrained weights"):
+        timm.create_model("hydravit_tiny_patch16_224", pretrained=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_timm_reads_our_checkpoints(tmp_path, suffix):
+    config = resolve_config("tiny", depth=1, image_size=32)
+    source, path = make(config), tmp_path / f"model{suffix}"
+    save_checkpoint(path, source)
+    for name in ("hydravit_tiny_patch16_224", "vit_tiny_patch16_224"):
+        loaded = timm.create_model(name, depth=1, img_size=32, checkpoint_path=str(path)).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [(300, 200), (180, 411), (224, 224), (37, 90)], ids=str)
+def test_preprocessing_is_timms_evaluation_transform(size):
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8).numpy()
+    image = Image.fromarray(pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transform = create_transform((3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9)
+    torch.testing.assert_close(Preprocessing()(image), transform(image), rtol=0, atol=1e-6)
