@@ -69,18 +69,19 @@ std::vector<Stem> describe(const StemArguments& arguments) {
                   text(shape_of(weight)), " given");
   check_patch_weight(weight, "weight");
   if (arguments.weight.gradient != nullptr) check_patch_weight(*arguments.weight.gradient, "grad_weight");
-  STD_TORCH_CHECK(images.size(2) > 0 && images.size(3) > 0 && images.size(2) % height == 0 && images.size(3) % width == 0,
-                  "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
-                  text(shape_of(images)), " given");
+  STD_TORCH_CHECK(
+      images.size(2) > 0 && images.size(3) > 0 && images.size(2) % height == 0 && images.size(3) % width == 0,
+      "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
+      text(shape_of(images)), " given");
   arguments.bias.check_both({D});
   arguments.cls_token.check_both({1, kAny, D});
   arguments.reg_token.check_both({1, kAny, D});
   arguments.pos_embed.check_both({1, kAny, D});
   const int64_t tokens = arguments.tokens(), patches = images.size(2) / height * (images.size(3) / width);
   const int64_t positions = StemArguments::tokens_of(arguments.pos_embed);
-  STD_TORCH_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches, "pos_embed: shape (1, ",
-                  tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
-                  text(shape_of(*arguments.pos_embed.tensor)), " given");
+  STD_TORCH_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches,
+                  "pos_embed: shape (1, ", tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D,
+                  ") expected, ", text(shape_of(*arguments.pos_embed.tensor)), " given");
 
   std::vector<Stem> result;
   const int64_t count = check_slices(arguments.slices, kEmbedIntegers, arguments.subnet, images.size(0));
@@ -183,8 +184,9 @@ struct AttentionIntervals {
 
   explicit AttentionIntervals(const int64_t* slice)
       : embed(embed_of(slice)), heads(slice[6]), head_dim(slice[7]), value_dim(slice[8]), pitch(slice[9]) {
-    STD_TORCH_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0), "slices: head_dim and value_dim of at least 1 expected, ",
-                    head_dim, " and ", value_dim, " given for ", heads, " heads");
+    STD_TORCH_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0),
+                    "slices: head_dim and value_dim of at least 1 expected, ", head_dim, " and ", value_dim,
+                    " given for ", heads, " heads");
     STD_TORCH_CHECK(heads <= 1 || pitch >= std::max(head_dim, value_dim), "slices: a pitch of at least head_dim ",
                     head_dim, " and value_dim ", value_dim, " expected, ", pitch, " given");
     const auto reach = [&](int64_t dim) { return heads == 0 ? 0 : (heads - 1) * pitch + dim; };
@@ -290,9 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
-  const auto saved = [&](const Integers& shape) {
-    return save ? torch::stable::new_empty(x, shape) : empty_output(x);
-  };
+  const auto saved = [&](const Integers& shape) { return save ? torch::stable::new_empty(x, shape) : empty_output(x); };
   const Tensor qkv = saved({batch, tokens, arguments.qkv}), attended = saved({batch, tokens, arguments.attended});
   const Tensor logsumexp = saved({batch, arguments.heads * tokens});
   const MutableTokens all = mutable_tokens_of(y);
@@ -305,14 +305,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
   return {y, qkv, attended, logsumexp};
 }
 
-Tensor attention_block_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& qkv, const Tensor& attended, const Tensor& logsumexp,
-    const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
-    const Tensor& proj_weight, const OptionalTensor& proj_bias, const OptionalTensor& layer_scale,
-    const OptionalTensor& branch_scale, const Integers& slices, const std::vector<double>& scales, double eps,
-    const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
-    const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_qkv_weight, const OptionalTensor& grad_qkv_bias, const OptionalTensor& grad_proj_weight,
-    const OptionalTensor& grad_proj_bias, const OptionalTensor& grad_layer_scale) {
+Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tensor& qkv, const Tensor& attended,
+                                const Tensor& logsumexp, const Tensor& norm_weight, const Tensor& norm_bias,
+                                const Tensor& qkv_weight, const OptionalTensor& qkv_bias, const Tensor& proj_weight,
+                                const OptionalTensor& proj_bias, const OptionalTensor& layer_scale,
+                                const OptionalTensor& branch_scale, const Integers& slices,
+                                const std::vector<double>& scales, double eps, const OptionalTensor& subnet,
+                                bool x_grad, const OptionalTensor& grad_norm_weight,
+                                const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_qkv_weight,
+                                const OptionalTensor& grad_qkv_bias, const OptionalTensor& grad_proj_weight,
+                                const OptionalTensor& grad_proj_bias, const OptionalTensor& grad_layer_scale) {
   const OptionalTensor required[] = {norm_weight, norm_bias, qkv_weight, proj_weight};
   AttentionArguments arguments{x,
                                {"norm_weight", required[0], &grad_norm_weight},
@@ -518,8 +520,9 @@ std::vector<Head> describe(const HeadArguments& arguments) {
   const Tensor& x = arguments.x;
   check_x(x, "x", largest(arguments.slices, kHeadIntegers, 1));
   const int64_t start = arguments.pool_start, stop = arguments.pool_stop;
-  STD_TORCH_CHECK(0 <= start && start < stop && stop <= x.size(1), "pool_start, pool_stop: 0 <= start < stop <= ",
-                  x.size(1), " tokens expected, ", start, " and ", stop, " given");
+  STD_TORCH_CHECK(0 <= start && start < stop && stop <= x.size(1),
+                  "pool_start, pool_stop: 0 <= start < stop <= ", x.size(1), " tokens expected, ", start, " and ", stop,
+                  " given");
   STD_TORCH_CHECK(arguments.norm_weight.present() == arguments.norm_bias.present(),
                   "norm_bias: given with norm_weight or not at all expected, one of the two given");
   STD_TORCH_CHECK(arguments.weight.present() || !arguments.bias.present(),

@@ -65,8 +65,8 @@ inline void check(const Tensor& tensor, const char* name, const Integers& expect
 
 inline void check_inside(const char* name, const char* axis, const Interval& interval, int64_t size) {
   STD_TORCH_CHECK(interval.offset >= 0 && interval.length >= 0 && interval.offset + interval.length <= size, name, ": ",
-                  axis, " [", interval.offset, ", ", interval.offset + interval.length, ") of the slice expected inside [0, ",
-                  size, ")");
+                  axis, " [", interval.offset, ", ", interval.offset + interval.length,
+                  ") of the slice expected inside [0, ", size, ")");
 }
 
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
@@ -131,8 +131,8 @@ inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
 // The integers of every slice: at least one slice, every integer sane, one slice where no image says which it uses.
 inline int64_t check_slices(const Integers& slices, int64_t integers, const OptionalTensor& subnet, int64_t batch) {
   const int64_t size = static_cast<int64_t>(slices.size()), count = size / integers;
-  STD_TORCH_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers, " integers expected, ",
-                  size, " given");
+  STD_TORCH_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers,
+                  " integers expected, ", size, " given");
   constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every product of two of them inside int64
   for (const int64_t value : slices)
     STD_TORCH_CHECK(value >= 0 && value < kLimit, "slices: integers in [0, 2^31) expected, ", text(slices), " given");

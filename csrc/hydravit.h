@@ -51,23 +51,23 @@ struct MutableWeight {
 struct Stem {
   int64_t batch, channels, grid_height, grid_width;  // patches per image: grid_height * grid_width, row by row
   int64_t patch_height, patch_width;
-  int64_t embed;               // Dk
-  int64_t cls_tokens;          // 0 or more
-  int64_t reg_tokens;          // 0 or more; N = cls_tokens + reg_tokens + patches
-  const float* images;         // (B, channels, grid_height * patch_height, grid_width * patch_width), any strides
+  int64_t embed;        // Dk
+  int64_t cls_tokens;   // 0 or more
+  int64_t reg_tokens;   // 0 or more; N = cls_tokens + reg_tokens + patches
+  const float* images;  // (B, channels, grid_height * patch_height, grid_width * patch_width), any strides
   int64_t image_strides[4];
-  Weight weight;               // (Dk, channels * patch_height * patch_width)
-  const float* bias;           // (Dk), nullable
-  Weight cls_token, reg_token; // (cls_tokens, Dk), (reg_tokens, Dk)
-  Weight pos_embed;            // (N, Dk), or (patches, Dk) with `pos_on_prefix` false; data nullable
+  Weight weight;                // (Dk, channels * patch_height * patch_width)
+  const float* bias;            // (Dk), nullable
+  Weight cls_token, reg_token;  // (cls_tokens, Dk), (reg_tokens, Dk)
+  Weight pos_embed;             // (N, Dk), or (patches, Dk) with `pos_on_prefix` false; data nullable
   bool pos_on_prefix;
-  MutableTokens y;             // (B, N, Dk); unused by backward
+  MutableTokens y;  // (B, N, Dk); unused by backward
 };
 struct StemGradients {
-  Tokens grad;                 // of y
-  float* images;               // contiguous, like `Stem::images`; nullable
+  Tokens grad;    // of y
+  float* images;  // contiguous, like `Stem::images`; nullable
   MutableWeight weight, cls_token, reg_token, pos_embed;
-  float* bias;                 // nullable
+  float* bias;  // nullable
 };
 
 // ---- Attention block: y = x + branch_scale * layer_scale * (proj(attention(qkv(norm(x))))) ----
@@ -92,8 +92,8 @@ struct AttentionBlock {
   int64_t logsumexp_image_stride;
 };
 struct AttentionBlockGradients {
-  Tokens grad;       // of y
-  MutableTokens x;   // (B, N, Dk), data nullable
+  Tokens grad;      // of y
+  MutableTokens x;  // (B, N, Dk), data nullable
   float *norm_weight, *norm_bias, *query_bias, *key_bias, *value_bias, *proj_bias, *layer_scale;  // nullable
   MutableWeight query_weight, key_weight, value_weight, proj_weight;
 };
@@ -112,11 +112,11 @@ struct MlpBlock {
   const float* layer_scale;              // (Dk), nullable
   const float* branch_scale;             // (B), nullable
   MutableTokens y;                       // (B, N, Dk); unused by backward
-  MutableTokens saved;                   // (B, N, hidden) before GELU: forward writes it where not null, backward reads it
+  MutableTokens saved;  // (B, N, hidden) before GELU: forward writes it where not null, backward reads it
 };
 struct MlpBlockGradients {
-  Tokens grad;      // of y
-  MutableTokens x;  // (B, N, Dk), data nullable
+  Tokens grad;                                                         // of y
+  MutableTokens x;                                                     // (B, N, Dk), data nullable
   float *norm_weight, *norm_bias, *fc1_bias, *fc2_bias, *layer_scale;  // nullable
   MutableWeight fc1_weight, fc2_weight;
 };
@@ -135,8 +135,8 @@ struct Head {
 struct HeadGradients {
   const float* grad;  // of y, rows `grad_row_stride` apart
   int64_t grad_row_stride;
-  int64_t tokens;     // N
-  MutableTokens x;    // (B, N, Dk), zero outside the pooled tokens; data nullable
+  int64_t tokens;                         // N
+  MutableTokens x;                        // (B, N, Dk), zero outside the pooled tokens; data nullable
   float *norm_weight, *norm_bias, *bias;  // nullable
   MutableWeight weight;
 };

@@ -34,7 +34,7 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
             raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
         for axis, intervals in enumerate(slices[name]):
             tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
-        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         if ".qkv." in name and fold != 1.0:
             tensor[:queries] *= fold
         if name.startswith("head.") and model.config.separate_classifiers:

@@ -7,8 +7,9 @@ import os
 import torch
 
 from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.fitting import infer_config, load_weights
 from hydravit.model import HydraViT
-from hydravit.weights import Checkpoint, infer_config, load_weights, read_checkpoint
+from hydravit.weights import Checkpoint, read_checkpoint
 
 
 def fused_model(
@@ -39,7 +40,7 @@ def fused_model(
         device, dtype: of the parameters; None: torch's defaults.
         allow_untrained: whether widths may be used that the checkpoint says were not trained.
         overrides: fields of the config, such as ``num_classes`` or ``image_size``; they apply on top of a checkpoint's,
-            and its weights are adapted as ``hydravit.weights.load_weights`` says.
+            and its weights are adapted as ``hydravit.fitting.load_weights`` says.
     Raises:
         ValueError: a wrong name, field or width; a damaged or mismatching checkpoint; a ``config`` other than the
             checkpoint's.
@@ -82,9 +83,7 @@ def _check_same(config: str | HydraViTConfig, checkpoint: Checkpoint, overrides:
 
 
 def _infer(checkpoint: Checkpoint, overrides: dict) -> HydraViTConfig:
-    # What shapes alone cannot tell is taken from the overrides; they then apply on top, as with any config.
-    known = {name: overrides[name] for name in ("head_dim",) if name in overrides}
     try:
-        return resolve_config(infer_config(checkpoint.state_dict, **known), **overrides)
+        return infer_config(checkpoint.state_dict, **overrides)
     except ValueError as error:
         raise ValueError(f"checkpoint {checkpoint.path}: {error}") from error

@@ -101,8 +101,10 @@ class HydraViT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialised classifier for ``num_classes``; 0: none, logits are then the pooled features."""
+        if global_pool not in (None, self.config.pool):
+            raise ValueError(f"global_pool must be None or the model's {self.config.pool!r}, not {global_pool!r}")
         factory = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
@@ -141,11 +143,10 @@ class HydraViT(nn.Module):
 
     def geometry(self, heads: int) -> Geometry:
         """The slices of one width; resolved once, then looked up."""
+        self._check_heads(heads)
         if torch.compiler.is_compiling():  # a dict would make a graph per key
-            self._check_heads(heads)
             return GEOMETRIES[self.config.geometry](self.config, heads)
-        if type(heads) is not int or heads not in self._geometries:
-            self._check_heads(heads)
+        if heads not in self._geometries:
             self._geometries[heads] = GEOMETRIES[self.config.geometry](self.config, heads).validate(self.config)
         return self._geometries[heads]
 
@@ -194,8 +195,7 @@ class HydraViT(nn.Module):
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
-        widths = self.widths(heads, len(images))
-        x = self._blocks(self._stem(images, widths), widths)
+        x, widths = self._trunk(images, heads)
         return self._head(x, self.norm if self.config.pool == "token" else self.fc_norm, widths)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
@@ -203,8 +203,7 @@ class HydraViT(nn.Module):
 
         With one width per image ``Dk`` is the widest, and the channels beyond an image's own are zero.
         """
-        widths = self.widths(heads, len(images))
-        x = self._blocks(self._stem(images, widths), widths)
+        x, widths = self._trunk(images, heads)
         if self.config.pool == "avg":
             return x
         return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.subnet)
@@ -221,10 +220,10 @@ class HydraViT(nn.Module):
 
     def attention_maps(self, images: Tensor, heads: int | Geometry | None = None) -> list[Tensor | None]:
         """Per layer what every token attends to, ``(B, heads, N, N)``; None where a layer's attention is skipped."""
-        widths = self.widths(heads, len(images))
+        x, widths = self._stem(images, heads)
         if widths.subnet is not None:
             raise ValueError("attention_maps takes one width for the batch")
-        x, maps = self._stem(images, widths), []
+        maps = []
         for i, block in enumerate(self.blocks):
             attention = widths.geometries[0].attention[i]
             parameters = block.attention_parameters()[:4]
@@ -232,18 +231,21 @@ class HydraViT(nn.Module):
             x = self._block(i, x, widths)
         return maps
 
-    def _stem(self, images: Tensor, widths: Widths) -> Tensor:
+    def _stem(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
         images = self._check_images(images)
+        widths = self.widths(heads, len(images))
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.geometries)
         tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
         parameters = (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
-        return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._run(parameters))
+        x = kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._run(parameters))
+        return x, widths
 
-    def _blocks(self, x: Tensor, widths: Widths) -> Tensor:
+    def _trunk(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
+        x, widths = self._stem(images, heads)
         for i in range(len(self.blocks)):
             x = self._block(i, x, widths)
-        return x
+        return x, widths
 
     def _block(self, i: int, x: Tensor, widths: Widths) -> Tensor:
         block = self.blocks[i]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.config import resolve_config
 from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -77,12 +77,8 @@ def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **a
     for name in DROP_RATES:
         if arguments.pop(name, 0.0):
             raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
-    for name in ("img_size", "patch_size"):
-        if isinstance(arguments.get(name), list):
-            arguments[name] = tuple(arguments[name])
     overrides = {FIELDS.get(name, name): value for name, value in arguments.items()}
-    resolved: HydraViTConfig = resolve_config(config, **overrides)
-    return HydraViT(resolved, heads, backend=backend, device=device, dtype=dtype)
+    return HydraViT(resolve_config(config, **overrides), heads, backend=backend, device=device, dtype=dtype)
 
 
 def _create(size: str, pretrained: bool, **arguments) -> HydraViT:

@@ -51,7 +51,7 @@ def head_rows(start, length, s):
 
 
 def poisoned(shape, *live, scale=None):
-    """Random where every axis is in its index list (None: the whole axis), NaN elsewhere; matrices keep the variance."""
+    """Random where every axis is in its list (None: all of it), NaN elsewhere; a product keeps the variance."""
     parameter = torch.full(shape, float("nan"))
     lists = [torch.arange(n) if keep is None else keep for n, keep in zip(shape, live, strict=True)]
     if scale is None:
@@ -303,7 +303,11 @@ def test_score_overflow_is_not_nan(isa):
 def test_single_channels(isa):
     """Lengths of one; too few numbers for the budget, whose eager error may be zero by chance."""
     s = AttentionSlice(7, 1, 3, 4, 5, 6, 1, 1, 1, 1, 1.0)
-    for block in (attention(s, 3, 17), mlp(MlpSlice(191, 1, 399, 1), 3, 17), head(HeadSlice(3, 1, 5, 1), 3, 17, (0, 17))):
+    for block in (
+        attention(s, 3, 17),
+        mlp(MlpSlice(191, 1, 399, 1), 3, 17),
+        head(HeadSlice(3, 1, 5, 1), 3, 17, (0, 17)),
+    ):
         buffers = block.zeros()
         y = block.forward()[0]
         dx = block.backward(torch.ones_like(y), buffers)

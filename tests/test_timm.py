@@ -19,9 +19,10 @@ from timm.models.vision_transformer import VisionTransformer
 from hydravit import HydraViTConfig, fused_model, geometry
 from hydravit.config import resolve_config
 from hydravit.extract import extract, extract_config
+from hydravit.fitting import infer_config, load_weights
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
-from hydravit.weights import infer_config, load_weights, save_checkpoint
+from hydravit.weights import save_checkpoint
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
 TINY = HydraViTConfig(max_heads=3, depth=2)  # the width of ViT-Ti at full image size
@@ -35,6 +36,15 @@ VARIANTS = {
     "separate classifiers": {"separate_classifiers": (1, 2, 3, 4)},
     "no classifier": {"num_classes": 0},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small, waiting for a second thread costs more than the arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(config=SMALL, **overrides):
@@ -214,6 +224,11 @@ def test_timm_arguments():
     assert model.default_cfg["classifier"] == "head" and isinstance(model.get_classifier(), type(model.head))
     model.reset_classifier(3)
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
+    model.reset_classifier(4, "avg")
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 4)
+    with pytest.raises(ValueError, match="global_pool must be None or the model's 'avg', not 'token'"):
+        model.reset_classifier(5, "token")
+    assert model.num_classes == 4
     with pytest.raises(ValueError, match="drop_rate: this model has no dropout"):
         timm.create_model("hydravit_tiny_patch16_224", drop_rate=0.1)
     with pytest.raises(ValueError, match="unknown config field.*embed_dim"):

@@ -15,18 +15,21 @@ from safetensors.torch import save_file
 
 from hydravit import HydraViTConfig, fused_model
 from hydravit.config import resolve_config
+from hydravit.fitting import infer_config, load_weights
 from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, Preprocessing
-from hydravit.weights import (
-    Checkpoint,
-    atomic_write,
-    infer_config,
-    load_weights,
-    read_checkpoint,
-    save_checkpoint,
-)
+from hydravit.weights import Checkpoint, atomic_write, read_checkpoint, save_checkpoint
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On models this small, waiting for a second thread costs more than the arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(config=SMALL, **overrides):
@@ -291,8 +294,11 @@ def test_listed_classifiers_are_stacked(full_width):
     x = images(model)
     for heads in (2, 4):
         assert torch.equal(model(x, heads=heads), source(x, heads=heads))
-    with pytest.raises(ValueError, match=r"separate classifiers .*separate_classifiers are \[\]"):
+    with pytest.raises(ValueError, match=r"separate classifiers: .*separate_classifiers are \[\]"):
         load_weights(make(), state)
+    for name, wrong in (("head.0.weight", (10, 65)), ("head.1.weight", (10,)), ("head.1.bias", (9,))):
+        with pytest.raises(ValueError, match="separate classifiers differ in shape"):
+            load_weights(model, state | {name: torch.ones(wrong)})
 
 
 @pytest.mark.parametrize("separate", [(), (2, 4)])
@@ -359,6 +365,7 @@ def test_not_strict_keeps_what_is_missing_and_drops_what_is_left():
     messages = quietly(load_weights, model, source.state_dict() | {"extra": torch.ones(1)}, strict=False)
     assert messages == ["the checkpoint lacks reg_token", "the model has no place for extra"]
     assert torch.equal(model.reg_token, tokens) and torch.equal(model.pos_embed[:, 3:], source.pos_embed[:, 1:])
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1]) and not model.pos_embed[:, 1:3].any()
     model = make(pool="avg", class_token=False)
     quietly(load_weights, model, make(pool="avg").state_dict(), strict=False)
 
@@ -374,6 +381,8 @@ BAD_WEIGHTS = {
     "half a head": (without("head.weight"), {}, "the checkpoint lacks head.weight"),
     "unexpected": (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.ones(16)}, {}, "no place for .*q_norm"),
     "shape": (lambda s: s | {"cls_token": torch.ones(1, 2, 64)}, {}, "pos_embed has 17 tokens, 2 of them"),
+    "token": (lambda s: s | {"cls_token": torch.ones(64)}, {}, r"cls_token has shape \(64,\); expected \(1, tokens, 64"),
+    "flat head": (lambda s: s | {"head.weight": torch.ones(640)}, {}, r"head.weight has shape \(640,\); expected 2 axes"),
     "transposed": (
         lambda s: s | {"blocks.0.mlp.fc1.weight": s["blocks.0.mlp.fc2.weight"]},
         {},
@@ -431,8 +440,9 @@ def test_config_from_shapes_needs_help():
     with pytest.raises(ValueError, match="no square grid; pass the image_size"):
         infer_config(state, head_dim=16)
     assert infer_config(state, head_dim=16, image_size=(16, 40)).grid == (2, 5)
-    with pytest.raises(ValueError, match="64 is not a multiple of head_dim 48"):
-        infer_config(state, head_dim=48)
+    for head_dim in (48, 0):
+        with pytest.raises(ValueError, match=f"64 is not a multiple of head_dim {head_dim}"):
+            infer_config(state, head_dim=head_dim)
     with pytest.raises(ValueError, match="pos_embed is missing"):
         infer_config(without("pos_embed")(state))
     with pytest.raises(ValueError, match="separate classifiers .* pass a config"):
@@ -467,6 +477,13 @@ def test_fused_model_of_plain_weights(tmp_path):
     wider = quietly(fused_model, 4, config=resolve_config(SMALL, max_heads=6), checkpoint=path, backend="reference")
     x = images(model)
     torch.testing.assert_close(wider.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+    resampled = quietly(fused_model, checkpoint=path, head_dim=16, image_size=(16, 40), backend="reference")
+    assert resampled.config == resolve_config(SMALL, image_size=(16, 40))
+    oblong = make(image_size=(16, 40))
+    torch.save(oblong.state_dict(), path)
+    with pytest.raises(ValueError, match="model.pt.*no square grid; pass the image_size"):
+        fused_model(checkpoint=path, head_dim=16)
+    assert same(fused_model(checkpoint=path, head_dim=16, image_size=(16, 40), backend="reference"), oblong)
     torch.save(without("pos_embed")(model.state_dict()), path)
     with pytest.raises(ValueError, match="model.pt.*pos_embed is missing"):
         fused_model(checkpoint=path)

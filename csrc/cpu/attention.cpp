@@ -59,11 +59,18 @@ Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const
                const MutableTokens& attended) {
   const Roles roles(block);
   float* logsumexp = block.logsumexp == nullptr ? nullptr : block.logsumexp + image * block.logsumexp_image_stride;
-  return {images,          block.tokens, block.heads,
-          block.head_dim,  block.value_dim,
-          block.scale,     column_of(qkv, roles.role[0].column),
-          column_of(qkv, roles.role[1].column), column_of(qkv, roles.role[2].column),
-          attended,        logsumexp,    block.logsumexp_image_stride};
+  return {images,
+          block.tokens,
+          block.heads,
+          block.head_dim,
+          block.value_dim,
+          block.scale,
+          column_of(qkv, roles.role[0].column),
+          column_of(qkv, roles.role[1].column),
+          column_of(qkv, roles.role[2].column),
+          attended,
+          logsumexp,
+          block.logsumexp_image_stride};
 }
 
 Axis rows_of(const AttentionBlock& block, const MutableTokens& tokens) {
@@ -165,7 +172,8 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
       continue;
     }
     const MutableTokens qkv = from_image(block.qkv, image), attended = from_image(block.attended, image);
-    const Branch branch{norm.rows, block.embed, tokens, grad, grad_rows, branch_scale_of(block, image), block.layer_scale};
+    const Branch branch{norm.rows,        block.embed, tokens, grad, grad_rows, branch_scale_of(block, image),
+                        block.layer_scale};
 
     // Projection.
     if (gradients.layer_scale != nullptr) {

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kQueries = kTileColumns;
 // Queries of one register tile of the output: as even a split of kQueries as fits the tile.
-constexpr int kQueryRows = (kQueries + (kQueries + kTileRows - 1) / kTileRows - 1) /
-                           ((kQueries + kTileRows - 1) / kTileRows);
+constexpr int kQueryRows =
+    (kQueries + (kQueries + kTileRows - 1) / kTileRows - 1) / ((kQueries + kTileRows - 1) / kTileRows);
 
 constexpr int64_t kPad = kWidth;  // what packing may write beyond its panels
 
@@ -26,8 +26,8 @@ float* at(const MutableTokens& tokens, int64_t image, int64_t column) {
 // scores (tokens, kQueries) = keys (packed rows) times queries (one packed panel)
 void score(int64_t tokens, int64_t depth, const float* keys, const float* queries, float* scores) {
   for (int64_t token = 0; token < tokens; token += kTileRows)
-    tile_product(smaller<int64_t>(kTileRows, tokens - token), {depth, keys + token * depth, kTileRows, queries,
-                                                              scores + token * kQueries, kQueries, false});
+    tile_product(smaller<int64_t>(kTileRows, tokens - token),
+                 {depth, keys + token * depth, kTileRows, queries, scores + token * kQueries, kQueries, false});
 }
 
 // scores -> e^(scores * scale - max), lane by lane; the lanes' sums and maxima.
@@ -75,13 +75,14 @@ void attend_queries(const Heads& heads, int64_t image, int64_t head, int64_t que
     const int64_t columns = smaller<int64_t>(kTileColumns, heads.value_dim - column);
     for (int64_t row = 0; row < count; row += kQueryRows) {
       const int64_t rows = smaller<int64_t>(kQueryRows, count - row);
-      tile_product(rows, {tokens, buffers.scores + row, kQueries, buffers.values + column * tokens, tile, kTileColumns,
-                          false});
+      tile_product(
+          rows, {tokens, buffers.scores + row, kQueries, buffers.values + column * tokens, tile, kTileColumns, false});
       for (int64_t i = 0; i < rows; i++) {
         float* to = at(heads.attended, image, head * heads.value_dim + column) +
                     (query + row + i) * heads.attended.token_stride;
         const float factor = 1.0f / sums[row + i];
-        for (int64_t j = 0; j < columns; j += kWidth) store(to + j, load(tile + i * kTileColumns + j) * factor, columns - j);
+        for (int64_t j = 0; j < columns; j += kWidth)
+          store(to + j, load(tile + i * kTileColumns + j) * factor, columns - j);
       }
     }
   }
@@ -106,10 +107,10 @@ struct BackwardSizes {
 };
 
 struct BackwardBuffers {
-  float *key_rows, *value_rows, *key_columns;                // K and V of the head, packed
-  float *d_keys, *d_values;                                  // (tokens, padded): sums over the blocks of queries
-  float *query_lanes, *query_rows, *d_lanes, *d_rows;        // q and d attended of the block: (dim, query), (query, dim)
-  float *probabilities, *d_scores;                           // (tokens, kQueries)
+  float *key_rows, *value_rows, *key_columns;          // K and V of the head, packed
+  float *d_keys, *d_values;                            // (tokens, padded): sums over the blocks of queries
+  float *query_lanes, *query_rows, *d_lanes, *d_rows;  // q and d attended of the block: (dim, query), (query, dim)
+  float *probabilities, *d_scores;                     // (tokens, kQueries)
 
   BackwardBuffers(const BackwardSizes& sizes, float* scratch) {
     const auto take = [&](float** buffer, int64_t size) { *buffer = scratch, scratch += size; };
@@ -140,10 +141,10 @@ void differentiate(int64_t tokens, float scale, const float* logsumexp, float* s
     float* d_lanes = gradients + half * kWidth;
     const Vec shift = load(logsumexp + half * kWidth);
     const Vec factor = 1.0f / sum_over(tokens, [&](int64_t token) {
-      const Vec value = exp(load(lanes + token * kQueries) * scale - shift);
-      store(lanes + token * kQueries, value);
-      return value;
-    });
+                         const Vec value = exp(load(lanes + token * kQueries) * scale - shift);
+                         store(lanes + token * kQueries, value);
+                         return value;
+                       });
     const Vec mean = sum_over(tokens, [&](int64_t token) {
       const Vec probability = load(lanes + token * kQueries) * factor;
       store(lanes + token * kQueries, probability);
@@ -181,7 +182,8 @@ void attend_queries_backward(const Heads& heads, const HeadsGradients& gradients
   float tile[kTileRows * kTileColumns];
   for (int64_t column = 0; column < d; column += kTileColumns)
     for (int64_t row = 0; row < count; row += kQueryRows) {
-      const int64_t rows = smaller<int64_t>(kQueryRows, count - row), columns = smaller<int64_t>(kTileColumns, d - column);
+      const int64_t rows = smaller<int64_t>(kQueryRows, count - row),
+                    columns = smaller<int64_t>(kTileColumns, d - column);
       tile_product(rows, {tokens, buffers.d_scores + row, kQueries, buffers.key_columns + column * tokens, tile,
                           kTileColumns, false});
       for (int64_t i = 0; i < rows; i++) {
@@ -234,7 +236,8 @@ void attend(const Heads& heads, const Threads& threads, float* scratch) {
       if (task / blocks != packed) {
         packed = task / blocks;
         const Axis rows{heads.k.token_stride};
-        pack_rows(at(heads.k, image, head * heads.head_dim), rows, {}, 0, heads.tokens, 0, heads.head_dim, buffers.keys);
+        pack_rows(at(heads.k, image, head * heads.head_dim), rows, {}, 0, heads.tokens, 0, heads.head_dim,
+                  buffers.keys);
         pack_columns(at(heads.v, image, head * heads.value_dim), {}, rows, 0, heads.value_dim, 0, heads.tokens,
                      buffers.values);
       }

@@ -10,9 +10,9 @@ namespace hydravit::HYDRAVIT_ISA {
 struct Heads {
   int64_t images, tokens, heads, head_dim, value_dim;
   float scale;
-  Tokens q, k, v;            // same strides
-  MutableTokens attended;    // (images, tokens, heads * value_dim); unused by backward
-  float* logsumexp;          // (images, heads, tokens), images `logsumexp_image_stride` apart; forward: nullable
+  Tokens q, k, v;          // same strides
+  MutableTokens attended;  // (images, tokens, heads * value_dim); unused by backward
+  float* logsumexp;        // (images, heads, tokens), images `logsumexp_image_stride` apart; forward: nullable
   int64_t logsumexp_image_stride;
 };
 int64_t attend_scratch(const AttentionBlock& block, const Threads& threads);

@@ -34,9 +34,17 @@ struct Kernels {
   decltype(&portable::head_backward) head_backward;
 };
 
-#define HYDRAVIT_KERNELS(isa, supported)                                                              \
-  {#isa, supported, isa::stem, isa::stem_backward, isa::attention_block, isa::attention_block_backward, \
-   isa::mlp_block, isa::mlp_block_backward, isa::head, isa::head_backward}
+#define HYDRAVIT_KERNELS(isa, supported) \
+  {#isa,                                 \
+   supported,                            \
+   isa::stem,                            \
+   isa::stem_backward,                   \
+   isa::attention_block,                 \
+   isa::attention_block_backward,        \
+   isa::mlp_block,                       \
+   isa::mlp_block_backward,              \
+   isa::head,                            \
+   isa::head_backward}
 
 #ifdef HYDRAVIT_HAVE_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -24,8 +24,7 @@ inline Vec shuffle(Vec a, Vec b) {
 // Lanes of `a` and `b` interleaved in groups of `group`: the even groups of both (odd = 0) or the odd ones (odd = 1).
 template <int group, int odd, int... lane>
 inline Vec interleave(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-  return shuffle<((lane / group % 2 == odd ? lane : lane ^ group) +
-                  (lane / group % 2 == 0 ? 0 : kWidth))...>(a, b);
+  return shuffle<((lane / group % 2 == odd ? lane : lane ^ group) + (lane / group % 2 == 0 ? 0 : kWidth))...>(a, b);
 }
 
 template <int group>
@@ -55,7 +54,8 @@ inline void transpose_block(const float* const* rows, int64_t k, float* to) {
 template <int panel>
 void pack_panel(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
                 int64_t depth_begin, int64_t depth_end, float* to) {
-  static_assert(panel % kWidth == 0 || panel < kWidth, "a whole-vector store must not reach into another vector's lanes");
+  static_assert(panel % kWidth == 0 || panel < kWidth,
+                "a whole-vector store must not reach into another vector's lanes");
   constexpr int kGroup = panel < kWidth ? panel : kWidth;
   const float* rows[panel];
   const bool full = count == panel;
@@ -260,7 +260,8 @@ void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t 
     const Range tall = part(row_tiles, job / across, down), wide = part(column_tiles, job % across, across);
     if (tall.begin == tall.end || wide.begin == wide.end) return;
     multiply({tall.begin * kTileRows, smaller(m, tall.end * kTileRows)},
-             {wide.begin * kTileColumns, smaller(n, wide.end * kTileColumns)}, k, a, b, out, scratch + job * kJobScratch);
+             {wide.begin * kTileColumns, smaller(n, wide.end * kTileColumns)}, k, a, b, out,
+             scratch + job * kJobScratch);
   });
 }
 

@@ -68,7 +68,7 @@ int64_t gemm_scratch(const Threads& threads);
 // Lanes [lane, lane + count) and indices [depth_begin, depth_end) of an operand -> panels (depth, panel lanes), lanes
 // beyond `count` zero. `to` has room for kWidth floats more than the panels take.
 void pack_rows(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-               int64_t depth_begin, int64_t depth_end, float* to);     // panels of kTileRows lanes
+               int64_t depth_begin, int64_t depth_end, float* to);  // panels of kTileRows lanes
 void pack_columns(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
                   int64_t depth_begin, int64_t depth_end, float* to);  // panels of kTileColumns lanes
 

@@ -72,17 +72,17 @@ int head_backward(const Head& block, const HeadGradients& gradients, const Threa
     if (gradients.bias != nullptr)
       add_column_sums(threads, block.batch, block.classes, gradients.bias, {}, grad.data, grad.rows);
     if (gradients.weight.data != nullptr)
-      gemm(threads, scratch, block.classes, block.embed, block.batch, transposed(grad),
-           {features, {block.embed}, {}}, {gradients.weight.data, {gradients.weight.row_stride}, {}, true});
+      gemm(threads, scratch, block.classes, block.embed, block.batch, transposed(grad), {features, {block.embed}, {}},
+           {gradients.weight.data, {gradients.weight.row_stride}, {}, true});
     gemm(threads, scratch, block.batch, block.embed, block.classes, grad,
          {block.weight.data, {block.weight.row_stride}, {}}, {d_features, {block.embed}, {}});
   } else {
     copy_rows(threads, block.batch, block.embed, grad.data, grad.rows, d_features, {block.embed});
   }
   if (norm)
-    normalize_backward(threads, norm_of(block, pooled),
-                       {d_features, statistics, nullptr, {}, d_pooled, {block.embed}, gradients.norm_weight,
-                        gradients.norm_bias});
+    normalize_backward(
+        threads, norm_of(block, pooled),
+        {d_features, statistics, nullptr, {}, d_pooled, {block.embed}, gradients.norm_weight, gradients.norm_bias});
   else
     d_pooled = d_features;
 

@@ -1,7 +1,7 @@
 // MLP block: y = x + branch_scale * layer_scale * (gelu(norm(x) fc1^T + b1) fc2^T + b2), images in chunks.
 //
-// GELU and the residual are applied while the products' tiles are in registers. Backward recomputes the normalised x and
-// GELU from x and the saved (B, N, hidden) input of GELU.
+// GELU and the residual are applied while the products' tiles are in registers. Backward recomputes the normalised x
+// and GELU from x and the saved (B, N, hidden) input of GELU.
 #include "kernels.h"
 #include "norm.h"
 
@@ -85,8 +85,7 @@ int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients
   // What is wanted of the chain of gradients, from its end.
   const bool needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
-  const bool needs_hidden =
-      needs_normalised || gradients.fc1_weight.data != nullptr || gradients.fc1_bias != nullptr;
+  const bool needs_hidden = needs_normalised || gradients.fc1_weight.data != nullptr || gradients.fc1_bias != nullptr;
   const bool needs_activated = gradients.fc2_weight.data != nullptr || gradients.layer_scale != nullptr;
   float *normalised, *statistics, *z, *d_hidden, *activated, *scratch;
   Workspace workspace;
@@ -148,16 +147,15 @@ int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients
       add_column_sums(threads, chunk.rows, block.hidden, gradients.fc1_bias, {}, d_hidden, {block.hidden});
     if (gradients.fc1_weight.data != nullptr)
       gemm(threads, scratch, block.hidden, block.embed, chunk.rows, transposed(d_hidden_view),
-           {normalised, {block.embed}, {}},
-           {gradients.fc1_weight.data, {gradients.fc1_weight.row_stride}, {}, true});
+           {normalised, {block.embed}, {}}, {gradients.fc1_weight.data, {gradients.fc1_weight.row_stride}, {}, true});
 
     if (!needs_normalised) continue;
     float* d_normalised = z;  // z is no longer needed
     gemm(threads, scratch, chunk.rows, block.embed, block.hidden, d_hidden_view,
          {block.fc1_weight.data, {block.fc1_weight.row_stride}, {}}, {d_normalised, {block.embed}, {}});
-    normalize_backward(threads, chunk.norm,
-                       {d_normalised, statistics, grad, grad_rows, dx, dx_rows, gradients.norm_weight,
-                        gradients.norm_bias});
+    normalize_backward(
+        threads, chunk.norm,
+        {d_normalised, statistics, grad, grad_rows, dx, dx_rows, gradients.norm_weight, gradients.norm_bias});
   }
   return kOk;
 }

@@ -26,7 +26,8 @@ void normalize(const Threads& threads, const Norm& norm, float* y, float* statis
       for (int64_t c = 0; c < norm.channels; c += kWidth) {
         const int64_t count = norm.channels - c;
         const Vec normalised = (load(x + c, count) - s.mean) * s.scale;
-        store(y + row * norm.channels + c, normalised * load(norm.weight + c, count) + load(norm.bias + c, count), count);
+        store(y + row * norm.channels + c, normalised * load(norm.weight + c, count) + load(norm.bias + c, count),
+              count);
       }
       if (statistics != nullptr) statistics[2 * row] = s.mean, statistics[2 * row + 1] = s.scale;
     }
@@ -45,8 +46,7 @@ void normalize_backward(const Threads& threads, const Norm& norm, const NormGrad
   if (gradients.weight != nullptr)
     add_column_sums(threads, norm.rows, norm.channels, gradients.weight, plain,
                     [&](int64_t r, int64_t c, int64_t count) { return grad(r, c, count) * normalised(r, c, count); });
-  if (gradients.bias != nullptr)
-    add_column_sums(threads, norm.rows, norm.channels, gradients.bias, plain, grad);
+  if (gradients.bias != nullptr) add_column_sums(threads, norm.rows, norm.channels, gradients.bias, plain, grad);
   if (gradients.x == nullptr) return;
 
   // With g = grad * weight and n = the normalised row: dx = scale * (g - mean(g) - n * mean(g * n)).
@@ -67,8 +67,7 @@ void normalize_backward(const Threads& threads, const Norm& norm, const NormGrad
         const int64_t count = norm.channels - c;
         const Vec g = grad(row, c, count) * load(norm.weight + c, count);
         Vec dx = scale * (g - mean - normalised(row, c, count) * slope);
-        if (gradients.residual != nullptr)
-          dx += load(gradients.residual + gradients.residual_rows.at(row) + c, count);
+        if (gradients.residual != nullptr) dx += load(gradients.residual + gradients.residual_rows.at(row) + c, count);
         store(to + c, dx, count);
       }
     }
@@ -77,9 +76,8 @@ void normalize_backward(const Threads& threads, const Norm& norm, const NormGrad
 
 void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
                      const float* matrix, const Axis& matrix_rows) {
-  add_column_sums(threads, rows, channels, sums, columns, [&](int64_t row, int64_t c, int64_t count) {
-    return load(matrix + matrix_rows.at(row) + c, count);
-  });
+  add_column_sums(threads, rows, channels, sums, columns,
+                  [&](int64_t row, int64_t c, int64_t count) { return load(matrix + matrix_rows.at(row) + c, count); });
 }
 
 void scale_branch(const Threads& threads, const Branch& branch, float* z) {
@@ -100,7 +98,8 @@ void scale_branch(const Threads& threads, const Branch& branch, float* z) {
 void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, float* sums) {
   add_column_sums(threads, branch.rows, branch.channels, sums, Axis{}, [&](int64_t row, int64_t c, int64_t count) {
     const Vec factor = splat(branch.branch_scale == nullptr ? 1.0f : branch.branch_scale[row / branch.tokens]);
-    return load(branch.grad + branch.grad_rows.at(row) + c, count) * load(out + row * branch.channels + c, count) * factor;
+    return load(branch.grad + branch.grad_rows.at(row) + c, count) * load(out + row * branch.channels + c, count) *
+           factor;
   });
 }
 

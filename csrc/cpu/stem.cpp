@@ -134,8 +134,7 @@ int stem_backward(const Stem& block, const StemGradients& gradients, const Threa
   for (int64_t image = 0; image < block.batch; image += step) {
     const int64_t count = smaller(step, block.batch - image) * patches;
     const View d{grad.data + image * grad.image_stride + prefix * grad.token_stride, grad_rows, {}};
-    if (gradients.bias != nullptr)
-      add_column_sums(threads, count, block.embed, gradients.bias, {}, d.data, grad_rows);
+    if (gradients.bias != nullptr) add_column_sums(threads, count, block.embed, gradients.bias, {}, d.data, grad_rows);
     if (gradients.weight.data != nullptr) {
       gather_patches(threads, block, image, count, rows);
       gemm(threads, scratch, block.embed, size, count, transposed(d), {rows, {size}, {}},

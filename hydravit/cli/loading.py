@@ -9,9 +9,10 @@ import torch
 from hydravit.cli import parse_heads
 from hydravit.config import HydraViTConfig
 from hydravit.factory import fused_model
+from hydravit.fitting import infer_config
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
-from hydravit.weights import Checkpoint, infer_config, read_checkpoint
+from hydravit.weights import Checkpoint, read_checkpoint
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:

@@ -1,0 +1,202 @@
+"""``hydravit train``: a recipe, some of its values replaced, to a checkpoint with the accuracy of every width."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from hydravit.cli import parse_heads
+from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.recipes import RECIPES, Recipe, get_recipe
+
+_EXAMPLES = """examples:
+  hydravit train --recipe demo --out runs/demo
+  hydravit train --recipe demo --out runs/demo --resume          # goes on where an interrupted run stopped
+  hydravit train --data photos/ --config tiny --heads 1-3 --epochs 100 --batch-size 128 --out runs/photos
+  hydravit train --data photos/ --config base --checkpoint deit_tiny.pth --amp bf16 --out runs/base
+  hydravit train --recipe demo --set depth=6 --set clip_norm=0.5 --out runs/deep
+  torchrun --nproc-per-node 2 -m hydravit train --recipe hydravit-imagenet --data imagenet/ --out runs/imagenet
+"""
+
+_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train all widths of a model at once",
+        description="Train by a recipe; write OUT/model.safetensors, log.jsonl, checkpoint.pt and the accuracy of every width.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
+    parser.add_argument("--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
+    parser.add_argument("--config", help="tiny, small, base, large: the full model (default: the recipe's)")
+    parser.add_argument("--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)")
+    for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="replaces any field of the recipe or the model"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
+    )
+    parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--amp", default="none", choices=_AMP, help="mixed precision (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
+    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
+    parser.add_argument(
+        "--validate-every", type=int, default=0, metavar="N", help="epochs between looks at the test part (default: never)"
+    )
+    parser.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="epochs (default: %(default)s)")
+    parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="steps; also within an epoch")
+    parser.add_argument("--no-evaluate", action="store_true", help="do not evaluate every width at the end")
+    parser.add_argument("--accuracy-only", action="store_true", help="evaluate without latency and memory")
+
+
+def run(args: argparse.Namespace) -> None:
+    from hydravit.data import load_dataset
+    from hydravit.factory import fused_model
+    from hydravit.fitting import load_weights
+    from hydravit.training import Interrupted, Trainer
+    from hydravit.training.trainer import CHECKPOINT
+    from hydravit.weights import read_checkpoint, save_checkpoint
+
+    recipe = make_recipe(args)
+    device, main = _start_ranks(args.device)
+    out = Path(args.out)
+    resume = None if args.resume is None else Path(args.resume or out / CHECKPOINT)
+    if resume is None and (out / CHECKPOINT).exists() and main:
+        raise ValueError(f"{out / CHECKPOINT} exists: go on with --resume, or choose another --out")
+    data = {"seed": args.split_seed, "skip_corrupt": args.skip_corrupt}
+    size = recipe.config.image_size
+    dataset = load_dataset(recipe.data, split="train", image_size=size, augment=recipe.augment, **data)
+    preprocessing, class_names = dataset.preprocessing, dataset.class_names
+    evaluation = None
+    if args.validate_every or not args.no_evaluate:
+        common = {"preprocessing": preprocessing, "class_names": class_names}
+        evaluation = load_dataset(recipe.data, split="test", **common, **data)
+
+    config = dataclasses.replace(
+        recipe.config, image_size=dataset.image_size, in_channels=dataset.in_channels, num_classes=len(class_names)
+    )
+    torch.manual_seed(recipe.seed)
+    model = fused_model(config=config, backend=args.backend, device=device)
+    if args.checkpoint:
+        load_weights(model, read_checkpoint(args.checkpoint))
+    mix = None
+    if recipe.rand_augment or recipe.color_jitter or recipe.random_erasing or recipe.mixup or recipe.cutmix:
+        from hydravit.recipes import photos
+
+        mix = photos.mix(recipe, len(class_names))
+        photos.augment(dataset, recipe)
+    trainer = Trainer(
+        model,
+        recipe,
+        dataset,
+        out=out,
+        validation=evaluation,
+        validate_every=args.validate_every,
+        amp=_AMP[args.amp],
+        mix=mix,
+        checkpoint_every=args.checkpoint_every,
+        checkpoint_steps=args.checkpoint_steps,
+        workers=args.workers,
+        progress=sys.stderr.isatty(),
+    )
+    if resume is not None:
+        trainer.resume(resume)
+    if main:
+        widths = ", ".join(map(str, recipe.trained_heads))
+        print(f"training heads {widths} on {len(dataset)} images, {recipe.epochs} epochs, backend {model.backend}", flush=True)
+    try:
+        trained = trainer.run()
+    except Interrupted as stopped:
+        print(f"hydravit: {stopped}; hydravit train --resume goes on from it", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if not main:
+        return
+    trained.trained_heads = recipe.trained_heads
+    path = out / "model.safetensors"
+    save_checkpoint(path, trained, preprocessing=preprocessing, class_names=class_names)
+    print("wrote", path)
+    if not args.no_evaluate:
+        _evaluate(trained, evaluation, args, recipe, path)
+
+
+def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Path) -> None:
+    from hydravit.evaluation import evaluate, format_table, write_results
+
+    measure = not args.accuracy_only
+    results = evaluate(model.eval(), dataset, latency=measure, memory=measure, progress=sys.stderr.isatty())
+    results["data"] = {"source": recipe.data, "split": "test", "skipped": len(dataset.skipped)}
+    results["checkpoint"] = str(path)
+    print(format_table(results))
+    print("wrote", *write_results(results, args.out))
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe with all that the command line replaces. Raises ``ValueError`` naming a wrong field or value."""
+    recipe = get_recipe(args.recipe)
+    config = recipe.config if args.config is None else resolve_config(args.config)
+    changes = {name: getattr(args, name) for name in ("data", "epochs", "batch_size", "lr", "seed")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
+    recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}
+    config_changes = {}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in config_fields | recipe_fields:
+            known = ", ".join(sorted(recipe_fields) + sorted(config_fields))
+            raise ValueError(f"--set {setting}: expected FIELD=VALUE with a field of the recipe or the model: {known}")
+        target, owner = (changes, recipe) if name in recipe_fields else (config_changes, config)
+        target[name] = _parse(setting, value, getattr(owner, name))
+    config = dataclasses.replace(config, **config_changes)
+    # The widths of a recipe are those of its own model.
+    if config.max_heads != recipe.config.max_heads or args.heads is not None:
+        changes = {"heads": (), "weights": (), **changes}
+    if args.heads is not None:
+        changes["heads"] = parse_heads(args.heads, config.max_heads)
+    return recipe.replace(config=config, **changes)
+
+
+def _parse(setting: str, text: str, default: object) -> object:
+    """A value of the kind the field holds: strings need no quotes, numbers and tuples are Python's."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, tuple) and isinstance(value, int):
+        value = (value,)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        raise ValueError(f"--set {setting}: expected a value of type {type(default).__name__}, such as {default!r}")
+    return value
+
+
+def _start_ranks(name: str) -> tuple[torch.device, bool]:
+    """The device, and whether this process is the one that writes; joins the others under torchrun."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch finds no CUDA device")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, True
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, torch.distributed.get_rank() == 0

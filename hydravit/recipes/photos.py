@@ -1,0 +1,78 @@
+"""timm's augmentation for photos: the only module that imports timm (extra ``recipes``)."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydravit.data.folder import FolderDataset
+from hydravit.recipes import Recipe
+
+
+def _import_timm_data():
+    try:
+        if not hasattr(torch.ops.torchvision, "nms"):
+            # A torchvision built for another torch has no operators, and its import fails for want of their schemas.
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _import_timm_data.library = library  # definitions live as long as it does
+        import timm.data
+    except ImportError as error:
+        raise RuntimeError(f"this recipe needs timm: pip install 'hydravit[recipes]' ({error})") from error
+    return timm.data
+
+
+def mix(recipe: Recipe, num_classes: int):
+    """Mixup and cutmix of the recipe, ``(images, labels (B,)) -> (images, targets (B, classes))``, or None without.
+
+    timm draws from numpy's generator: it is seeded from torch's, so that training resumes exactly.
+    """
+    if not recipe.mixup and not recipe.cutmix:
+        return None
+    # The loss smooths the labels: smoothing and mixing are both linear.
+    mixup = _import_timm_data().Mixup(
+        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, switch_prob=0.5, label_smoothing=0.0, num_classes=num_classes
+    )
+
+    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        np.random.seed(int(torch.randint(2**32, ())))
+        return mixup(images, labels)
+
+    return mixed
+
+
+def augment(dataset, recipe: Recipe) -> None:
+    """Replace the preprocessing of a folder's images by timm's training transform, where the recipe has one.
+
+    Random resized crop, flip, RandAugment (arXiv 1909.13719), colour jitter, random erasing (arXiv 1708.04896).
+    """
+    if not (recipe.rand_augment or recipe.color_jitter or recipe.random_erasing):
+        return
+    if not isinstance(dataset, FolderDataset):
+        raise ValueError("rand_augment, color_jitter and random_erasing are for a folder of photos; set them to '' and 0")
+    values = dataset.preprocessing
+    transform = _import_timm_data().create_transform(
+        values.image_size,
+        is_training=True,
+        auto_augment=recipe.rand_augment or None,
+        color_jitter=recipe.color_jitter or None,
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        interpolation="bicubic",
+        mean=values.mean,
+        std=values.std,
+    )
+    mode = "L" if len(values.mean) == 1 else "RGB"
+
+    def transformed(image) -> Tensor:
+        # It draws from Python's and numpy's generators too: seeded from torch's, which is seeded per batch.
+        seed = int(torch.randint(2**32, ()))
+        random.seed(seed)
+        np.random.seed(seed)
+        return transform(image.convert(mode))
+
+    dataset.preprocessing = transformed

@@ -1,0 +1,439 @@
+"""Sampled-width training: gradients in place, the sampler, exact resuming, checkpoints, errors."""
+
+import copy
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hydravit_kernels as kernels
+from hydravit import HydraViT, HydraViTConfig
+from hydravit.geometry import scala, skd
+from hydravit.recipes import RECIPES, Recipe, get_recipe
+from hydravit.training import Batches, Interrupted, SliceGradients, Trainer, WidthSampler, load_state, make_optimizer
+from hydravit.training.gradients import merge
+
+CONFIG = HydraViTConfig(
+    image_size=8, patch_size=4, in_channels=1, num_classes=5, depth=2, max_heads=4, head_dim=8, mlp_ratio=2.0
+)
+RECIPE = Recipe(
+    config=CONFIG, epochs=3, batch_size=8, lr=1e-3, lr_batch=0, warmup_epochs=1.0, clip_norm=1.0, ema=0.9, seed=3
+)
+BACKENDS = kernels.available_backends()
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images whose brightness is their class, with augmentation from torch's global generator."""
+
+    def __init__(self, count=44, augment=True):
+        self.labels = torch.arange(count) % 5
+        noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.images = self.labels[:, None, None, None] * 0.5 + 0.1 * noise
+        self.augment = augment
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        noise = 0.05 * torch.randn(1, 8, 8) if self.augment else 0.0
+        return self.images[index] + noise, int(self.labels[index])
+
+
+def make_model(seed=0, backend="reference", **changes):
+    torch.manual_seed(seed)
+    model = HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(count=6):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % 5
+
+
+def backward(model, heads):
+    images, labels = batch()
+    F.cross_entropy(model(images, heads=heads), labels).backward()
+
+
+def assert_same_gradients(model, ordinary):
+    for (name, a), b in zip(model.named_parameters(), ordinary.parameters(), strict=True):
+        expected = torch.zeros_like(b) if b.grad is None else b.grad
+        torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+CASES = {
+    "one width": ({}, [2]),
+    "two widths": ({}, [3, 1]),
+    "per image": ({}, [torch.tensor([1, 3, 2, 3, 1, 1])]),
+    "separate classifiers": ({"separate_classifiers": (1, 2, 4)}, [2, 4]),
+    "separate, per image": ({"separate_classifiers": (1, 2, 4)}, [torch.tensor([1, 2, 2, 1, 2, 1])]),
+    "layer scale, registers": ({"layer_scale": 0.5, "register_tokens": 2, "pool": "avg"}, [1, 3]),
+    "scala prefix and suffix": ({}, [scala(CONFIG, 8, suffix=False), scala(CONFIG, 16, suffix=True)]),
+    "skd with skipped branches": ({}, [skd(CONFIG, [(4, 0), (0, 24)])]),
+    "sortednet": ({"geometry": "sortednet"}, [1, 3]),
+    "dynabert": ({"geometry": "dynabert"}, [2]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_in_place_gradients_are_the_ordinary_ones(case, backend):
+    changes, widths = CASES[case]
+    model, ordinary = make_model(backend=backend, **changes), make_model(backend=backend, **changes)
+    gradients = SliceGradients(model)
+    for heads in widths:
+        backward(model, heads)
+        backward(ordinary, heads)
+    assert_same_gradients(model, ordinary)
+
+    live = {slices.name: sum(view.numel() for view in slices.views) for slices in gradients.live()}
+    for name, parameter in model.named_parameters():
+        assert int(parameter.grad.count_nonzero()) <= live.get(name, 0) <= parameter.numel(), name
+    norm = gradients.clip_norm_(0.01)
+    expected = torch.nn.utils.clip_grad_norm_(ordinary.parameters(), 0.01)
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0.0)
+    assert_same_gradients(model, ordinary)
+
+    gradients.zero_()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+    assert not list(gradients.live())
+
+
+def test_live_part_is_the_slice():
+    model = make_model()
+    gradients = SliceGradients(model)
+    backward(model, 1)
+    live = {slices.name: [tuple(view.shape) for view in slices.views] for slices in gradients.live()}
+    assert live["blocks.0.attn.qkv.weight"] == [(8, 8)] * 3
+    assert live["blocks.1.mlp.fc2.weight"] == [(8, 16)]
+    assert live["head.weight"] == [(5, 8)] and live["head.bias"] == [(5,)]
+    assert live["patch_embed.proj.weight"] == [(8, 1, 4, 4)]
+    assert merge([(4, 4), (0, 2), (1, 2), (8, 1)]) == ((0, 3), (4, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes", [{}, {"separate_classifiers": (1, 2, 3, 4)}])
+def test_steps_in_place_are_the_ordinary_ones(backend, changes):
+    model, ordinary = make_model(backend=backend, **changes), make_model(backend=backend, **changes)
+    gradients = SliceGradients(model)
+    # A large epsilon: AdamW divides the rounding of gradients that are zero (those of key biases) by itself otherwise.
+    optimizers = [make_optimizer(m, RECIPE.replace(eps=1e-3)) for m in (model, ordinary)]
+    for heads in (3, 1, 4):
+        gradients.zero_()
+        optimizers[1].zero_grad(set_to_none=False)
+        backward(model, heads)
+        backward(ordinary, heads)
+        gradients.clip_norm_(0.5)
+        torch.nn.utils.clip_grad_norm_(ordinary.parameters(), 0.5)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(model.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clearing_between_forward_and_backward(backend):
+    model = make_model(backend=backend)
+    gradients = SliceGradients(model)
+    images, labels = batch()
+    loss = F.cross_entropy(model(images, heads=2), labels)
+    gradients.zero_()
+    loss.backward()
+    gradients.zero_()
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_frozen_parameters_have_no_buffer():
+    model = make_model()
+    model.blocks[0].requires_grad_(False)
+    gradients = SliceGradients(model)
+    backward(model, 2)
+    assert model.blocks[0].mlp.fc1.weight.grad is None
+    assert not any(slices.name.startswith("blocks.0.") for slices in gradients.live())
+
+
+def test_ordinary_mode_comes_back():
+    model = make_model()
+    gradients = SliceGradients(model)
+    with pytest.raises(RuntimeError, match="already"):
+        SliceGradients(model)
+    backward(model, 2)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.slice_gradients is None
+        backward(copied, 3)
+    gradients.close()
+    assert model.slice_gradients is None
+    model.zero_grad()
+    backward(model, 2)
+
+
+def test_hooks_and_lost_buffers_raise():
+    model = make_model()
+    gradients = SliceGradients(model)
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        handle = getattr(model.blocks[1].norm1.weight, register)(lambda _: None)
+        with pytest.raises(RuntimeError, match=r"blocks\.1\.norm1\.weight.*hook"):
+            backward(model, 1)
+        handle.remove()
+    backward(model, 1)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        gradients.clip_norm_(1.0)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        backward(model, 1)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_autograd_grad_raises_and_leaves_the_buffers_alone(backend):
+    model = make_model(backend=backend)
+    SliceGradients(model)
+    images, labels = batch()
+    for wanted in (list(model.parameters()), [model.pos_embed], [model.head.weight]):
+        loss = F.cross_entropy(model(images, heads=2), labels)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(loss, wanted)
+        assert all(not parameter.grad.any() for parameter in model.parameters())
+    # For other tensors it is right, and does not touch the buffers either.
+    images.requires_grad_()
+    (of_images,) = torch.autograd.grad(F.cross_entropy(model(images, heads=2), labels), images)
+    assert of_images.any() and all(not parameter.grad.any() for parameter in model.parameters())
+    F.cross_entropy(model(images, heads=2), labels).backward(inputs=[model.pos_embed])
+    assert model.pos_embed.grad.any() and not model.head.weight.grad.any()
+
+
+# Sampler and batches ------------------------------------------------------------------------------------------------
+
+
+def test_sampler_frequencies():
+    sampler = WidthSampler([1, 2, 4], seed=1)
+    counts = Counter(sampler.draw(1) for _ in range(3000))
+    assert all(abs(counts[k] / 3000 - 1 / 3) < 0.04 for k in (1, 2, 4))
+    drawn = WidthSampler([1, 2, 4], [1, 0, 3], per_image=True).draw(4000)
+    assert drawn.shape == (4000,) and drawn.dtype == torch.int64
+    assert abs(float((drawn == 4).double().mean()) - 0.75) < 0.04 and not (drawn == 2).any()
+
+
+def test_sampler_state_and_ranks():
+    def draws(sampler):
+        return [sampler.draw(1) for _ in range(30)]
+
+    a, b, other = (WidthSampler(range(1, 9), seed=5, rank=rank) for rank in (0, 0, 1))
+    assert draws(a) == draws(b) != draws(other)
+    state = a.state_dict()
+    expected = draws(a)
+    b.load_state_dict(state)
+    assert draws(b) == expected
+
+
+@pytest.mark.parametrize("arguments", [([],), ([1, 1],), ([1, 2], [1.0]), ([1, 2], [0, 0]), ([1, 2], [-1, 2])])
+def test_sampler_refuses(arguments):
+    with pytest.raises(ValueError, match="heads|weights"):
+        WidthSampler(*arguments)
+
+
+def test_batches_start_anywhere_and_split_over_ranks():
+    dataset = Images()
+    whole = list(Batches(dataset, 8, seed=2).epoch(1))
+    assert len(whole) == 5 == len(Batches(dataset, 8))
+    torch.rand(3)
+    for (a, la), (b, lb) in zip(whole[2:], Batches(dataset, 8, seed=2).epoch(1, start=2), strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb)
+    plain = Images(augment=False)
+    parts = [list(Batches(plain, 11, rank=rank, world=2).epoch(0)) for rank in (0, 1)]
+    seen = torch.cat([images for part in parts for images, _ in part]).flatten(1)
+    assert len(seen.unique(dim=0)) == len(plain)
+
+
+@pytest.mark.long
+def test_batches_from_workers_are_the_same():
+    dataset = Images()
+    own, workers = (list(Batches(dataset, 8, workers=workers).epoch(0)) for workers in (0, 2))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(own, workers, strict=True))
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+
+def train(out=None, recipe=RECIPE, stop_at=None, resume=False, dataset=None, **options):
+    """The trainer after its run, or after SIGTERM in step ``stop_at``."""
+    dataset = Images() if dataset is None else dataset
+    model = make_model(drop_path=0.2, separate_classifiers=recipe.config.separate_classifiers)
+    trainer = Trainer(model, recipe, dataset, out=out, progress=False, **options)
+    if resume:
+        trainer.resume(out / "checkpoint.pt")
+    if stop_at is None:
+        trainer.run()
+        return trainer
+    step = trainer._step
+
+    def stopping(*arguments):
+        if trainer.step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    trainer._step = stopping
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {stop_at}"):
+        trainer.run()
+    return trainer
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop_at", [7, 10])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop_at, per_image):
+    recipe = RECIPE.replace(per_image=per_image)
+    whole = train(tmp_path / "whole", recipe)
+    train(tmp_path / "parts", recipe, stop_at=stop_at)
+    torch.rand(5)
+    parts = train(tmp_path / "parts", recipe, resume=True)
+    assert parts.step == whole.step == 15
+    for a, b in ((whole.model, parts.model), (whole.average, parts.average)):
+        for (name, value), other in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+            assert torch.equal(value, other), name
+    for a, b in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), strict=True):
+        a.pop("images_per_second"), b.pop("images_per_second")
+        assert a == b
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_resume_refuses_another_run(tmp_path):
+    train(tmp_path, RECIPE.replace(epochs=1, warmup_epochs=0.0, ema=0.0))
+    with pytest.raises(ValueError, match=r"recipe\.ema was 0\.0 .* 0\.5"):
+        train(tmp_path, RECIPE.replace(epochs=1, warmup_epochs=0.0, ema=0.5), resume=True)
+    with pytest.raises(ValueError, match="images was 44"):
+        train(tmp_path, RECIPE.replace(epochs=1, warmup_epochs=0.0, ema=0.0), resume=True, dataset=Images(20))
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "nothing.pt", {})
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(ValueError, match="damaged"):
+        train(tmp_path, resume=True)
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer = train(tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(content, file):
+        with open(file, "wb") as opened:
+            opened.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_loss_that_is_not_finite_stops(tmp_path):
+    dataset = Images(augment=False)
+    dataset.images[:] = float("nan")
+    with pytest.raises(RuntimeError, match=r"loss is nan in step 0 .* heads=\d"):
+        train(tmp_path, dataset=dataset)
+
+
+def test_loss_decreases_and_is_logged(tmp_path):
+    recipe = RECIPE.replace(epochs=12, lr=3e-3, smoothing=0.0)
+    trainer = train(tmp_path, recipe, validation=Images(augment=False), validate_every=6)
+    log = read_log(tmp_path)
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert {k for entry in log for k in entry["loss_per_width"]} == {"1", "2", "3", "4"}
+    assert set(log[5]["validation_top1"]) == {"1", "4"} and "validation_top1" not in log[4]
+    assert trainer.trained is trainer.average.module
+    assert log[-1]["lr"] == pytest.approx(recipe.min_lr, rel=0.5)
+
+
+def test_accumulation_and_soft_targets():
+    recipe = RECIPE.replace(epochs=1, warmup_epochs=0.0, smoothing=0.1, clip_norm=0.0)
+    models = [make_model() for _ in range(2)]  # without drop-path, whose draws depend on the parts
+    for model, accumulate in zip(models, (1, 3), strict=True):
+        Trainer(model, recipe.replace(accumulate=accumulate, eps=1e-3), Images(), progress=False).run()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    soft = train(recipe=recipe, mix=lambda images, labels: (images, F.one_hot(labels, 5).float()))
+    hard = train(recipe=recipe)
+    for a, b in zip(soft.model.parameters(), hard.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate():
+    from hydravit.training import make_scheduler
+
+    recipe = RECIPE.replace(epochs=10, warmup_epochs=2.0, cooldown_epochs=2, lr=1e-2, lr_batch=4, min_lr=1e-4)
+    optimizer = make_optimizer(make_model(), recipe, world=2)
+    scheduler = make_scheduler(optimizer, recipe, steps_per_epoch=5)
+    rates = []
+    for _ in range(50):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[10] == max(rates) == pytest.approx(1e-2 * 8 * 2 / 4)
+    assert rates[0] == pytest.approx(recipe.warmup_lr * 4)
+    assert rates[40:] == pytest.approx([recipe.min_lr * 4] * 10)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_decay_leaves_out_vectors_and_tokens():
+    model = make_model(layer_scale=1.0, separate_classifiers=(1, 2, 3, 4))
+    groups = make_optimizer(model, RECIPE).param_groups
+    decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    matrices = ("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight", "head.weight")
+    assert names == {name for name, _ in model.named_parameters() if name.endswith(matrices)}
+
+
+# Recipes ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes():
+    assert len(get_recipe("demo").trained_heads) >= 4
+    paper = RECIPES["hydravit-imagenet"]
+    assert paper.trained_heads == tuple(range(3, 13)) and paper.config.embed == 768
+    with pytest.raises(ValueError, match="demo"):
+        get_recipe("nothing")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 0}, {"lr": -1.0}, {"heads": (9,)}, {"weights": (1.0,)}, {"smoothing": 1.0}, {"nothing": 1}]
+)
+def test_recipe_refuses(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        RECIPE.replace(**changes)
+
+
+# Several processes --------------------------------------------------------------------------------------------------
+
+_RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from test_training import *
+dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
+trainer = train(__import__("pathlib").Path({out!r}), RECIPE.replace(epochs=1, warmup_epochs=0.0))
+weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+both = [torch.empty_like(weights) for _ in range(2)]
+dist.all_gather(both, weights)
+assert torch.equal(*both) and trainer.step == 2
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_two_ranks_agree(tmp_path):
+    script = _RANK.format(tests=os.path.dirname(__file__), store=tmp_path / "store", out=str(tmp_path / "out"))
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
