@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **know
     size = known.get("image_size", 0)
     height, width = (size, size) if isinstance(size, int) else size
     patches = (height // patch) * (width // patch)
-    if not patches or patches not in (positions - prefix, positions):  # of another size: they will be resampled
+    if not patches or patches not in (positions - prefix, positions):  # no size given, or one to be resampled to
         patches = next((n for n in (positions - prefix, positions) if math.isqrt(max(n, 0)) ** 2 == n > 0), 0)
         if not patches:
             raise ValueError(f"pos_embed has {positions} tokens, {prefix} of them before the patches: no square grid; "
@@ -230,7 +230,7 @@ class _Fit:
 
     def _classes(self, classifier: dict[str, Tensor]) -> int:
         """How many classes a classifier is for, be it one or one for each width."""
-        widths, classes = self.config.separate_classifiers, set()
+        widths, classes = self.config.separate_classifiers, {}
         for name, tensor in classifier.items():
             dims = 2 if name == "head.weight" else 1
             shape = tuple(tensor.shape)
@@ -239,11 +239,12 @@ class _Fit:
             if len(shape) > dims and shape[0] != len(widths):
                 raise ValueError(f"there are separate classifiers: {name} has shape {shape}, "
                                  f"but the model's separate_classifiers are {list(widths)}")  # fmt: skip
-            classes.add(shape[-dims])
-        if len(classes) > 1:
-            weight, bias = (classifier[name].shape[axis] for name, axis in (("head.weight", -2), ("head.bias", -1)))
-            raise ValueError(f"head.weight is for {weight} classes, head.bias for {bias}")
-        return classes.pop()
+            classes[name] = shape[-dims]
+        if len(set(classes.values())) > 1:
+            raise ValueError(
+                f"head.weight is for {classes['head.weight']} classes, head.bias for {classes['head.bias']}"
+            )
+        return classes.popitem()[1]
 
     def _classifier_of_every_width(self, classifier: dict[str, Tensor]) -> dict[str, Tensor]:
         widths = len(self.config.separate_classifiers)
@@ -340,7 +341,7 @@ def resample_positions(patches: Tensor, old_grid: tuple[int, int], new_grid: tup
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
 
 
-def _depth(names) -> int:
+def _depth(names: Iterable[str]) -> int:
     return 1 + max((int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, names) if match), default=-1)
 
 

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         """All classifiers under each other: ``(rows, D)`` and ``(rows,)``; a slice says which rows a width uses."""
-        return self.weight.flatten(0, -2), self.bias.flatten()
+        return (self.weight, self.bias) if self.bias.dim() == 1 else (self.weight.flatten(0, 1), self.bias.flatten())
 
 
 class Block(nn.Module):

@@ -131,6 +131,17 @@ def _op(name, backend):
     return getattr(torch.ops.hydravit, f"{name}_{backend}").default
 
 
+def _refuse_autograd_grad(next_functions):
+    """With buffers, ``torch.autograd.grad`` would change them as a side effect and return nothing."""
+    for node, _ in next_functions:
+        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
+            try:
+                torch._C._will_engine_execute_node(node)  # refuses leaves under autograd.grad
+            except RuntimeError as error:
+                raise RuntimeError("torch.autograd.grad cannot be used while gradients are made in place") from error
+            return
+
+
 class _Block(torch.autograd.Function):
     """Forward and backward ops of one block; ``parameters`` are in the order of the op's schema."""
 
@@ -142,7 +153,7 @@ class _Block(torch.autograd.Function):
             y, saved = _op(name, backend)(x, *parameters, *constants), []
         ctx.save_for_backward(x, *saved, *parameters)
         ctx.saved_count = len(saved)
-        ctx.name, ctx.backend, ctx.constants, ctx.buffers = name, backend, constants, buffers
+        ctx.op_name, ctx.backend, ctx.constants, ctx.buffers = name, backend, constants, buffers
         return y
 
     @staticmethod
@@ -151,12 +162,15 @@ class _Block(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]
         x_wanted, *wanted = ctx.needs_input_grad[4:]
-        if ctx.buffers is None:
-            sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
-        else:
+        in_place = ctx.buffers is not None
+        if in_place and not torch.compiler.is_compiling():
+            _refuse_autograd_grad(ctx.next_functions)
+        if in_place:
             sums = [buffer if want else None for buffer, want in zip(ctx.buffers, wanted, strict=True)]
-        grad_x = _op(f"{ctx.name}_backward", ctx.backend)(
+        else:
+            sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
+        grad_x = _op(f"{ctx.op_name}_backward", ctx.backend)(
             grad.contiguous(), x, *saved, *parameters, *ctx.constants, x_wanted, *sums
         )
-        in_place = ctx.buffers is not None
-        return None, None, None, None, grad_x if x_wanted else None, *([None] * len(sums) if in_place else sums)
+        visible = [None] * len(sums) if in_place else sums
+        return None, None, None, None, grad_x if x_wanted else None, *visible

@@ -21,7 +21,7 @@ _EXAMPLES = """examples:
   hydravit train --data photos/ --config tiny --heads 1-3 --epochs 100 --batch-size 128 --out runs/photos
   hydravit train --data photos/ --config base --checkpoint deit_tiny.pth --amp bf16 --out runs/base
   hydravit train --recipe demo --set depth=6 --set clip_norm=0.5 --out runs/deep
-  torchrun --nproc-per-node 2 -m hydravit train --recipe hydravit-imagenet --data imagenet/ --out runs/imagenet
+  torchrun --nproc-per-node 2 --no-python hydravit train --recipe hydravit-imagenet --data imagenet/ --out runs/in1k
 """
 
 _AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,32 +31,46 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train all widths of a model at once",
-        description="Train by a recipe; write OUT/model.safetensors, log.jsonl, checkpoint.pt and the accuracy of every width.",
+        description="Train by a recipe. Writes model.safetensors, log.jsonl and results; until then checkpoint.pt.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
-    parser.add_argument("--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)")
+    parser.add_argument(
+        "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
     parser.add_argument("--config", help="tiny, small, base, large: the full model (default: the recipe's)")
-    parser.add_argument("--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)")
+    parser.add_argument(
+        "--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)"
+    )
     for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="replaces any field of the recipe or the model"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="replaces any field of the recipe or the model",
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
     )
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
     parser.add_argument("--amp", default="none", choices=_AMP, help="mixed precision (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
     parser.add_argument(
-        "--validate-every", type=int, default=0, metavar="N", help="epochs between looks at the test part (default: never)"
+        "--validate-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="epochs between looks at the test part (default: never)",
     )
     parser.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="epochs (default: %(default)s)")
     parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="steps; also within an epoch")
@@ -118,7 +132,10 @@ def run(args: argparse.Namespace) -> None:
         trainer.resume(resume)
     if main:
         widths = ", ".join(map(str, recipe.trained_heads))
-        print(f"training heads {widths} on {len(dataset)} images, {recipe.epochs} epochs, backend {model.backend}", flush=True)
+        print(
+            f"training heads {widths} on {len(dataset)} images, {recipe.epochs} epochs, backend {model.backend}",
+            flush=True,
+        )
     try:
         trained = trainer.run()
     except Interrupted as stopped:
@@ -132,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
     trained.trained_heads = recipe.trained_heads
     path = out / "model.safetensors"
     save_checkpoint(path, trained, preprocessing=preprocessing, class_names=class_names)
+    (out / CHECKPOINT).unlink(missing_ok=True)  # nothing is left to go on with
     print("wrote", path)
     if not args.no_evaluate:
         _evaluate(trained, evaluation, args, recipe, path)
@@ -179,8 +197,8 @@ def _parse(setting: str, text: str, default: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
-    if isinstance(default, tuple) and isinstance(value, int):
-        value = (value,)
+    if isinstance(default, tuple) and isinstance(value, (int, float)):
+        value = (value,) * (2 if setting.startswith("image_size") else 1)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):

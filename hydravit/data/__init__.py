@@ -58,7 +58,7 @@ def load_dataset(
     if name == "digits" and not folder:
         images, targets = digits(split)
         found, size, mean, std = [str(digit) for digit in range(10)], 8, (0.305,), (0.376,)
-        augmentation = augmentations.SYMBOLS
+        augmentation = augmentations.SCANS
     elif name == "fashion-mnist":
         images, targets = fashion_mnist(split, Path(folder) if folder else FASHION_MNIST_FOLDER)
         found, size, mean, std = list(FASHION_MNIST_CLASSES), 28, (0.286,), (0.353,)

@@ -73,7 +73,16 @@ class Recipe:
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "eps"):
             self._check(name, getattr(self, name) > 0, "positive")
-        for name in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup", "cutmix", "clip_norm", "lr_batch"):
+        for name in (
+            "min_lr",
+            "warmup_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "clip_norm",
+            "lr_batch",
+        ):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("smoothing", "ema", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -109,15 +118,17 @@ class Recipe:
 
 
 RECIPES = {
-    # scikit-learn's 8x8 digits: minutes on two CPU cores.
+    # scikit-learn's 8x8 digits: minutes on two CPU cores. A width per image: 18 steps an epoch are too few for one each.
     "demo": Recipe(
         config=HydraViTConfig(
             image_size=8, patch_size=2, in_channels=1, num_classes=10, depth=4, max_heads=6, head_dim=16, mlp_ratio=2.0
         ),
         data="digits",
-        epochs=80,
+        heads=(3, 4, 5, 6),
+        per_image=True,
+        epochs=100,
         batch_size=64,
-        lr=2e-3,
+        lr=1e-3,
         lr_batch=0,
         warmup_epochs=4.0,
         clip_norm=1.0,

@@ -35,7 +35,11 @@ def mix(recipe: Recipe, num_classes: int):
         return None
     # The loss smooths the labels: smoothing and mixing are both linear.
     mixup = _import_timm_data().Mixup(
-        mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, switch_prob=0.5, label_smoothing=0.0, num_classes=num_classes
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        switch_prob=0.5,
+        label_smoothing=0.0,
+        num_classes=num_classes,
     )
 
     def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,9 @@ def augment(dataset, recipe: Recipe) -> None:
     if not (recipe.rand_augment or recipe.color_jitter or recipe.random_erasing):
         return
     if not isinstance(dataset, FolderDataset):
-        raise ValueError("rand_augment, color_jitter and random_erasing are for a folder of photos; set them to '' and 0")
+        raise ValueError(
+            "rand_augment, color_jitter and random_erasing are for a folder of photos; set them to '' and 0"
+        )
     values = dataset.preprocessing
     transform = _import_timm_data().create_transform(
         values.image_size,

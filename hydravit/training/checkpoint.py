@@ -64,7 +64,7 @@ def first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | Non
 
 
 class Interrupt:
-    """Within ``with``, SIGINT and SIGTERM set ``signal`` instead of stopping the program; a second SIGINT does stop it."""
+    """Within ``with``, SIGINT and SIGTERM set ``signal`` and do not stop the program; a second SIGINT does."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None

@@ -1,8 +1,8 @@
-"""Gradients in place: backward adds into the slice of a persistent buffer, and every later pass touches that slice only.
+"""Gradients in place: backward adds into the slice of a persistent buffer, and later passes touch that slice only.
 
-Ordinary PyTorch allocates and fills a full-size gradient per parameter and step, whatever the width. Here every trainable
-parameter has one full-size ``.grad`` for good; outside the slices that were used since the last ``zero_`` it is exactly
-zero, so clearing it and its norm need the used slices only.
+Ordinary PyTorch allocates and fills a full-size gradient per parameter and step, whatever the width. Here every
+trainable parameter has one full-size ``.grad`` for good. Outside the slices used since the last ``zero_`` it is exactly
+zero, so clearing it and its norm need those slices only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class SliceGradients:
 
     The gradients equal the ordinary ones. What autograd would do with them does not happen, because it never sees them:
     tensor hooks and post-accumulate hooks on parameters are refused in the next forward; ``torch.autograd.grad`` for
-    parameters and double backward raise; ``DistributedDataParallel`` around the model would never be told. A deep copy or
-    a pickle of the model is in ordinary mode.
+    parameters and double backward raise with compiled backends; ``DistributedDataParallel`` around the model would
+    never be told. A deep copy or a pickle of the model is in ordinary mode.
 
     Raises:
         RuntimeError: if the model is already in this mode.
@@ -82,6 +82,8 @@ class SliceGradients:
                     "remove it, or close SliceGradients"
                 )
         self._check_buffers()
+        if torch.compiler.is_compiling():  # a set of symbolic widths would make a graph for each: all is live
+            geometries = [self.model.geometry(self.model.config.max_heads)]
         self._forward = tuple(geometries)
         self._marked.update(self._forward)
 
@@ -103,10 +105,10 @@ class SliceGradients:
         return base.grad.as_strided(parameter.size(), parameter.stride(), base.grad.storage_offset() + offset)
 
     def live(self) -> Iterator[LiveSlices]:
-        """Every parameter with a gradient since the last ``zero_``, and where: a superset of the entries that are not zero.
+        """Every parameter with a gradient since the last ``zero_``, and where: no entry outside is other than zero.
 
-        Per axis the union of the marked subnetworks' intervals; the rectangles are their products. Parameters of skipped
-        branches are left out.
+        Per axis the union of the marked subnetworks' intervals; the rectangles are their products. Parameters of
+        skipped branches are left out.
         """
         self._check_buffers()
         marked = frozenset(self._marked)
@@ -124,7 +126,7 @@ class SliceGradients:
         self._marked.clear()
 
     def clip_norm_(self, max_norm: float) -> Tensor:
-        """``torch.nn.utils.clip_grad_norm_`` over the live part: scales it in place, returns the norm before, a scalar."""
+        """``torch.nn.utils.clip_grad_norm_`` over the live part: scales it, returns the norm it had, a scalar."""
         views = self._live_views()
         norm = torch.nn.utils.get_total_norm(views)
         if views:
@@ -169,8 +171,8 @@ def _mark_in_backward(model, inputs, output) -> None:
 
 
 _GONE = (
-    "the gradient buffer of parameter {name} is gone: optimizer.zero_grad() sets .grad to None by default, autograd with "
-    "create_graph=True and model.to() replace it. With gradients in place call SliceGradients.zero_() instead"
+    "the gradient buffer of parameter {name} is gone: optimizer.zero_grad() sets .grad to None by default, autograd "
+    "with create_graph=True and model.to() replace it. With gradients in place call SliceGradients.zero_() instead"
 )
 
 

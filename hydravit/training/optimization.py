@@ -17,9 +17,9 @@ _NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
 def make_optimizer(model: nn.Module, recipe: Recipe, world: int = 1) -> torch.optim.AdamW:
     """AdamW, without decay on vectors (biases, norms, layer scale), tokens and the position embedding, as in DeiT.
 
-    It is the reference's dense AdamW: a weight outside the trained slice has a gradient of zero, not none, so it is still
-    decayed and moved by its momentum. Clearing and clipping touch the slice only; this step and the average do not.
-    Frozen parameters are left out. Raises ``ValueError`` if all are frozen.
+    It is the reference's dense AdamW: a weight outside the trained slice has a gradient of zero, not none, so it is
+    still decayed and moved by its momentum. Clearing and clipping touch the slice only; this step and the average do
+    not. Frozen parameters are left out. Raises ``ValueError`` if all are frozen.
     """
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -60,7 +60,10 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
 
 
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The exponential moving average of the weights, or None. Its decay grows to the recipe's: short runs forget the start."""
+    """The exponential moving average of the weights, or None.
+
+    Its decay grows to the recipe's, ``(1 + n) / (10 + n)`` after ``n`` steps, so that short runs forget the start too.
+    """
     if not recipe.ema:
         return None
 

@@ -16,8 +16,8 @@ class WidthSampler:
         weights: their relative frequencies; None: all alike.
         per_image: one width per image instead of one per batch.
         seed: equal seeds draw equal widths.
-        rank: with ranks of a distributed run that draw alike, 0 everywhere; otherwise the rank, so that each draws its own
-            (as the reference does: ranks then wait for the widest).
+        rank: the rank of a distributed run, so that each draws its own widths (as the reference does: ranks then wait
+            for the widest), or 0 on all, so that they draw alike.
 
     Raises:
         ValueError: for no or repeated widths, or weights that do not fit them.

@@ -39,15 +39,15 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains a model by a recipe (HydraViT, arXiv 2409.17978, section 3: every step draws a width and trains that).
 
-    Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. The optimizer is
-    the reference's dense AdamW, see ``make_optimizer``. Under torchrun, every rank makes a Trainer after
+    Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. The
+    optimizer is the reference's dense AdamW, see ``make_optimizer``. Under torchrun, every rank makes a Trainer after
     ``init_process_group``; gradients are then ordinary ones, averaged by DistributedDataParallel, and rank 0 writes.
 
     Args:
         model: on its device. Frozen parameters stay as they are.
         dataset: items ``(image (C, H, W), target)``; uint8 images are divided by 255; a target is a class or a float
             tensor ``(classes,)`` of probabilities.
-        out: folder for ``checkpoint.pt`` and ``log.jsonl`` (a line per epoch: loss, loss per width, images/s); None: none.
+        out: folder for ``checkpoint.pt`` and ``log.jsonl`` (a line per epoch: losses, images/s), or None.
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
         amp: torch.bfloat16 or torch.float16 for autocast; None for none.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
@@ -119,6 +119,7 @@ class Trainer:
         """
         if self.out is not None and self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            self._forget_log()
         if self.world == 1:
             self.gradients = SliceGradients(self.model)
         self.model.train()
@@ -238,7 +239,9 @@ class Trainer:
             self.trained.train(training)
             entry["validation_top1"] = {k: top1 for k, (top1, _) in found.items()}
             if self.progress:
-                tqdm.write(f"epoch {self.epoch + 1}: " + ", ".join(f"top-1 at k={k} {v[0]:.2f} %" for k, v in found.items()))
+                tqdm.write(
+                    f"epoch {self.epoch + 1}: " + ", ".join(f"top-1 at k={k} {v[0]:.2f} %" for k, v in found.items())
+                )
         if self.out is not None:
             with open(self.out / LOG, "a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -311,11 +314,10 @@ class Trainer:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         self.epoch, self.batch, self.step = state["position"]
         self._losses = state["losses"]
-        self._forget_log()
 
     def _forget_log(self) -> None:
-        """Drop the lines of epochs that come again, as the log may be newer than the checkpoint."""
-        log = None if self.out is None else self.out / LOG
-        if self.rank == 0 and log is not None and log.is_file():
+        """Drop the lines of epochs that are still to come: the log may be newer than the checkpoint."""
+        log = self.out / LOG
+        if log.is_file():
             lines = log.read_text().splitlines(keepends=True)
             log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= self.epoch))
