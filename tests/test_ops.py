@@ -1,5 +1,8 @@
 """What PyTorch asks of an op and a module: schemas, fakes, torch.compile at every width, memory, DDP."""
 
+import statistics
+import time
+
 import pytest
 import torch
 import torch.utils._python_dispatch
@@ -177,6 +180,25 @@ def test_switching_width_prepares_nothing(backend):
     for heads in (3, 12, 3, 1):
         model(images, heads=heads)
     assert {heads: id(model.geometry(heads)) for heads in range(1, 13)} == resolved
+
+
+@pytest.mark.long
+def test_switching_costs_under_one_percent():
+    """All that another width adds to a call, in ViT-B: setting it and looking its slices up. Medians, in one run."""
+    model, images = hydravit.fused_model(config="base").eval(), torch.randn(1, 3, 224, 224)
+    switch, forward = [], []
+    with torch.inference_mode():
+        for heads in (1, 2, 1):
+            model(images, heads=heads)
+        for i in range(30):
+            start = time.perf_counter()
+            model.heads = 1 + i % 2
+            model.widths(None, 1)
+            middle = time.perf_counter()
+            model(images)
+            switch.append(middle - start)
+            forward.append(time.perf_counter() - middle)
+    assert statistics.median(switch) < 0.01 * statistics.median(forward)
 
 
 def _ddp_worker(rank, port, backend, queue):

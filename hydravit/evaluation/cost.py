@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,10 +35,16 @@ def cost(config: HydraViTConfig, geometry: Geometry) -> Cost:
 
     slices = geometry.parameter_slices(config)
     params = 0
-    for name, parameter in HydraViT(config, backend="reference", device="meta").named_parameters():
+    for name, shape in _parameter_shapes(config).items():
         read = [sum(length for _, length in axis) for axis in slices.get(name, ())]
-        params += math.prod([*read, *parameter.shape[len(read) :]])
+        params += math.prod([*read, *shape[len(read) :]])
     return Cost(params, macs)
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
+    model = HydraViT(config, backend="reference", device="meta")
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def costs(config: HydraViTConfig) -> dict[int, Cost]:

@@ -40,9 +40,11 @@ def format_table(results: dict) -> str:
     notes = [
         f"{about['images']} images; {machine}, {about['threads']} thread(s), torch {about['torch']}, {about['dtype']}, "
         f"backend {about['backend']}",
-        f"latency: {about['latency']}" + (f"; fused: none, {about['fused_missing']}" if about["fused_missing"] else ""),
+        f"latency: {about['latency']}",
         f"memory: {about['memory']}, batch {about['batch_size']}",
     ]
+    if about["fused_missing"] not in ("", about["latency"]):
+        notes.append(f"no fused latency: {about['fused_missing']}")
     differences = [row["difference"] for row in results["widths"] if row["difference"] is not None]
     if differences:
         notes.append(f"largest difference of fused logits from eager ones: {max(differences):.1e} of the largest logit")

@@ -1,4 +1,4 @@
-"""timm's augmentation for photos: the only module that imports timm (extra ``recipes``)."""
+"""timm's augmentation for photos (extra ``recipes``)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ from hydravit.recipes import Recipe
 
 def _import_timm_data():
     try:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            # A torchvision built for another torch has no operators, and its import fails for want of their schemas.
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _import_timm_data.library = library  # definitions live as long as it does
-        import timm.data
+        from hydravit.timm_models import timm
     except ImportError as error:
         raise RuntimeError(f"this recipe needs timm: pip install 'hydravit[recipes]' ({error})") from error
     return timm.data
