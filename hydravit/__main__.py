@@ -1,5 +1,7 @@
 """``python -m hydravit``, for launchers that take a module: ``torchrun -m hydravit train ...``."""
 
+import sys
+
 from hydravit.cli import main
 
-main()
+sys.exit(main())
