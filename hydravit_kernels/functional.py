@@ -131,15 +131,25 @@ def _op(name, backend):
     return getattr(torch.ops.hydravit, f"{name}_{backend}").default
 
 
-def _refuse_autograd_grad(next_functions):
-    """With buffers, ``torch.autograd.grad`` would change them as a side effect and return nothing."""
-    for node, _ in next_functions:
-        if node is not None and node.name() == "torch::autograd::AccumulateGrad":
-            try:
-                torch._C._will_engine_execute_node(node)  # refuses leaves under autograd.grad
-            except RuntimeError as error:
-                raise RuntimeError("torch.autograd.grad cannot be used while gradients are made in place") from error
-            return
+def _reached(edges, parameters) -> list[bool]:
+    """Per parameter whether this backward pass is to fill its ``.grad``: autograd's own rule, for gradients in place.
+
+    Not so where ``torch.autograd.grad`` or ``backward(inputs=...)`` asks for other tensors only. Raises
+    ``RuntimeError`` where ``torch.autograd.grad`` asks for a parameter, before anything is written.
+    """
+    nodes, reached = iter(edges), []
+    for parameter in parameters:
+        node = None if parameter is None else next(nodes)[0]  # a parameter that is None has no edge
+        while node is not None and not hasattr(node, "variable"):  # a view of a parameter
+            node = node.next_functions[0][0]
+        try:
+            reached.append(node is not None and torch._C._will_engine_execute_node(node))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "torch.autograd.grad for a parameter: autograd does not see gradients that are accumulated in place; "
+                "use backward(), or close SliceGradients"
+            ) from error
+    return reached
 
 
 class _Block(torch.autograd.Function):
@@ -163,10 +173,10 @@ class _Block(torch.autograd.Function):
         saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]
         x_wanted, *wanted = ctx.needs_input_grad[4:]
         in_place = ctx.buffers is not None
-        if in_place and not torch.compiler.is_compiling():
-            _refuse_autograd_grad(ctx.next_functions)
         if in_place:
-            sums = [buffer if want else None for buffer, want in zip(ctx.buffers, wanted, strict=True)]
+            compiling = torch.compiler.is_compiling()
+            reached = wanted if compiling else _reached(ctx.next_functions[1:], parameters)
+            sums = [b if want and run else None for b, want, run in zip(ctx.buffers, wanted, reached, strict=True)]
         else:
             sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
         grad_x = _op(f"{ctx.op_name}_backward", ctx.backend)(

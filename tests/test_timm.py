@@ -1,5 +1,6 @@
 """Against timm: the same names, the same numbers at every width, its registry and its transforms."""
 
+import dataclasses
 import warnings
 from importlib.util import find_spec
 
@@ -18,10 +19,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from hydravit import HydraViTConfig, fused_model, geometry
 from hydravit.config import resolve_config
+from hydravit.data import load_dataset
 from hydravit.extract import extract, extract_config
 from hydravit.fitting import infer_config, load_weights
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
+from hydravit.recipes import get_recipe, photos
 from hydravit.weights import save_checkpoint
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
@@ -255,3 +258,40 @@ def test_preprocessing_is_timms_evaluation_transform(size):
         warnings.simplefilter("ignore")
         transform = create_transform((3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9)
     torch.testing.assert_close(Preprocessing()(image), transform(image), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def photos_folder(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            pixels = torch.randint(0, 256, (48, 40, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    return tmp_path
+
+
+def test_heavy_augmentation_is_timms_and_repeats_with_the_seed(photos_folder):
+    recipe = dataclasses.replace(get_recipe("hydravit-imagenet"), random_erasing=1.0)
+    dataset = load_dataset(str(photos_folder), split="train", image_size=32)
+    photos.augment(dataset, recipe)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return torch.stack([dataset[i][0] for i in range(4)])
+
+    assert draw(1).shape == (4, 3, 32, 32) and draw(1).dtype == torch.float32
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    with pytest.raises(ValueError, match="for a folder of photos"):
+        photos.augment(load_dataset("digits", split="train"), recipe)
+
+
+def test_mixing_labels():
+    mix = photos.mix(get_recipe("hydravit-imagenet"), 10)
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8)
+    torch.manual_seed(3)
+    mixed, targets = mix(images.clone(), labels)
+    torch.manual_seed(3)
+    again, _ = mix(images.clone(), labels)
+    assert torch.equal(mixed, again) and not torch.equal(mixed, images)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert photos.mix(get_recipe("demo"), 10) is None

@@ -427,6 +427,7 @@ weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 both = [torch.empty_like(weights) for _ in range(2)]
 dist.all_gather(both, weights)
 assert torch.equal(*both) and trainer.step == 2
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> None:
         )
     try:
         trained = trainer.run()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
     except Interrupted as stopped:
         print(f"hydravit: {stopped}; hydravit train --resume goes on from it", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None

@@ -118,10 +118,18 @@ class Recipe:
 
 
 RECIPES = {
-    # scikit-learn's 8x8 digits: minutes on two CPU cores. A width per image: 18 steps an epoch are too few for one each.
+    # scikit-learn's 8x8 digits: minutes on two CPU cores. A width per image: for one per step its steps are too few.
     "demo": Recipe(
         config=HydraViTConfig(
-            image_size=8, patch_size=2, in_channels=1, num_classes=10, depth=4, max_heads=6, head_dim=16, mlp_ratio=2.0
+            image_size=8,
+            patch_size=2,
+            in_channels=1,
+            num_classes=10,
+            depth=4,
+            max_heads=6,
+            head_dim=16,
+            mlp_ratio=2.0,
+            drop_path=0.1,
         ),
         data="digits",
         heads=(3, 4, 5, 6),

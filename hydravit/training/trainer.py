@@ -98,9 +98,6 @@ class Trainer:
         self.average = make_average(model, recipe)
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16 and self.device.type == "cuda")
         self.gradients, self._network = None, model
-        if self.world > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self._network = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
         self.epoch = self.batch = self.step = 0  # the next batch of the epoch, optimizer steps done
         self._losses: dict[int, list[float]] = {}  # per width: sum and number of images, in this epoch
 
@@ -122,6 +119,9 @@ class Trainer:
             self._forget_log()
         if self.world == 1:
             self.gradients = SliceGradients(self.model)
+        else:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._network = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
         self.model.train()
         try:
             with Interrupt() as interrupt:
@@ -130,6 +130,7 @@ class Trainer:
         finally:
             if self.gradients is not None:
                 self.gradients.close()
+            self.gradients, self._network = None, self.model  # the process group may be taken down from here on
             self.model.zero_grad(set_to_none=True)
         return self.trained
 
