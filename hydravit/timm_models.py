@@ -36,9 +36,10 @@ def declare_torchvision_operators() -> None:
 
 declare_torchvision_operators()
 
+import timm.data  # noqa: E402
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
-__all__ = ["declare_torchvision_operators"]  # timm adds every model it registers
+__all__ = ["declare_torchvision_operators", "timm"]  # timm adds every model it registers
 
 # timm's names of our fields. Fields of the same name, such as depth, need no entry.
 FIELDS = {
