@@ -18,7 +18,7 @@ Threads torch_threads() {
   return {parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
-void check_status(int status) { STD_TORCH_CHECK(status == kOk, "hydravit: ", status_text(status)); }
+void check_status(int status) { HYDRAVIT_CHECK(status == kOk, "hydravit: ", status_text(status)); }
 
 Tensor empty_output(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
@@ -31,7 +31,7 @@ const float* check_branch_scale(const OptionalTensor& branch_scale, int64_t batc
 // x (B, N, the widest embed).
 void check_x(const Tensor& x, const char* name, int64_t width) {
   check(x, name, {kAny, kAny, width});
-  STD_TORCH_CHECK(x.size(1) > 0, name, ": at least one token expected, shape ", text(shape_of(x)), " given");
+  HYDRAVIT_CHECK(x.size(1) > 0, name, ": at least one token expected, shape ", text(shape_of(x)), " given");
 }
 
 // ---- Stem ----
@@ -53,23 +53,31 @@ struct StemArguments {
   }
 };
 
-void check_patch_weight(const Tensor& weight, const char* name) {
-  STD_TORCH_CHECK(weight.stride(2) == weight.size(3) && weight.stride(1) == weight.size(2) * weight.size(3), name,
-                  ": each output channel contiguous expected, strides of another order given");
+// The axes of one element have strides, but no meaning for them.
+void check_patch_weight(const Tensor& weight, const char* name, const Integers& expected) {
+  check_shape(weight, name, expected);
+  bool contiguous = true;
+  int64_t stride = 1;
+  for (int64_t axis = 3; axis > 0; stride *= weight.size(axis--))
+    contiguous = contiguous && (weight.size(axis) == 1 || weight.stride(axis) == stride);
+  HYDRAVIT_CHECK(contiguous, name, " of the patch embedding: each output channel contiguous expected, strides ",
+                 text(strides_of(weight)), " for shape ", text(shape_of(weight)),
+                 " given; model.to(memory_format=torch.contiguous_format) makes it so");
 }
 
 // One kernel argument per slice, for all images.
 std::vector<Stem> describe(const StemArguments& arguments) {
   const Tensor &images = arguments.images, &weight = *arguments.weight.tensor;
+  const int64_t count = check_slices(arguments.slices, kEmbedIntegers);
   check_shape(images, "images", {kAny, kAny, kAny, kAny});
   const int64_t channels = images.size(1);
-  arguments.weight.check_both({kAny, channels, kAny, kAny});
+  check_patch_weight(weight, "weight", {kAny, channels, kAny, kAny});
   const int64_t D = weight.size(0), height = weight.size(2), width = weight.size(3);
-  STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0, "weight: a patch of at least one pixel expected, shape ",
-                  text(shape_of(weight)), " given");
-  check_patch_weight(weight, "weight");
-  if (arguments.weight.gradient != nullptr) check_patch_weight(*arguments.weight.gradient, "grad_weight");
-  STD_TORCH_CHECK(
+  HYDRAVIT_CHECK(channels > 0 && height > 0 && width > 0, "weight: a patch of at least one pixel expected, shape ",
+                 text(shape_of(weight)), " given");
+  const Tensor* gradient = arguments.weight.gradient;
+  if (gradient != nullptr) check_patch_weight(*gradient, "grad_weight", shape_of(weight));
+  HYDRAVIT_CHECK(
       images.size(2) > 0 && images.size(3) > 0 && images.size(2) % height == 0 && images.size(3) % width == 0,
       "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
       text(shape_of(images)), " given");
@@ -79,12 +87,12 @@ std::vector<Stem> describe(const StemArguments& arguments) {
   arguments.pos_embed.check_both({1, kAny, D});
   const int64_t tokens = arguments.tokens(), patches = images.size(2) / height * (images.size(3) / width);
   const int64_t positions = StemArguments::tokens_of(arguments.pos_embed);
-  STD_TORCH_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches,
-                  "pos_embed: shape (1, ", tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D,
-                  ") expected, ", text(shape_of(*arguments.pos_embed.tensor)), " given");
+  HYDRAVIT_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches, "pos_embed: shape (1, ",
+                 tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
+                 text(shape_of(*arguments.pos_embed.tensor)), " given");
 
   std::vector<Stem> result;
-  const int64_t count = check_slices(arguments.slices, kEmbedIntegers, arguments.subnet, images.size(0));
+  check_subnet(arguments.subnet, count, images.size(0));
   for (int64_t i = 0; i < count; i++) {
     const Interval embed = embed_of(&arguments.slices[static_cast<size_t>(i * kEmbedIntegers)]);
     check_inside("weight", "output channels", embed, D);
@@ -184,11 +192,11 @@ struct AttentionIntervals {
 
   explicit AttentionIntervals(const int64_t* slice)
       : embed(embed_of(slice)), heads(slice[6]), head_dim(slice[7]), value_dim(slice[8]), pitch(slice[9]) {
-    STD_TORCH_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0),
-                    "slices: head_dim and value_dim of at least 1 expected, ", head_dim, " and ", value_dim,
-                    " given for ", heads, " heads");
-    STD_TORCH_CHECK(heads <= 1 || pitch >= std::max(head_dim, value_dim), "slices: a pitch of at least head_dim ",
-                    head_dim, " and value_dim ", value_dim, " expected, ", pitch, " given");
+    HYDRAVIT_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0),
+                   "slices: head_dim and value_dim of at least 1 expected, ", head_dim, " and ", value_dim,
+                   " given for ", heads, " heads");
+    HYDRAVIT_CHECK(heads <= 1 || pitch >= std::max(head_dim, value_dim), "slices: a pitch of at least head_dim ",
+                   head_dim, " and value_dim ", value_dim, " expected, ", pitch, " given");
     const auto reach = [&](int64_t dim) { return heads == 0 ? 0 : (heads - 1) * pitch + dim; };
     query_rows = {heads == 0 ? 0 : slice[2], reach(head_dim)};
     key_rows = {heads == 0 ? 0 : slice[3], reach(head_dim)};
@@ -212,6 +220,7 @@ struct AttentionArguments {
 
 std::vector<AttentionBlock> describe(AttentionArguments& arguments) {
   const Tensor& x = arguments.x;
+  const int64_t count = check_slices(arguments.slices, kAttentionIntegers);
   check_x(x, "x", largest(arguments.slices, kAttentionIntegers, 1));
   const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
   arguments.norm_weight.check_both({D});
@@ -223,9 +232,9 @@ std::vector<AttentionBlock> describe(AttentionArguments& arguments) {
   arguments.layer_scale.check_both({D});
 
   std::vector<AttentionBlock> result;
-  const int64_t count = check_slices(arguments.slices, kAttentionIntegers, arguments.subnet, x.size(0));
-  STD_TORCH_CHECK(static_cast<int64_t>(arguments.scales.size()) == count, "scales: one for each of ", count,
-                  " slices expected, ", arguments.scales.size(), " given");
+  check_subnet(arguments.subnet, count, x.size(0));
+  HYDRAVIT_CHECK(static_cast<int64_t>(arguments.scales.size()) == count, "scales: one for each of ", count,
+                 " slices expected, ", arguments.scales.size(), " given");
   for (int64_t i = 0; i < count; i++) {
     const AttentionIntervals slice(&arguments.slices[static_cast<size_t>(i * kAttentionIntegers)]);
     AttentionBlock block{};
@@ -335,7 +344,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
   check(qkv, "qkv", {batch, tokens, arguments.qkv});
   check(attended, "attended", {batch, tokens, arguments.attended});
   check(logsumexp, "logsumexp", {batch, arguments.heads * tokens});
-  STD_TORCH_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
+  HYDRAVIT_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
   for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
     const AttentionBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, qkv, attended, logsumexp);
@@ -379,6 +388,7 @@ Interval hidden_of(const int64_t* slice) { return {slice[3] == 0 ? 0 : slice[2],
 
 std::vector<MlpBlock> describe(const MlpArguments& arguments) {
   const Tensor& x = arguments.x;
+  const int64_t count = check_slices(arguments.slices, kMlpIntegers);
   check_x(x, "x", largest(arguments.slices, kMlpIntegers, 1));
   const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
   arguments.norm_weight.check_both({D});
@@ -391,7 +401,7 @@ std::vector<MlpBlock> describe(const MlpArguments& arguments) {
   arguments.layer_scale.check_both({D});
 
   std::vector<MlpBlock> result;
-  const int64_t count = check_slices(arguments.slices, kMlpIntegers, arguments.subnet, x.size(0));
+  check_subnet(arguments.subnet, count, x.size(0));
   for (int64_t i = 0; i < count; i++) {
     const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kMlpIntegers)];
     const Interval embed = embed_of(slice), rows = hidden_of(slice);
@@ -518,15 +528,16 @@ struct HeadArguments {
 
 std::vector<Head> describe(const HeadArguments& arguments) {
   const Tensor& x = arguments.x;
+  const int64_t count = check_slices(arguments.slices, kHeadIntegers);
   check_x(x, "x", largest(arguments.slices, kHeadIntegers, 1));
   const int64_t start = arguments.pool_start, stop = arguments.pool_stop;
-  STD_TORCH_CHECK(0 <= start && start < stop && stop <= x.size(1),
-                  "pool_start, pool_stop: 0 <= start < stop <= ", x.size(1), " tokens expected, ", start, " and ", stop,
-                  " given");
-  STD_TORCH_CHECK(arguments.norm_weight.present() == arguments.norm_bias.present(),
-                  "norm_bias: given with norm_weight or not at all expected, one of the two given");
-  STD_TORCH_CHECK(arguments.weight.present() || !arguments.bias.present(),
-                  "bias: None expected, as weight is None; a tensor given");
+  HYDRAVIT_CHECK(0 <= start && start < stop && stop <= x.size(1),
+                 "pool_start, pool_stop: 0 <= start < stop <= ", x.size(1), " tokens expected, ", start, " and ", stop,
+                 " given");
+  HYDRAVIT_CHECK(arguments.norm_weight.present() == arguments.norm_bias.present(),
+                 "norm_bias: given with norm_weight or not at all expected, one of the two given");
+  HYDRAVIT_CHECK(arguments.weight.present() || !arguments.bias.present(),
+                 "bias: None expected, as weight is None; a tensor given");
   arguments.norm_weight.check_both({kAny});
   arguments.weight.check_both({kAny, kAny});
   int64_t D = kAny;
@@ -538,11 +549,11 @@ std::vector<Head> describe(const HeadArguments& arguments) {
   arguments.bias.check_both({arguments.weight.present() ? arguments.weight.tensor->size(0) : 0});
 
   std::vector<Head> result;
-  const int64_t count = check_slices(arguments.slices, kHeadIntegers, arguments.subnet, x.size(0));
+  check_subnet(arguments.subnet, count, x.size(0));
   for (int64_t i = 0; i < count; i++) {
     const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kHeadIntegers)];
     const Interval embed = embed_of(slice), classes = classes_of(slice);
-    STD_TORCH_CHECK(!arguments.weight.present() || classes.length > 0, "slices: at least 1 class expected, 0 given");
+    HYDRAVIT_CHECK(!arguments.weight.present() || classes.length > 0, "slices: at least 1 class expected, 0 given");
     Head block{};
     block.batch = x.size(0), block.pool_start = start, block.pool_stop = stop;
     block.embed = embed.length, block.classes = arguments.weight.present() ? classes.length : 0;
@@ -639,7 +650,7 @@ std::string cpu_isa_name() {
 
 void set_cpu_isa_name(std::string isa) {
   const int status = set_cpu_isa(isa.c_str());
-  STD_TORCH_CHECK(status == kOk, "isa: ", status_text(status), "; '", isa, "' given");
+  HYDRAVIT_CHECK(status == kOk, "isa: ", status_text(status), "; '", isa, "' given");
 }
 
 }  // namespace

@@ -7,8 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -25,6 +28,19 @@ struct Interval {
   int64_t offset, length;
 };
 
+template <class... Parts>
+std::string message(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+// STD_TORCH_CHECK without the function, file and line that it puts before every message: throws what it throws.
+#define HYDRAVIT_CHECK(condition, ...)                                          \
+  do {                                                                          \
+    if (!(condition)) throw std::runtime_error(hydravit::message(__VA_ARGS__)); \
+  } while (false)
+
 constexpr int64_t kAny = -1;
 
 inline std::string text(const Integers& values) {
@@ -40,33 +56,71 @@ inline Integers shape_of(const Tensor& tensor) {
   return shape;
 }
 
+inline Integers strides_of(const Tensor& tensor) {
+  Integers strides;
+  for (int64_t i = 0; i < tensor.dim(); i++) strides.push_back(tensor.stride(i));
+  return strides;
+}
+
+// As torch spells it in Python.
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "another (torch's number " + std::to_string(static_cast<int>(type)) + ")";
+  }
+}
+
 // Where and of which type every tensor of these kernels has to be.
-inline void check_kind(const Tensor& tensor, const char* name, ScalarType type, const char* type_name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": dtype ", type_name, " expected, dtype number ",
-                  static_cast<int>(tensor.scalar_type()), " given");
+inline void check_kind(const Tensor& tensor, const char* name, ScalarType type) {
+  HYDRAVIT_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
+  HYDRAVIT_CHECK(tensor.scalar_type() == type, name, ": dtype ", name_of(type), " expected, ",
+                 name_of(tensor.scalar_type()), " given");
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, const Integers& expected) {
-  check_kind(tensor, name, ScalarType::Float, "float32");
+  check_kind(tensor, name, ScalarType::Float);
   bool right = tensor.dim() == static_cast<int64_t>(expected.size());
   for (size_t i = 0; right && i < expected.size(); i++)
     right = expected[i] == kAny || tensor.size(static_cast<int64_t>(i)) == expected[i];
-  STD_TORCH_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
+  HYDRAVIT_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
 }
 
 // Shape and unit innermost stride. Nothing is ever copied to make it so.
 inline void check(const Tensor& tensor, const char* name, const Integers& expected) {
   check_shape(tensor, name, expected);
   const int64_t last = tensor.dim() - 1;
-  STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": innermost stride 1 expected, ",
-                  tensor.stride(last), " given");
+  HYDRAVIT_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": innermost stride 1 expected, ",
+                 tensor.stride(last), " given");
 }
 
 inline void check_inside(const char* name, const char* axis, const Interval& interval, int64_t size) {
-  STD_TORCH_CHECK(interval.offset >= 0 && interval.length >= 0 && interval.offset + interval.length <= size, name, ": ",
-                  axis, " [", interval.offset, ", ", interval.offset + interval.length,
-                  ") of the slice expected inside [0, ", size, ")");
+  HYDRAVIT_CHECK(interval.offset >= 0 && interval.length >= 0 && interval.offset + interval.length <= size, name, ": ",
+                 axis, " [", interval.offset, ", ", interval.offset + interval.length,
+                 ") of the slice expected inside [0, ", size, ")");
 }
 
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
@@ -90,7 +144,7 @@ struct Parameter {
     if (present()) check(*tensor, name, expected);
     if (gradient == nullptr) return;
     const std::string gradient_name = std::string("grad_") + name;
-    STD_TORCH_CHECK(present(), gradient_name, ": None expected, as ", name, " is None; a tensor given");
+    HYDRAVIT_CHECK(present(), gradient_name, ": None expected, as ", name, " is None; a tensor given");
     check(*gradient, gradient_name.c_str(), shape_of(*tensor));
   }
 
@@ -128,30 +182,34 @@ inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
 
 // ---- Slices, in the order of the fields in hydravit_kernels/slices.py ----
 
-// The integers of every slice: at least one slice, every integer sane, one slice where no image says which it uses.
-inline int64_t check_slices(const Integers& slices, int64_t integers, const OptionalTensor& subnet, int64_t batch) {
+// The integers of every slice: at least one slice, every integer sane. Returns the number of slices.
+inline int64_t check_slices(const Integers& slices, int64_t integers) {
   const int64_t size = static_cast<int64_t>(slices.size()), count = size / integers;
-  STD_TORCH_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers,
-                  " integers expected, ", size, " given");
+  HYDRAVIT_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers, " integers expected, ",
+                 size, " given");
   constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every product of two of them inside int64
   for (const int64_t value : slices)
-    STD_TORCH_CHECK(value >= 0 && value < kLimit, "slices: integers in [0, 2^31) expected, ", text(slices), " given");
-  if (!subnet.has_value()) {
-    STD_TORCH_CHECK(count == 1, "subnet: an int64 tensor (", batch, ",) expected for ", count, " slices, None given");
-    return count;
-  }
-  check_kind(*subnet, "subnet", ScalarType::Long, "int64");
-  STD_TORCH_CHECK(subnet->dim() == 1 && subnet->size(0) == batch, "subnet: shape (", batch, ",) expected, ",
-                  text(shape_of(*subnet)), " given");
-  STD_TORCH_CHECK(subnet->is_contiguous(), "subnet: a contiguous tensor expected");
-  const int64_t* values = static_cast<const int64_t*>(subnet->const_data_ptr());
-  for (int64_t image = 0; image < batch; image++)
-    STD_TORCH_CHECK(values[image] >= 0 && values[image] < count, "subnet: values in [0, ", count, ") expected, ",
-                    values[image], " given for image ", image);
+    HYDRAVIT_CHECK(value >= 0 && value < kLimit, "slices: integers in [0, 2^31) expected, ", text(slices), " given");
   return count;
 }
 
-// The largest of field `field` over the slices.
+// Which of `count` slices every image uses: the only one where `subnet` does not say.
+inline void check_subnet(const OptionalTensor& subnet, int64_t count, int64_t batch) {
+  if (!subnet.has_value()) {
+    HYDRAVIT_CHECK(count == 1, "subnet: an int64 tensor (", batch, ",) expected for ", count, " slices, None given");
+    return;
+  }
+  check_kind(*subnet, "subnet", ScalarType::Long);
+  HYDRAVIT_CHECK(subnet->dim() == 1 && subnet->size(0) == batch, "subnet: shape (", batch, ",) expected, ",
+                 text(shape_of(*subnet)), " given");
+  HYDRAVIT_CHECK(subnet->is_contiguous(), "subnet: a contiguous tensor expected");
+  const int64_t* values = static_cast<const int64_t*>(subnet->const_data_ptr());
+  for (int64_t image = 0; image < batch; image++)
+    HYDRAVIT_CHECK(values[image] >= 0 && values[image] < count, "subnet: values in [0, ", count, ") expected, ",
+                   values[image], " given for image ", image);
+}
+
+// The largest of field `field` over the slices, which check_slices has seen.
 inline int64_t largest(const Integers& slices, int64_t integers, int64_t field) {
   int64_t result = 0;
   for (size_t i = 0; i < slices.size(); i += static_cast<size_t>(integers))
@@ -160,7 +218,7 @@ inline int64_t largest(const Integers& slices, int64_t integers, int64_t field) 
 }
 
 inline Interval embed_of(const int64_t* slice) {
-  STD_TORCH_CHECK(slice[1] > 0, "slices: an embed of at least 1 expected, 0 given");
+  HYDRAVIT_CHECK(slice[1] > 0, "slices: an embed of at least 1 expected, 0 given");
   return {slice[0], slice[1]};
 }
 

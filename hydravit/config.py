@@ -3,7 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+# What a field must be: a test and its words. Fields that hold several values, or depend on others, are tested below.
+_CHECKS = {
+    **dict.fromkeys(
+        ("patch_size", "in_channels", "depth", "max_heads", "head_dim"),
+        (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
+    ),
+    **dict.fromkeys(
+        ("num_classes", "register_tokens"),
+        (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+    ),
+    **dict.fromkeys(
+        ("qkv_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
+    ),
+    **dict.fromkeys(
+        ("mlp_ratio", "norm_eps"), (lambda value: _is_number(value) and value > 0, "a positive, finite number")
+    ),
+    "drop_path": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "layer_scale": (lambda value: value is None or _is_number(value), "None or a finite number"),
+    "pool": (lambda value: isinstance(value, str) and value in ("token", "avg"), "'token' or 'avg'"),
+    "geometry": (lambda value: isinstance(value, str), "a name of hydravit.geometry.GEOMETRIES"),
+}
+
+
+def check_image_size(size: object, patch_size: int) -> tuple[int, int]:
+    """(height, width) from one or two numbers of pixels. Raises ``ValueError`` unless both are whole patches."""
+    sides = (size, size) if type(size) is int else size
+    whole = isinstance(sides, (tuple, list)) and len(sides) == 2
+    if not whole or any(type(side) is not int or side < 1 or side % patch_size for side in sides):
+        raise ValueError(f"image_size {size!r} must be one or two multiples of patch_size {patch_size}")
+    return tuple(sides)
 
 
 @dataclass(frozen=True)
@@ -54,35 +92,23 @@ class HydraViTConfig:
     geometry: str = "hydravit"
 
     def __post_init__(self):
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
-        object.__setattr__(self, "separate_classifiers", tuple(sorted(self.separate_classifiers)))
-        for name in ("patch_size", "in_channels", "depth", "max_heads", "head_dim"):
-            self._check_int(name, 1)
-        for name in ("num_classes", "register_tokens"):
-            self._check_int(name, 0)
-        height_width = self.image_size
-        if len(height_width) != 2 or any(type(s) is not int or s < 1 or s % self.patch_size for s in height_width):
-            raise ValueError(f"image_size {size!r} must be one or two multiples of patch_size {self.patch_size}")
-        if self.pool not in ("token", "avg"):
-            raise ValueError(f"pool must be 'token' or 'avg', not {self.pool!r}")
+        for name, (valid, expected) in _CHECKS.items():
+            value = getattr(self, name)
+            if not valid(value):
+                raise ValueError(f"{name} must be {expected}, not {value!r}")
+        object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), not {self.drop_path!r}")
-        if not self.norm_eps > 0.0:
-            raise ValueError(f"norm_eps must be positive, not {self.norm_eps!r}")
         per_head = self.mlp_ratio * self.head_dim
-        if per_head < 1 or per_head != int(per_head):
+        if self.hidden_per_head < 1 or abs(per_head - self.hidden_per_head) > 1e-6:  # a quotient need not be exact
             raise ValueError(f"mlp_ratio * head_dim must be a positive integer, not {self.mlp_ratio} * {self.head_dim}")
-        for heads in self.separate_classifiers:
+        widths = self.separate_classifiers
+        if not isinstance(widths, (tuple, list, set, frozenset, range)):
+            raise ValueError(f"separate_classifiers must be a tuple of numbers of heads, not {widths!r}")
+        for heads in widths:
             if type(heads) is not int or not 1 <= heads <= self.max_heads:
                 raise ValueError(f"separate_classifiers: {heads!r} is not a number of heads in 1..{self.max_heads}")
-
-    def _check_int(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+        object.__setattr__(self, "separate_classifiers", tuple(sorted(set(widths))))
 
     @property
     def embed(self) -> int:
@@ -96,7 +122,7 @@ class HydraViTConfig:
 
     @property
     def hidden_per_head(self) -> int:
-        return int(self.mlp_ratio * self.head_dim)
+        return round(self.mlp_ratio * self.head_dim)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -124,8 +150,10 @@ class HydraViTConfig:
     @classmethod
     def from_dict(cls, values: dict) -> HydraViTConfig:
         """The inverse of ``to_dict``, also after a trip through JSON. Raises ``ValueError`` for an unknown field."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"config must be a dict of fields, not {type(values).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise ValueError(f"unknown config field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hydravit.config import HydraViTConfig
+from hydravit.config import HydraViTConfig, check_image_size
 from hydravit.geometry import hydravit
 from hydravit.model import HydraViT
 from hydravit.weights import Checkpoint, named_tensors
@@ -73,13 +73,17 @@ def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **know
             raise ValueError(
                 f"these are not the weights of a Vision Transformer: {name} is {shapes.get(name, 'missing')}"
             )
+        if 0 in shapes[name]:
+            raise ValueError(f"the weights are damaged: {name} has shape {shapes[name]}, which is empty")
     embed, in_channels, patch, patch_width = shapes["patch_embed.proj.weight"]
     if patch != patch_width:
         raise ValueError(f"patch_embed.proj.weight has patches of {patch} x {patch_width} pixels; expected squares")
     if type(head_dim) is not int or head_dim < 1 or embed % head_dim:
         raise ValueError(f"width {embed} is not a multiple of head_dim {head_dim}; pass the head_dim of these weights")
     head = shapes.get("head.weight", (0, embed))
-    if len(head) != 2 or any(re.match(r"heads?\.\d+\.", name) for name in shapes):
+    if len(head) not in (2, 3):
+        raise ValueError(f"head.weight has shape {head}; expected (classes, {embed})")
+    if len(head) == 3 or any(re.match(r"heads?\.\d+\.", name) for name in shapes):
         raise ValueError("separate classifiers do not say which widths they serve: pass a config")
     class_token, registers = "cls_token" in shapes, shapes.get("reg_token", (1, 0))[1]
     prefix = class_token + registers
@@ -99,8 +103,7 @@ def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **know
         **known,
     }
     positions = shapes["pos_embed"][1]
-    size = known.get("image_size", 0)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = check_image_size(known["image_size"], patch) if "image_size" in known else (0, 0)
     patches = (height // patch) * (width // patch)
     if not patches or patches not in (positions - prefix, positions):  # no size given, or one to be resampled to
         patches = next((n for n in (positions - prefix, positions) if math.isqrt(max(n, 0)) ** 2 == n > 0), 0)

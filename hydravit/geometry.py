@@ -7,8 +7,11 @@ checkpoints where the two differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 from hydravit.config import HydraViTConfig
 from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
@@ -91,6 +94,8 @@ class Geometry(NamedTuple):
             if attention.heads < 0 or mlp.hidden < 0:
                 raise ValueError(f"geometry: layer {i} has a negative length")
             if attention.heads:
+                if not math.isfinite(attention.scale):
+                    raise ValueError(f"geometry: layer {i} has an attention scale of {attention.scale}")
                 if min(attention.head_dim, attention.value_dim) < 1:
                     raise ValueError(f"geometry: layer {i} has heads without channels")
                 if attention.pitch < max(attention.head_dim, attention.value_dim) and attention.heads > 1:
@@ -107,6 +112,21 @@ class Geometry(NamedTuple):
         return self
 
 
+class Widths(NamedTuple):
+    """The subnetworks of one call: one geometry for the batch, or several and, per image, which of them it uses."""
+
+    geometries: tuple[Geometry, ...]
+    subnet: Tensor | None
+
+    @property
+    def eps(self) -> float:
+        return self.geometries[0].eps
+
+    @property
+    def embed(self) -> list[EmbedSlice]:
+        return [geometry.embed for geometry in self.geometries]
+
+
 def head_intervals(attention: AttentionSlice, start: int, length: int) -> Intervals:
     """The intervals ``[start + h * pitch, ... + length)`` of all heads, joined where heads touch."""
     if attention.pitch == length:
@@ -120,13 +140,21 @@ def _check_interval(name: str, offset: int, length: int, size: int) -> None:
 
 
 def position(widths: tuple[int, ...], heads: int, what: str) -> int:
-    """Index of ``heads`` in the ascending ``widths``, or ``ValueError``. Compiled, a range of widths is one graph."""
+    """Index of ``heads`` in the ascending ``widths``, or ``ValueError``.
+
+    By arithmetic: torch.compile makes one graph for all members, where ``in`` and ``index`` would make one for each.
+    """
     first, last = widths[0], widths[-1]
     if last - first + 1 == len(widths):
         if first <= heads <= last:
             return heads - first
-    elif heads in widths:
-        return widths.index(heads)
+    else:
+        product, smaller = 1, 0
+        for width in widths:
+            product = product * (heads - width)
+            smaller = smaller + (heads - width - 1) // last + 1
+        if product == 0:
+            return smaller
     raise ValueError(f"heads={heads} {what}; possible: {list(widths)}")
 
 
@@ -213,7 +241,7 @@ def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Geometry:
     """
     if not 1 <= width <= config.embed or width % config.max_heads:
         raise ValueError(f"scala: width {width} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
-    hidden = int(config.mlp_ratio * width)
+    hidden = round(config.mlp_ratio * width)
     channel = config.embed - width if suffix else 0
     row = 3 * channel
     head_dim = width // config.max_heads

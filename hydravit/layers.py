@@ -1,10 +1,13 @@
-"""The parameters of the model, in modules of timm's names and shapes. They hold weights; ``model.py`` runs them."""
+"""The modules of the model: parameters under timm's names and shapes, and a block that runs its own."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 
 
@@ -71,6 +74,26 @@ class Block(nn.Module):
         norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
         scale = self.ls2.gamma if hasattr(self, "ls2") else None
         return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, scale
+
+    def forward(
+        self,
+        x: Tensor,
+        attention: Sequence[kernels.AttentionSlice],
+        mlp: Sequence[kernels.MlpSlice],
+        eps: float,
+        subnet: Tensor | None,
+        how: Callable[[tuple[Tensor | None, ...]], dict],
+    ) -> Tensor:
+        """``x (B, N, Dk)`` through both branches; ``how(parameters)`` is the backend and where gradients go."""
+        if any(s.heads for s in attention):
+            parameters = self.attention_parameters()
+            common = (self.branch_scale(x), attention, eps, subnet)
+            x = kernels.attention_block(x, *parameters, *common, **how(parameters))
+        if any(s.hidden for s in mlp):
+            parameters = self.mlp_parameters()
+            common = (self.branch_scale(x), mlp, eps, subnet)
+            x = kernels.mlp_block(x, *parameters, *common, **how(parameters))
+        return x
 
     def branch_scale(self, x: Tensor) -> Tensor | None:
         """Drop-path: per image 0, or the inverse of the probability to be kept; None where nothing is dropped."""

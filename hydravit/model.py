@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import GEOMETRIES, Geometry, position
+from hydravit.geometry import GEOMETRIES, Geometry, Widths, position
 from hydravit.layers import Block, Classifier, PatchEmbed
-
-
-class Widths(NamedTuple):
-    """The subnetworks of one call: one geometry for the batch, or several and, per image, which of them it uses."""
-
-    geometries: tuple[Geometry, ...]
-    subnet: Tensor | None
-
-    @property
-    def eps(self) -> float:
-        return self.geometries[0].eps
-
-    @property
-    def embed(self) -> list[kernels.EmbedSlice]:
-        return [geometry.embed for geometry in self.geometries]
 
 
 class HydraViT(nn.Module):
@@ -71,10 +55,13 @@ class HydraViT(nn.Module):
 
         self.slice_gradients = None  # set by hydravit.training.SliceGradients
         self.requested_backend = kernels.check_backend(backend)
-        self._geometries: dict[int, Geometry] = {}
-        self.trained_heads = None if trained_heads is None else tuple(sorted(trained_heads))
+        self._select_backend(self.pos_embed)
+        self._resolve_geometries()
+        if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._geometries}):
+            known = list(self._geometries)
+            raise ValueError(f"trained_heads must be widths of the model, {known}, not {trained_heads}")
+        self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
-        self._select_backend()
         self.heads = max(self.allowed_heads) if heads is None else heads
 
     def _init_weights(self) -> None:
@@ -110,7 +97,7 @@ class HydraViT(nn.Module):
         self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
         if num_classes:
             nn.init.trunc_normal_(self.head.weight, std=0.02)
-        self._geometries.clear()
+        self._resolve_geometries()
 
     # Width and backend ------------------------------------------------------------------------------------------------
 
@@ -128,37 +115,51 @@ class HydraViT(nn.Module):
 
     @property
     def allowed_heads(self) -> tuple[int, ...]:
-        """The widths a call may ask for, ascending."""
+        """The widths a call may ask for, ascending: those the geometry has, and of these the trained ones."""
         if self.trained_heads is None or self.allow_untrained:
-            return tuple(range(1, self.config.max_heads + 1))
-        return self.trained_heads
+            return tuple(self._geometries)
+        return tuple(heads for heads in self._geometries if heads in self.trained_heads)
+
+    def _resolve_geometries(self) -> None:
+        """The slices of every width that exists, once, so that a call only looks them up."""
+        self._geometries: dict[int, Geometry] = {}
+        self._validated: set[Geometry] = set()  # others that calls brought along
+        for heads in range(1, self.config.max_heads + 1):
+            try:
+                self._geometries[heads] = self._make_geometry(heads).validate(self.config)
+            except ValueError:  # this nesting does not have it; who asks for it is told why
+                continue
+
+    def _make_geometry(self, heads: int) -> Geometry:
+        return GEOMETRIES[self.config.geometry](self.config, heads)
 
     def _check_heads(self, heads: int) -> None:
         if isinstance(heads, bool) or not isinstance(heads, (int, torch.SymInt)):
             kind = type(heads).__name__
-            raise TypeError(f"heads must be an int, an integer tensor (B,) or a Geometry, not {kind} {heads}")
+            raise TypeError(f"heads must be an int, an integer tensor (B,) or a Geometry, not {kind} {str(heads):.40}")
         if not 1 <= heads <= self.config.max_heads:
             raise ValueError(f"heads must be in 1..{self.config.max_heads}, not {heads}")
+        if not torch.compiler.is_compiling() and heads not in self._geometries:
+            self._make_geometry(heads).validate(self.config)
         position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
 
     def geometry(self, heads: int) -> Geometry:
-        """The slices of one width; resolved once, then looked up."""
+        """The slices of one width."""
         self._check_heads(heads)
-        if torch.compiler.is_compiling():  # a dict would make a graph per key
-            return GEOMETRIES[self.config.geometry](self.config, heads)
-        if heads not in self._geometries:
-            self._geometries[heads] = GEOMETRIES[self.config.geometry](self.config, heads).validate(self.config)
-        return self._geometries[heads]
+        # Compiled, a look-up would make a graph per width.
+        return self._make_geometry(heads) if torch.compiler.is_compiling() else self._geometries[heads]
 
     def widths(self, heads: int | Tensor | Geometry | None, batch: int) -> Widths:
         """The subnetworks of one call; ``heads`` as in ``forward``."""
         if heads is None:
             heads = self.heads
         if isinstance(heads, Geometry):
-            return Widths((heads.validate(self.config),), None)
+            if torch.compiler.is_compiling() or heads not in self._validated:
+                self._validated.add(heads.validate(self.config))
+            return Widths((heads,), None)
         if not isinstance(heads, Tensor):
             return Widths((self.geometry(heads),), None)
-        if heads.dtype.is_floating_point or heads.dtype == torch.bool:
+        if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
         if heads.shape != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
@@ -166,23 +167,29 @@ class HydraViT(nn.Module):
         compiling = torch.compiler.is_compiling()
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
         geometries = tuple(self.geometry(k) for k in used)
-        position = [-1] * (self.config.max_heads + 1)
-        for index, k in enumerate(used):
-            position[k] = index
-        subnet = torch.tensor(position, device=self.pos_embed.device)[heads.to(self.pos_embed.device)]
-        return Widths(geometries, subnet) if len(used) > 1 else Widths(geometries, None)
+        if len(used) == 1 and not compiling:
+            return Widths(geometries, None)
+        beyond = self.config.max_heads + 1
+        index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
+        subnet = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
+        return Widths(geometries, subnet)
 
-    def _select_backend(self) -> None:
-        self.backend = kernels.select(self.requested_backend, self.pos_embed.device, self.pos_embed.dtype)
+    def _select_backend(self, parameter: Tensor) -> None:
+        """For the device and dtype of ``parameter``; raises where the requested backend cannot run there."""
+        self.backend = kernels.select(self.requested_backend, parameter.device, parameter.dtype)
+        self._backend_for = parameter.device, parameter.dtype
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._select_backend()
-        return self
+        self._select_backend(fn(self.pos_embed.new_empty(0)))  # before anything is moved: it may refuse
+        return super()._apply(fn, recurse)
 
     def __getstate__(self):
-        """Copies and pickles share no cache and no gradient buffers with the original."""
-        return {**self.__dict__, "_geometries": {}, "slice_gradients": None}
+        """Copies and pickles share no gradient buffers with the original."""
+        return {**self.__dict__, "slice_gradients": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._select_backend(self.pos_embed)  # this process may have other ones
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
@@ -212,10 +219,8 @@ class HydraViT(nn.Module):
         self, features: Tensor, heads: int | Tensor | Geometry | None = None, *, pre_logits: bool = False
     ) -> Tensor:
         """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
-        widths = self.widths(heads, len(features))
-        channels = kernels.widest(widths.embed)
-        if features.shape[-1] != channels:
-            raise ValueError(f"features have {features.shape[-1]} channels, these heads have {channels}")
+        widths = self.widths(heads, features.shape[0])
+        features = self._check("features", features, (self.config.tokens, kernels.widest(widths.embed)))
         return self._head(features, None if self.config.pool == "token" else self.fc_norm, widths, pre_logits)
 
     def attention_maps(self, images: Tensor, heads: int | Geometry | None = None) -> list[Tensor | None]:
@@ -232,13 +237,18 @@ class HydraViT(nn.Module):
         return maps
 
     def _stem(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
-        images = self._check_images(images)
-        widths = self.widths(heads, len(images))
+        images = self._check("images", images, (self.config.in_channels, *self.config.image_size))
+        widths = self.widths(heads, images.shape[0])
+        if self._backend_for != (
+            self.pos_embed.device,
+            self.pos_embed.dtype,
+        ):  # assigned, or unsharded in another dtype
+            self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.geometries)
         tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
         parameters = (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
-        x = kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._run(parameters))
+        x = kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
         return x, widths
 
     def _trunk(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
@@ -248,18 +258,9 @@ class HydraViT(nn.Module):
         return x, widths
 
     def _block(self, i: int, x: Tensor, widths: Widths) -> Tensor:
-        block = self.blocks[i]
         attention = [geometry.attention[i] for geometry in widths.geometries]
         mlp = [geometry.mlp[i] for geometry in widths.geometries]
-        if any(s.heads for s in attention):
-            parameters = block.attention_parameters()
-            common = (block.branch_scale(x), attention, widths.eps, widths.subnet)
-            x = kernels.attention_block(x, *parameters, *common, **self._run(parameters))
-        if any(s.hidden for s in mlp):
-            parameters = block.mlp_parameters()
-            common = (block.branch_scale(x), mlp, widths.eps, widths.subnet)
-            x = kernels.mlp_block(x, *parameters, *common, **self._run(parameters))
-        return x
+        return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how)
 
     def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
         pool = (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, x.shape[1])
@@ -267,27 +268,27 @@ class HydraViT(nn.Module):
         classifier = (None, None) if pre_logits or self.num_classes == 0 else self.head.head_parameters()
         parameters = (*norm_parameters, *classifier)
         slices = [geometry.head for geometry in widths.geometries]
-        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._run(parameters))
+        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._how(parameters))
 
-    def _run(self, parameters: tuple[Tensor | None, ...]) -> dict:
+    def _how(self, parameters: tuple[Tensor | None, ...]) -> dict:
         """How the kernels run: on which backend, and where they put gradients."""
         if self.slice_gradients is None:
             return {"backend": self.backend}
         buffers = [None if p is None else self.slice_gradients.buffer(p) for p in parameters]
         return {"backend": self.backend, "buffers": buffers}
 
-    def _check_images(self, images: Tensor) -> Tensor:
-        """Raise unless the images fit the model; autocast's low precision is undone, as the parameters are not cast."""
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor, not {type(images).__name__}")
-        expected = (self.config.in_channels, *self.config.image_size)
-        if images.dim() != 4 or images.shape[1:] != expected or images.shape[0] == 0:
-            sizes = ", ".join(map(str, expected))
-            raise ValueError(f"images must be (B, {sizes}) with B > 0, not {tuple(images.shape)}")
-        if images.device != self.pos_embed.device:
-            raise ValueError(f"images are on {images.device}, the model on {self.pos_embed.device}")
-        if images.dtype != self.pos_embed.dtype:
-            if not images.dtype.is_floating_point or not torch.is_autocast_enabled(images.device.type):
-                raise TypeError(f"images are {images.dtype}, the model is {self.pos_embed.dtype}")
-            images = images.to(self.pos_embed.dtype)
-        return images
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Raise unless it is ``(B, *shape)``; autocast's low precision is undone, as the parameters are not cast."""
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
+        device, dtype = self.pos_embed.device, self.pos_embed.dtype
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
+        if tensor.dtype != dtype:
+            if not tensor.dtype.is_floating_point or not torch.is_autocast_enabled(device.type):
+                raise TypeError(f"{name} are {tensor.dtype}, the model is {dtype}")
+            tensor = tensor.to(dtype)
+        return tensor

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def save_checkpoint(
     trained_heads = model.trained_heads if trained_heads is None else trained_heads
     metadata = {
         "config": model.config.to_dict(),
-        "trained_heads": None if trained_heads is None else sorted(trained_heads),
+        "trained_heads": list(trained_heads) if isinstance(trained_heads, Iterable) else trained_heads,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
     }
@@ -193,7 +193,7 @@ def _parse_metadata(metadata: object) -> dict:
             raise ValueError(f"class_names must be {config.num_classes}, as num_classes, not {len(names)}")
     return {
         "config": config,
-        "trained_heads": None if heads is None else tuple(heads),
+        "trained_heads": None if heads is None else tuple(sorted(set(heads))),
         "preprocessing": None if preprocessing is None else Preprocessing.from_dict(preprocessing),
         "class_names": None if names is None else tuple(names),
     }

@@ -1,6 +1,6 @@
 """Loads the native library that lies beside this file, or records why there is none.
 
-    loaded      whether the ops have their C++ kernels
+    loaded      whether the ops have their C++ kernels, and this processor runs them
     why_not     "" if loaded, else the reason, worded to follow the backend's name
     build_info  what setup.py built, with what
 
@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 
 import torch
+
+from hydravit_kernels import ops  # noqa: F401  (defines the ops that the library implements)
 
 try:
     from hydravit_kernels._build_info import BUILD_INFO as build_info
@@ -34,6 +36,10 @@ def _load(wanted: str) -> str:
     except OSError as error:
         versions = f"built with torch {build_info.get('torch', 'of unknown version')}, running {torch.__version__}"
         return f"cannot load its library ({versions}): {error.__cause__ or error}"
+    try:
+        torch.ops.hydravit.cpu_isa()
+    except RuntimeError as error:
+        return f"refuses HYDRAVIT_CPU_ISA={os.environ.get('HYDRAVIT_CPU_ISA')!r}: {error}"
     return ""
 
 

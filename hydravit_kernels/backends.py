@@ -49,7 +49,7 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
     """
     device = torch.device(device)
     if check_backend(backend) == "auto":
-        backend = check_backend(os.environ.get("HYDRAVIT_BACKEND", "auto"))
+        backend = check_backend(os.environ.get("HYDRAVIT_BACKEND") or "auto")
     if backend != "auto":
         reason = BACKENDS[backend](device, dtype)
         if reason:
@@ -59,7 +59,8 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
     for name, why_not in BACKENDS.items():
         reason = why_not(device, dtype)
         if not reason:
-            _tell_fallback(name, reasons)
+            if device.type != "meta":  # where nothing is ever computed
+                _tell_fallback(name, reasons)
             return name
         reasons.append(f"{name} {reason}")
     raise RuntimeError(f"no backend runs on {device} in {dtype}: {'; '.join(reasons)}")

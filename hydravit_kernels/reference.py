@@ -22,7 +22,7 @@ def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet=N
             return None if parameter is None else parameter.narrow(dim, s.embed_offset, s.embed)
 
         patches = F.conv2d(images, channels(weight, 0), channels(bias, 0), stride=weight.shape[2:]).flatten(2).mT
-        prefix = [channels(t, 2).expand(len(images), -1, -1) for t in (cls_token, reg_token) if t is not None]
+        prefix = [channels(t, 2).expand(images.shape[0], -1, -1) for t in (cls_token, reg_token) if t is not None]
         position = channels(pos_embed, 2)
         if position is not None and position.shape[1] == patches.shape[1]:
             patches, position = patches + position, None
@@ -144,6 +144,7 @@ def _per_image(single, x, branch_scale, slices, subnet, pad=True):
     """``single`` on the batch, or on each group of images of one width; ``pad`` fills narrower results with zeros."""
     if subnet is None:
         return single(x, branch_scale, slices[0])
+    torch._assert_async((subnet >= 0).all() & (subnet < len(slices)).all(), "subnet: an image's width is not possible")
     activations = x.dim() == 3
     order, results = [], []
     for index, s in enumerate(slices):

@@ -61,8 +61,8 @@ class MlpSlice(NamedTuple):
 
 
 def flatten(slices: Sequence[NamedTuple]) -> list[int]:
-    """The integers of one or several slices in order, as the ops take them (an attention scale is left out)."""
-    return [value for entry in slices for value in entry if not isinstance(value, float)]
+    """The integers of one or several slices in order, as the ops take them; the attention scale, last, is left out."""
+    return [value for entry in slices for value in (entry[:-1] if isinstance(entry, AttentionSlice) else entry)]
 
 
 def widest(slices: Sequence[NamedTuple]) -> int:

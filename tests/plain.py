@@ -41,13 +41,16 @@ def prefix(config, heads):
         proj=list(range(width)),
         heads=heads,
         scale=config.head_dim**-0.5,
-        hidden=list(range(int(config.mlp_ratio * width))),
+        hidden=list(range(round(config.mlp_ratio * width))),
     )
     return Subnet(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 
 
-def forward(parameters, config, subnet, images):
-    """Logits of ``images (B, C, height, width)`` from full ``parameters`` (a state dict, any dtype)."""
+def forward(parameters, config, subnet, images, maps=None):
+    """Logits of ``images (B, C, height, width)`` from full ``parameters`` (a state dict, any dtype).
+
+    A list given as ``maps`` receives, per layer, the softmax matrices ``(B, heads, N, N)``; None for a skipped branch.
+    """
     p, e = parameters, subnet.embed
     size = config.patch_size
 
@@ -80,13 +83,16 @@ def forward(parameters, config, subnet, images):
                 .transpose(1, 2)
                 for rows in (layer.query, layer.key, layer.value)
             )
-            y = ((q @ k.transpose(-1, -2)) * layer.scale).softmax(-1) @ v
+            weights = ((q @ k.transpose(-1, -2)) * layer.scale).softmax(-1)
+            y = weights @ v
             y = F.linear(
                 y.transpose(1, 2).flatten(2),
                 pick(name + "attn.proj.weight", e, layer.proj),
                 p[name + "attn.proj.bias"][e],
             )
             x = x + (y * p[name + "ls1.gamma"][e] if name + "ls1.gamma" in p else y)
+        if maps is not None:
+            maps.append(weights if layer.query else None)
         if layer.hidden:
             y = norm(x, name + "norm2")
             y = F.gelu(

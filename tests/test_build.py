@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import hydravit_kernels
 from hydravit_kernels import __main__ as build_report
-from hydravit_kernels import _native
+from hydravit_kernels import _native, backends
 
 ROOT = Path(__file__).parent.parent
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
@@ -76,6 +77,23 @@ def test_report_names_every_part():
         assert str(_native.path) in text
         assert torch.ops.hydravit.cpu_isa() in text
         assert "CUDA kernels" in text
+
+
+def test_empty_backend_variable_means_auto(monkeypatch):
+    monkeypatch.delenv("HYDRAVIT_BACKEND", raising=False)
+    expected = hydravit_kernels.select()
+    monkeypatch.setenv("HYDRAVIT_BACKEND", "")
+    assert hydravit_kernels.select() == expected
+
+
+def test_choice_on_meta_is_quiet(monkeypatch):
+    monkeypatch.delenv("HYDRAVIT_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_fallbacks_told", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hydravit_kernels.select(device="meta") == "reference"
+    with pytest.warns(UserWarning, match="using backend 'reference'"):
+        assert hydravit_kernels.select(dtype=torch.float16) == "reference"
 
 
 def test_none_leaves_the_library_alone():

@@ -78,20 +78,48 @@ def test_images(model, images, error, message):
         ({"max_heads": 2.0}, ValueError, "max_heads must be an integer"),
         ({"num_classes": -1}, ValueError, "num_classes must be an integer of at least 0"),
         ({"image_size": 30}, ValueError, "image_size 30 must be one or two multiples of patch_size 8"),
-        ({"image_size": (32, 32, 32)}, ValueError, "image_size"),
-        ({"image_size": "32"}, ValueError, "image_size"),
+        ({"image_size": (32, 32, 32)}, ValueError, r"image_size \(32, 32, 32\) must be one or two"),
+        ({"image_size": "32"}, ValueError, "image_size '32' must be one or two"),
+        ({"image_size": None}, ValueError, "image_size None must be one or two multiples of patch_size 8"),
+        ({"image_size": (32,)}, ValueError, r"image_size \(32,\) must be one or two"),
+        ({"image_size": True}, ValueError, "image_size True must be"),
         ({"pool": "max"}, ValueError, "pool must be 'token' or 'avg', not 'max'"),
         ({"class_token": False}, ValueError, "pool='token' needs class_token=True"),
-        ({"drop_path": 1.0}, ValueError, r"drop_path must be in \[0, 1\)"),
-        ({"norm_eps": 0.0}, ValueError, "norm_eps must be positive"),
+        ({"drop_path": 1.0}, ValueError, r"drop_path must be a number in \[0, 1\), not 1.0"),
+        ({"drop_path": "a"}, ValueError, "drop_path must be a number.*not 'a'"),
+        ({"drop_path": float("nan")}, ValueError, "drop_path must be a number.*not nan"),
+        ({"norm_eps": 0.0}, ValueError, "norm_eps must be a positive, finite number, not 0.0"),
+        ({"norm_eps": "a"}, ValueError, "norm_eps must be a positive, finite number, not 'a'"),
+        ({"norm_eps": float("inf")}, ValueError, "norm_eps must be a positive, finite number, not inf"),
+        ({"mlp_ratio": "4"}, ValueError, "mlp_ratio must be a positive, finite number, not '4'"),
+        ({"mlp_ratio": float("inf")}, ValueError, "mlp_ratio must be a positive, finite number, not inf"),
+        ({"mlp_ratio": float("nan")}, ValueError, "mlp_ratio must be a positive, finite number, not nan"),
+        ({"layer_scale": "x"}, ValueError, "layer_scale must be None or a finite number, not 'x'"),
+        ({"layer_scale": True}, ValueError, "layer_scale must be None or a finite number, not True"),
+        ({"class_token": "no"}, ValueError, "class_token must be True or False, not 'no'"),
+        ({"no_embed_class": 1}, ValueError, "no_embed_class must be True or False, not 1"),
+        ({"qkv_bias": None}, ValueError, "qkv_bias must be True or False, not None"),
         ({"mlp_ratio": 0.3}, ValueError, r"mlp_ratio \* head_dim"),
         ({"separate_classifiers": (1, 9)}, ValueError, "separate_classifiers: 9 is not a number of heads"),
+        ({"separate_classifiers": (True,)}, ValueError, "separate_classifiers: True is not a number of heads"),
+        ({"separate_classifiers": (1, "2")}, ValueError, "separate_classifiers: '2' is not a number of heads"),
+        ({"separate_classifiers": 3}, ValueError, "separate_classifiers must be a tuple of numbers of heads, not 3"),
+        ({"geometry": ["scala"]}, ValueError, r"geometry must be a name .*not \['scala'\]"),
         ({"geometry": "onion"}, ValueError, "geometry: unknown 'onion'"),
     ],
 )
 def test_construction(arguments, error, message):
     with pytest.raises(error, match=message):
         hydravit.fused_model(**{"config": SMALL, **arguments})
+
+
+def test_configs_that_look_wrong_and_are_not():
+    config = hydravit.config.resolve_config(SMALL, separate_classifiers=[4, 2, 4])
+    assert config.separate_classifiers == (2, 4)
+    for hidden, head_dim in ((62, 60), (3, 49), (5, 41)):  # the quotient times head_dim is not always exact
+        config = HydraViTConfig(max_heads=3, head_dim=head_dim, mlp_ratio=hidden / head_dim)
+        assert config.hidden_per_head == hidden and config.hidden == 3 * hidden
+    assert any(hidden / dim * dim != hidden for hidden, dim in ((62, 60), (3, 49), (5, 41)))
 
 
 def test_untrained_widths_are_refused_unless_asked_for(backend):
@@ -111,7 +139,7 @@ def test_untrained_widths_are_refused_unless_asked_for(backend):
 
 def test_features_of_another_width(model):
     features = model.forward_features(IMAGES, 3)
-    with pytest.raises(ValueError, match="features have 24 channels, these heads have 16"):
+    with pytest.raises(ValueError, match=r"features must be \(B, 17, 16\) with B > 0, not \(2, 17, 24\)"):
         model.forward_head(features, 2)
 
 
@@ -147,3 +175,66 @@ def test_a_named_backend_runs_or_raises(monkeypatch):
     monkeypatch.setenv("HYDRAVIT_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
         hydravit.fused_model(config=SMALL)
+
+
+@pytest.mark.parametrize("trained", [(), (0, 1), (1, 9), (1, "3")])
+def test_trained_widths_that_do_not_exist(trained):
+    with pytest.raises(ValueError, match="trained_heads must be widths of the model"):
+        hydravit.HydraViT(SMALL, trained_heads=trained)
+
+
+def test_repeated_widths_let_no_other_through():
+    model = hydravit.HydraViT(SMALL, trained_heads=(3, 1, 1))
+    assert model.allowed_heads == (1, 3)
+    with pytest.raises(ValueError, match="was not trained"):
+        model(IMAGES, heads=2)
+
+
+def test_a_geometry_lacks_some_widths():
+    """SortedNet keeps all heads, so a width must divide into them; separate classifiers exist for their widths only."""
+    model = hydravit.fused_model(config=SMALL, head_dim=6, mlp_ratio=2.0, geometry="sortednet")
+    assert model.allowed_heads == (2, 4)
+    with pytest.raises(ValueError, match="sortednet: width 6 is not divisible by 4 heads"):
+        model(IMAGES, heads=1)
+    assert hydravit.fused_model(config=SMALL, separate_classifiers=(1, 2)).heads == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_widths_of_any_integer_dtype(model, dtype):
+    widths = torch.tensor([1, 3])
+    assert torch.equal(model(IMAGES, heads=widths.to(dtype)), model(IMAGES, heads=widths))
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.zeros(2, 1, 16), ValueError, r"features must be \(B, 17, 16\)"),
+        (torch.zeros(2, 16), ValueError, r"not \(2, 16\)"),
+        (torch.zeros(0, 17, 16), ValueError, "B > 0"),
+        (torch.zeros(2, 17, 16, dtype=torch.float64), TypeError, "torch.float64, the model is torch.float32"),
+    ],
+)
+def test_features(model, features, error, message):
+    with pytest.raises(error, match=message):
+        model.forward_head(features, 2)
+
+
+def test_a_refused_cast_changes_nothing():
+    model = hydravit.fused_model(config=SMALL)
+    if model.backend != "native":
+        pytest.skip("only the native backend refuses a dtype")
+    model = hydravit.fused_model(config=SMALL, backend="native")
+    with pytest.raises(RuntimeError, match="backend 'native'.*float64"):
+        model.to(torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model(IMAGES)
+
+
+@pytest.mark.parametrize("made_on", ["meta", "cpu"])
+def test_assigned_weights_choose_the_backend_again(made_on):
+    dtype = torch.float32 if made_on == "meta" else torch.float64
+    model = hydravit.fused_model(config=SMALL, device=made_on, dtype=dtype)
+    source = hydravit.fused_model(config=SMALL)
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(model(IMAGES), source(IMAGES))
+    assert model.backend == source.backend

@@ -259,27 +259,75 @@ def test_reset_classifier(backend):
     assert model.get_classifier() is model.head
 
 
-def test_attention_maps(backend):
-    maps = make(backend).attention_maps(images_for(SMALL), heads=3)
-    assert [m.shape for m in maps] == [(3, 3, 17, 17)] * 2
-    torch.testing.assert_close(maps[0].sum(-1), torch.ones(3, 3, 17))
-    assert make(backend).attention_maps(images_for(SMALL), geometry.skd(SMALL, [(0, 8), (8, 0)]))[0] is None
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_maps(backend, variant):
+    config = resolve_config(SMALL, depth=3, **VARIANTS[variant])
+    model, images = make(backend, config), images_for(config)
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    for heads in (1, 3):
+        expected = []
+        plain.forward(weights, config, plain.prefix(config, heads), images.double(), expected)
+        maps = model.attention_maps(images, heads=heads)
+        assert len(maps) == len(expected) == config.depth
+        for actual, exact in zip(maps, expected, strict=True):
+            assert actual.shape == (3, heads, config.tokens, config.tokens)
+            torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-5)
+    skipped = model.attention_maps(images, geometry.skd(config, [(4, 8), (0, 8), (4, 0)]))
+    assert [m is None for m in skipped] == [False, True, False]
 
 
-def test_drop_path_keeps_the_mean(backend):
-    """In training whole branches of images are dropped and the rest scaled up; in evaluation nothing is."""
-    config = resolve_config(SMALL, drop_path=0.5)
-    model, images = make(backend, config), images_for(SMALL, 1).expand(64, -1, -1, -1)
-    model.eval()
-    assert torch.equal(model(images)[0], model(images)[1])
-    model.train()
+@pytest.mark.parametrize("branch", ["attn.proj", "mlp.fc2"])
+def test_drop_path_keeps_the_mean(backend, branch):
+    """In training a branch of an image is dropped or scaled by 1 / keep, forward and backward; in evaluation neither.
+
+    The last of two layers has the largest rate, the first has none; one of the last layer's branches is skipped.
+    """
+    config, keep, count = resolve_config(SMALL, drop_path=0.25, pool="avg"), 0.75, 64
+    model, images = make(backend, config).eval(), images_for(SMALL, 1).expand(count, -1, -1, -1).contiguous()
+    first, last = (16, 256), (16, 0) if branch == "attn.proj" else (0, 256)
     with torch.no_grad():
-        logits = model(images)
-    distinct = torch.unique(logits.round(decimals=4), dim=0)
-    assert 2 <= len(distinct) <= 4  # the last layer's two branches, each dropped or not
-    logits = model(images)
-    logits.sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        x = model.forward_features(images, geometry.skd(config, [first, (0, 0)]))
+        y = model.forward_features(images, geometry.skd(config, [first, last])) - x
+    assert (x[0] == x).all() and (y[0] == y).all() and y.square().mean() > 0.01
+    model.train()
+    features = model.forward_features(images, geometry.skd(config, [first, last]))
+    part = ((features.detach() - x) * y).sum((1, 2)) / y.square().sum((1, 2))  # how often the branch was added
+    kept = part > 0.5
+    assert 0.75 - 0.22 < kept.float().mean() < 0.75 + 0.22  # four standard errors
+    torch.testing.assert_close(features.detach(), x + y * (kept / keep)[:, None, None], rtol=1e-4, atol=1e-4)
+    features.sum().backward()
+    gradient = model.get_parameter(f"blocks.1.{branch}.bias").grad
+    expected = torch.full_like(gradient, config.tokens * kept.sum() / keep)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_drop_path_draws_for_every_branch_and_grows_over_the_layers(backend):
+    config = resolve_config(SMALL, depth=3, drop_path=0.5)
+    model, images = make(backend, config).train(), images_for(SMALL, 1).expand(64, -1, -1, -1)
+    for table, outcomes in (
+        ([(16, 256), (0, 0), (0, 0)], 1),  # the first layer drops nothing
+        ([(0, 0), (16, 256), (0, 0)], 4),
+        ([(0, 0), (0, 0), (16, 256)], 4),
+    ):
+        with torch.no_grad():
+            logits = model(images, geometry.skd(config, table))
+        assert len(torch.unique(logits.round(decimals=3), dim=0)) == outcomes
+
+
+def test_initial_values():
+    """As in timm: deviation 0.02 of weights and positions, tokens near zero, biases zero, norms the identity."""
+    config = resolve_config(SMALL, max_heads=8, register_tokens=8, layer_scale=0.1, num_classes=100)
+    for name, parameter in hydravit.fused_model(config=config, backend="reference").named_parameters():
+        values = parameter.detach()
+        if name.startswith("patch_embed"):  # torch's own, as in timm
+            continue
+        if name in ("cls_token", "reg_token"):
+            assert 0 < values.abs().max() < 1e-5, name
+        elif name == "pos_embed" or values.dim() > 1:
+            assert abs(values.mean()) < 1e-3 and 0.019 < values.std() < 0.021, name
+        else:
+            expected = 0.1 if name.endswith("gamma") else 1.0 if name.endswith("weight") else 0.0
+            assert (values == expected).all(), name
 
 
 def test_frozen_parameters_get_no_gradient(backend):
@@ -339,6 +387,23 @@ def test_copies_and_pickles(backend):
         with torch.no_grad():
             other.head.bias.add_(1.0)
         assert torch.equal(model(images), expected)
+
+
+def test_copies_share_no_state(backend):
+    """Neither a cache nor the gradient buffers: a copy that gets other classes leaves the original as it was."""
+    model, images = make(backend), images_for(SMALL)
+    narrow, expected = geometry.hydravit(SMALL, 2), model(images, heads=2)
+    model.slice_gradients = "buffers of this model's parameters"
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.slice_gradients is None
+        assert other._geometries is not model._geometries
+        caches = [name for name, value in vars(model).items() if isinstance(value, (dict, set, list))]
+        assert not [name for name in caches if vars(other)[name] is vars(model)[name]]
+        other.reset_classifier(3)
+        assert other(images, heads=2).shape == (3, 3)
+        assert other.geometry(2).head.classes == 3 and model.geometry(2).head.classes == 10
+    model.slice_gradients = None
+    assert torch.equal(model(images, heads=2), expected) and torch.equal(model(images, heads=narrow), expected)
 
 
 def test_autocast(backend):

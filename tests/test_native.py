@@ -5,6 +5,7 @@ Every parameter holds NaN outside the slice, so a finite result proves that noth
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -280,6 +281,20 @@ def test_stem_reads_images_of_any_strides(isa):
         assert dx.is_contiguous() and torch.equal(dx, expected[1])
 
 
+@pytest.mark.parametrize("channels, patch", [(1, (8, 8)), (1, (5, 7)), (3, (1, 1)), (1, (1, 4))])
+def test_stem_ignores_strides_of_axes_of_one_element(isa, channels, patch):
+    """A channels_last weight whose output channels are contiguous all the same."""
+    block = stem(EmbedSlice(0, 64), torch.randn(2, channels, 2 * patch[0], 3 * patch[1]), patch)
+    grad = torch.randn(block.forward()[0].shape)
+    expected, buffers, again = block.forward()[0], block.zeros(), block.zeros()
+    dx = block.backward(grad, buffers)
+    for tensors in (block.parameters, again):
+        tensors[0] = tensors[0].to(memory_format=torch.channels_last)
+        assert tensors[0].stride(1) == 1
+    assert torch.equal(block.forward()[0], expected) and torch.equal(block.backward(grad, again), dx)
+    assert all(a is None or torch.equal(a, b) for a, b in zip(again, buffers, strict=True))
+
+
 @pytest.mark.parametrize("batch, tokens, pool", [(3, 1, (0, 1)), (1, 17, (0, 1)), (3, 50, (2, 50)), (5, 197, (1, 197))])
 @pytest.mark.parametrize("norm, classify, bias", [(True, True, True), (False, True, False), (True, False, False)])
 def test_head(isa, batch, tokens, pool, norm, classify, bias):
@@ -510,11 +525,11 @@ def with_x(value):
 
 WRONG = {
     "x of another width": (with_x(lambda x: x[:, :, :127]), "x: shape"),
-    "x of another dtype": (with_x(torch.Tensor.double), "x: dtype"),
+    "x of another dtype": (with_x(torch.Tensor.double), "^x: dtype float32 expected, float64 given$"),
     "x of two dimensions": (with_x(lambda x: x[0]), "x: shape"),
     "x with channels apart": (with_x(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), "x: innermost stride"),
     "x without tokens": (with_x(lambda x: x[:, :0]), "x: at least one token"),
-    "bf16 weight": (replaced(2, torch.Tensor.bfloat16), "qkv_weight: dtype"),
+    "bf16 weight": (replaced(2, torch.Tensor.bfloat16), "^qkv_weight: dtype float32 expected, bfloat16 given$"),
     "column-major weight": (replaced(2, transposed), "qkv_weight: innermost stride"),
     "column-major projection": (replaced(4, transposed), "proj_weight: innermost stride"),
     "weight of another width": (replaced(2, lambda t: t[:, :150]), "qkv_weight: shape"),
@@ -532,12 +547,15 @@ WRONG = {
     "huge offset": (with_slice(query_row=2**62), "slices: integers"),
     "no embed": (lambda b: (with_slice(embed=0)(b), with_x(lambda x: x[:, :, :0])(b)), "embed"),
     "too few integers": (with_constant(1, [0, 128]), "slices: a positive multiple of 10"),
-    "no slice": (with_constant(1, []), "slices|x: shape"),
+    "no slice": (with_constant(1, []), "slices: a positive multiple of 10"),
     "no attention scale": (with_constant(2, []), "scales: one for each"),
     "short branch scale": (with_constant(0, torch.ones(2)), "branch_scale: shape"),
     "subnet out of range": (with_constant(4, torch.tensor([0, 1, 0])), "subnet: values in"),
     "subnet of another length": (with_constant(4, torch.tensor([0])), "subnet: shape"),
-    "subnet of another dtype": (with_constant(4, torch.tensor([0, 0, 0], dtype=torch.int32)), "subnet: dtype"),
+    "subnet of another dtype": (
+        with_constant(4, torch.tensor([0, 0, 0], dtype=torch.int32)),
+        "^subnet: dtype int64 expected, int32 given$",
+    ),
     "strided subnet": (with_constant(4, torch.zeros(6, dtype=torch.int64)[::2]), "subnet: a contiguous"),
 }
 
@@ -550,6 +568,30 @@ def test_wrong_arguments_raise(name):
     change(block)
     with pytest.raises(RuntimeError, match=message):
         block.forward()
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp", "stem", "head"])
+def test_slices_are_counted_before_they_are_read(name):
+    """Read first, one integer too many is a slice that ends behind the list."""
+    block = BLOCKS[name]()
+    flat = next(i for i, constant in enumerate(block.constants) if isinstance(constant, list))
+    count = len(block.constants[flat])
+    if name != "stem":
+        with_x(lambda x: x[:, :, :-1])(block)
+    with_constant(flat, [*block.constants[flat], 0])(block)
+    with pytest.raises(RuntimeError, match=f"^slices: a positive multiple of {count} integers expected, {count + 1} g"):
+        block.forward()
+
+
+def test_errors_start_with_the_argument():
+    """Not with the function, file and line of the check."""
+    calls = [
+        lambda: hydravit.set_cpu_isa("sse"),
+        lambda: mlp(MLP_SLICES["prefix"], 1, 1).backward(torch.zeros(1, 1, 1), [None] * 7),
+    ]
+    for call, match in zip(calls, ("^isa: ", "^grad: shape"), strict=True):
+        with pytest.raises(RuntimeError, match=match):
+            call()
 
 
 def test_several_slices_need_a_subnet():
@@ -595,7 +637,13 @@ def test_wrong_gradients_raise():
         (with_x(lambda x: x[:, :, :15]), "images: height and width"),
         (with_x(lambda x: x[:, :2]), "weight: shape"),
         (with_x(lambda x: x[0]), "images: shape"),
-        (replaced(0, lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), "weight: "),
+        (
+            replaced(0, lambda t: t.to(memory_format=torch.channels_last)),
+            r"^weight of the patch embedding: each output channel contiguous expected, strides \(192, 1, 24, 3\) .*"
+            r"model.to\(memory_format=torch.contiguous_format\)",
+        ),
+        (replaced(0, lambda t: t.transpose(2, 3)), "^weight of the patch embedding: each output channel contiguous"),
+        (replaced(0, lambda t: t.repeat_interleave(2, 1)[:, ::2]), "^weight of the patch embedding: each output"),
         (replaced(4, lambda t: t[:, :5]), "pos_embed: shape"),
         (replaced(2, lambda t: t[0]), "cls_token: shape"),
     ],
@@ -636,14 +684,33 @@ def test_unknown_isa_raises():
     assert hydravit.cpu_isa() == before
 
 
-@pytest.mark.parametrize("name, expected", [("portable", "portable"), ("nonsense", "unknown CPU instruction set")])
+def with_isa(name, *arguments, **variables):
+    """Run Python with this HYDRAVIT_CPU_ISA and no other variable of ours but those given."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HYDRAVIT_")}
+    environment.update(variables, HYDRAVIT_CPU_ISA=name)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name, expected", [("portable", "portable"), ("", "avx512|avx2|portable")])
 def test_isa_from_the_environment(name, expected):
-    code = (
-        "import torch, hydravit_kernels.ops, hydravit_kernels._native\n"
-        "try: print(torch.ops.hydravit.cpu_isa())\n"
-        "except RuntimeError as error: print(error)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HYDRAVIT_CPU_ISA": name}, capture_output=True, text=True
-    )
-    assert expected in result.stdout, result.stderr
+    result = with_isa(name, "-c", "import torch, hydravit_kernels; print(torch.ops.hydravit.cpu_isa())")
+    assert re.fullmatch(expected, result.stdout.strip()), result.stderr
+
+
+REFUSED = "refuses HYDRAVIT_CPU_ISA='nonsense': .*unknown CPU instruction set"
+
+
+def test_unknown_isa_in_the_environment_makes_native_unavailable():
+    result = with_isa("nonsense", "-W", "error", "-m", "hydravit_kernels")
+    assert result.returncode == 0 and re.search(f"native on cpu +{REFUSED}", result.stdout), result.stderr
+    assert re.search(f"library +none: native {REFUSED}", result.stdout)
+    result = with_isa("nonsense", "-c", "import hydravit_kernels; print(hydravit_kernels.select())")
+    assert result.stdout.strip() == "reference" and re.search(f"because native {REFUSED}", result.stderr)
+    result = with_isa("nonsense", "-c", "import hydravit_kernels; hydravit_kernels.select('native')")
+    assert result.returncode and re.search(f"RuntimeError: backend 'native': {REFUSED}", result.stderr)
+
+
+def test_unknown_isa_in_the_environment_fails_the_import_where_native_is_demanded():
+    result = with_isa("nonsense", "-c", "import hydravit_kernels", HYDRAVIT_BUILD="cpu")
+    assert result.returncode
+    assert re.search(f"ImportError: HYDRAVIT_BUILD=cpu demands the native backend, but it {REFUSED}", result.stderr)

@@ -1,5 +1,7 @@
 """What PyTorch asks of an op and a module: schemas, fakes, torch.compile at every width, memory, DDP."""
 
+import copy
+import socket
 import statistics
 import time
 
@@ -7,9 +9,11 @@ import pytest
 import torch
 import torch.utils._python_dispatch
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import fully_shard
 
 import hydravit
 from hydravit import HydraViTConfig
+from hydravit.config import resolve_config
 from hydravit.training import SliceGradients
 from hydravit_kernels import backends, ops
 
@@ -65,10 +69,10 @@ def test_opcheck(name):
     torch.library.opcheck(op, calls()[name], test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
-def compiled(kernels, compiler="aot_eager"):
+def compiled(kernels, compiler="aot_eager", trained_heads=None, **overrides):
     torch._dynamo.reset()
     counters.clear()
-    model = hydravit.fused_model(config=TWELVE, backend=kernels)
+    model = hydravit.HydraViT(resolve_config(TWELVE, **overrides), trained_heads=trained_heads, backend=kernels)
     return model, torch.compile(model, fullgraph=True, backend=compiler)
 
 
@@ -115,8 +119,34 @@ def test_one_graph_serves_every_mixture_of_widths():
         torch.testing.assert_close(logits, model(images, heads=torch.tensor(widths)))
         check_gradients(model, logits, model(images, heads=torch.tensor(widths)))
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("bad", [-1, 0, 2, 13, 100])
+def test_an_impossible_width_in_a_compiled_mixture(backend, bad):
+    """What the values are is not known when the graph is made; the op finds it out, and no image gets another width."""
+    model, graph = compiled(backend, trained_heads=(1, 3, 12))
     with pytest.raises(RuntimeError, match="subnet"):
-        graph(images, heads=torch.tensor([0, 1, 2]))
+        graph(torch.randn(3, 3, 32, 32), heads=torch.tensor([3, bad, 1]))
+
+
+@native
+@pytest.mark.parametrize("config", [{}, {"separate_classifiers": (1, 3, 6, 9, 10, 11, 12)}])
+def test_two_graphs_serve_widths_with_gaps(config):
+    trained = None if config else (1, 3, 6, 9, 10, 11, 12)
+    model, graph = compiled("native", trained_heads=trained, **config)
+    images = torch.randn(2, 3, 32, 32)
+    assert model.allowed_heads == (1, 3, 6, 9, 10, 11, 12)
+    for heads in model.allowed_heads:
+        torch.testing.assert_close(graph(images, heads=heads), model(images, heads=heads))
+    assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+
+
+def test_export_with_a_dynamic_batch(backend):
+    model = hydravit.fused_model(3, config=TWELVE, backend=backend).eval()
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    images = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(program.module()(images), model(images))
 
 
 @native
@@ -240,17 +270,38 @@ def _ddp_worker(rank, port, backend, queue):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.long
-def test_ddp_with_another_width_on_every_rank(backend):
-    """Full-size gradients make ranks of different widths an ordinary all-reduce."""
-    import socket
+def _fsdp_worker(rank, port, backend, queue):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = hydravit.fused_model(config=TWELVE, backend=backend)
+    plain = copy.deepcopy(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    images = torch.randn(2, 3, 32, 32)
+    model(images, heads=3).square().mean().backward()
+    plain(images, heads=3).square().mean().backward()
+    errors = [
+        (a.grad.full_tensor() - b.grad).abs().max().item()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    ]
+    if rank == 0:
+        queue.put(max(errors))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
+
+@pytest.mark.long
+@pytest.mark.parametrize("worker", [_ddp_worker, _fsdp_worker])
+def test_two_ranks(worker, backend):
+    """DDP with another width on every rank: full-size gradients make that an ordinary all-reduce. FSDP2 by blocks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_ddp_worker, args=(rank, port, backend, queue)) for rank in range(2)]
+    workers = [context.Process(target=worker, args=(rank, port, backend, queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     assert queue.get(timeout=120) < 1e-5

@@ -74,12 +74,25 @@ def test_round_trip_keeps_everything(tmp_path, suffix, variant):
     loaded = fused_model(checkpoint=path, backend="reference")
     assert same(model, loaded)
     assert loaded.training and loaded.heads == 4
-    with pytest.raises(ValueError, match="3.*not trained"):
+    refused = "3 has no classifier" if "separate_classifiers" in variant else "3 was not trained"
+    with pytest.raises(ValueError, match=refused):
         loaded(images(loaded), heads=3)
     if not variant.get("separate_classifiers"):
         loaded = fused_model(3, checkpoint=path, backend="reference", allow_untrained=True)
         assert loaded.heads == 3
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_trained_widths_are_kept_once_and_ascending(tmp_path):
+    model = make()
+    save_checkpoint(tmp_path / "ours.safetensors", model, trained_heads=[4, 2, 4])
+    theirs = {"config": SMALL.to_dict(), "trained_heads": [4, 2, 4]}
+    torch.save({"state_dict": model.state_dict(), "hydravit": theirs}, tmp_path / "theirs.pt")
+    for name in ("ours.safetensors", "theirs.pt"):
+        assert read_checkpoint(tmp_path / name).trained_heads == (2, 4)
+    for wrong in ([], [5], [1, "2"], 3):
+        with pytest.raises(ValueError, match=r"trained_heads must be numbers of heads in 1\.\.4"):
+            save_checkpoint(tmp_path / "a.pt", model, trained_heads=wrong)
 
 
 def test_low_precision_and_wrapped_models_are_saved_as_they_are(tmp_path):
@@ -131,6 +144,10 @@ BAD_FILES = {
         "a.pt",
         r"trained_heads .*1\.\.12, not \[13\]",
     ),
+    "no trained widths": ({"hydravit": {"trained_heads": []}}, "a.pt", r"trained_heads must be .*not \[\]"),
+    "a trained bool": ({"hydravit": {"trained_heads": [True]}}, "a.pt", r"trained_heads must be .*not \[True\]"),
+    "a trained text": ({"hydravit": {"trained_heads": "12"}}, "a.pt", "trained_heads must be .*not '12'"),
+    "no config": ({"hydravit": {"config": 3}}, "a.pt", "config must be a dict of fields, not int"),
     "class names": ({"hydravit": {"config": {}, "class_names": ["a"]}}, "a.pt", "class_names must be 1000"),
     "preprocessing": ({"hydravit": {"preprocessing": {"crop": 2}}}, "a.pt", "crop must be in"),
 }
@@ -447,6 +464,37 @@ def test_config_from_shapes_needs_help():
         infer_config(without("pos_embed")(state))
     with pytest.raises(ValueError, match="separate classifiers .* pass a config"):
         infer_config(make(separate_classifiers=(2,)).state_dict(), head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("patch_embed.proj.weight", (32, 3, 0, 0), r"damaged: patch_embed.proj.weight has shape \(32, 3, 0, 0\)"),
+        ("patch_embed.proj.weight", (0, 3, 8, 8), r"damaged: patch_embed.proj.weight has shape \(0, 3, 8, 8\)"),
+        ("patch_embed.proj.weight", (64, 3, 8, 4), "patches of 8 x 4 pixels; expected squares"),
+        ("pos_embed", (1, 0, 64), "damaged: pos_embed has shape"),
+        ("blocks.0.mlp.fc1.weight", (0, 64), "damaged: blocks.0.mlp.fc1.weight has shape"),
+        ("head.weight", (640,), r"head.weight has shape \(640,\); expected \(classes, 64\)"),
+    ],
+)
+def test_config_from_damaged_weights(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        infer_config(make().state_dict() | {name: torch.ones(shape)}, head_dim=16)
+    model = make()
+    with pytest.raises(ValueError):
+        load_weights(model, make().state_dict() | {name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("size", ["32", None, (32,), (32, 0), 30, True, 32.0], ids=str)
+def test_config_from_shapes_refuses_a_wrong_image_size(size):
+    with pytest.raises(ValueError, match=r"image_size .* must be one or two multiples of patch_size 8"):
+        infer_config(make().state_dict(), head_dim=16, image_size=size)
+
+
+def test_config_from_shapes_of_an_inexact_mlp_ratio():
+    model = make(max_heads=1, head_dim=49, mlp_ratio=3 / 49)
+    config = infer_config(model.state_dict(), head_dim=49)
+    assert config == model.config and config.hidden == 3
 
 
 def test_fused_model_and_the_config_of_a_checkpoint(tmp_path):

@@ -80,7 +80,9 @@ int choose(const char* name, const Kernels** kernels) {
 int current(const Kernels** kernels) {
   *kernels = chosen.load(std::memory_order_relaxed);
   if (*kernels != nullptr) return kOk;
-  const int status = choose(std::getenv("HYDRAVIT_CPU_ISA"), kernels);
+  const char* wanted = std::getenv("HYDRAVIT_CPU_ISA");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;  // set to nothing: not set
+  const int status = choose(wanted, kernels);
   if (status == kOk) chosen.store(*kernels, std::memory_order_relaxed);
   return status;
 }
