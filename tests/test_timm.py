@@ -295,3 +295,32 @@ def test_mixing_labels():
     assert torch.equal(mixed, again) and not torch.equal(mixed, images)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert photos.mix(get_recipe("demo"), 10) is None
+
+
+@pytest.mark.long
+def test_timm_vit_base_at_every_width():
+    """timm's ViT-B, and a timm ViT of every width with the sliced weights: logits and gradients."""
+    source = timm.create_model("vit_base_patch16_224")
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model, images = fused_model(), torch.randn(1, 3, 224, 224)
+    model.load_state_dict(source.state_dict())
+    for heads in range(1, 13):
+        plain = VisionTransformer(**extract_config(model, heads))
+        plain.load_state_dict(extract(model, heads))
+        model.zero_grad()
+        results = model(images, heads=heads), plain(images)
+        for logits in results:
+            logits.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        slices = model.geometry(heads).parameter_slices(model.config)
+        compared = [("logits", *results)]
+        for name, parameter in plain.named_parameters():
+            ours = gradients[name]
+            for axis, intervals in enumerate(slices[name]):
+                ours = torch.cat([ours.narrow(axis, offset, length) for offset, length in intervals], dim=axis)
+            compared.append((name, ours, parameter.grad))
+        for name, ours, theirs in compared:
+            error = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
+            assert error <= 1e-4, f"heads={heads} {name}: {error:.2e}"
