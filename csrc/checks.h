@@ -132,10 +132,12 @@ struct Parameter {
   const Tensor* tensor;
   const Tensor* gradient;
 
+  Parameter(const char* name, const Tensor* tensor, const OptionalTensor* gradient)
+      : name(name), tensor(tensor), gradient(gradient != nullptr && gradient->has_value() ? &**gradient : nullptr) {}
+  Parameter(const char* name, const Tensor& tensor, const OptionalTensor* gradient = nullptr)
+      : Parameter(name, &tensor, gradient) {}
   Parameter(const char* name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
-      : name(name),
-        tensor(tensor.has_value() ? &*tensor : nullptr),
-        gradient(gradient != nullptr && gradient->has_value() ? &**gradient : nullptr) {}
+      : Parameter(name, tensor.has_value() ? &*tensor : nullptr, gradient) {}
 
   bool present() const { return tensor != nullptr; }
 

@@ -230,6 +230,7 @@ def test_a_refused_cast_changes_nothing():
     model(IMAGES)
 
 
+@pytest.mark.filterwarnings("ignore:hydravit. using backend")
 @pytest.mark.parametrize("made_on", ["meta", "cpu"])
 def test_assigned_weights_choose_the_backend_again(made_on):
     dtype = torch.float32 if made_on == "meta" else torch.float64
