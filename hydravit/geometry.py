@@ -233,6 +233,17 @@ GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Geometry]] = {
 }
 
 
+def every_width(config: HydraViTConfig) -> dict[int, Geometry]:
+    """The validated geometry of every number of heads that the config's nesting has, ascending."""
+    found = {}
+    for heads in range(1, config.max_heads + 1):
+        try:
+            found[heads] = GEOMETRIES[config.geometry](config, heads).validate(config)
+        except ValueError:  # SortedNet's heads must divide the width; a separate classifier must exist
+            continue
+    return found
+
+
 def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Geometry:
     """``width`` channels from the start or the end of every axis, all heads kept (Scala, arXiv 2412.04786).
 

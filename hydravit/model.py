@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import GEOMETRIES, Geometry, Widths, position
+from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.layers import Block, Classifier, PatchEmbed
 
 
@@ -121,14 +121,9 @@ class HydraViT(nn.Module):
         return tuple(heads for heads in self._geometries if heads in self.trained_heads)
 
     def _resolve_geometries(self) -> None:
-        """The slices of every width that exists, once, so that a call only looks them up."""
-        self._geometries: dict[int, Geometry] = {}
+        """The slices of every width, once, so that a call only looks them up."""
+        self._geometries = every_width(self.config)
         self._validated: set[Geometry] = set()  # others that calls brought along
-        for heads in range(1, self.config.max_heads + 1):
-            try:
-                self._geometries[heads] = self._make_geometry(heads).validate(self.config)
-            except ValueError:  # this nesting does not have it; who asks for it is told why
-                continue
 
     def _make_geometry(self, heads: int) -> Geometry:
         return GEOMETRIES[self.config.geometry](self.config, heads)

@@ -17,3 +17,12 @@ def backend(request):
     if reason != "available":
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On small models, waiting for a second thread costs more than the arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

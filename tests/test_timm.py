@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from PIL import Image
+from small import SMALL, images, make, shake
 
 if find_spec("timm") is None:
     pytest.skip("timm is not installed", allow_module_level=True)
@@ -27,7 +28,7 @@ from hydravit.preprocessing import Preprocessing
 from hydravit.recipes import get_recipe, photos
 from hydravit.weights import save_checkpoint
 
-SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = HydraViTConfig(max_heads=3, depth=2)  # the width of ViT-Ti at full image size
 VARIANTS = {
     "plain": {},
@@ -39,32 +40,6 @@ VARIANTS = {
     "separate classifiers": {"separate_classifiers": (1, 2, 3, 4)},
     "no classifier": {"num_classes": 0},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small, waiting for a second thread costs more than the arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make(config=SMALL, **overrides):
-    """A model with no parameter left at zero or one, so that a wrong place shows."""
-    model = HydraViT(resolve_config(config, **overrides), backend="reference").eval()
-    return shake(model)
-
-
-def shake(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def images(config, batch=2):
-    return torch.randn(batch, config.in_channels, *config.image_size)
 
 
 def timm_vit(config, heads):

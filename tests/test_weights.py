@@ -12,37 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small import SMALL, images, make
 
-from hydravit import HydraViTConfig, fused_model
+from hydravit import fused_model
 from hydravit.config import resolve_config
 from hydravit.fitting import infer_config, load_weights
-from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, Preprocessing
 from hydravit.weights import Checkpoint, atomic_write, read_checkpoint, save_checkpoint
 
-SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On models this small, waiting for a second thread costs more than the arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make(config=SMALL, **overrides):
-    """A model with no parameter left at zero or one, so that a wrong place shows."""
-    model = HydraViT(resolve_config(config, **overrides), backend="reference").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def images(model, batch=2):
-    return torch.randn(batch, model.config.in_channels, *model.config.image_size)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quietly(function, *arguments, **keywords):
@@ -76,7 +54,7 @@ def test_round_trip_keeps_everything(tmp_path, suffix, variant):
     assert loaded.training and loaded.heads == 4
     refused = "3 has no classifier" if "separate_classifiers" in variant else "3 was not trained"
     with pytest.raises(ValueError, match=refused):
-        loaded(images(loaded), heads=3)
+        loaded(images(loaded.config), heads=3)
     if not variant.get("separate_classifiers"):
         loaded = fused_model(3, checkpoint=path, backend="reference", allow_untrained=True)
         assert loaded.heads == 3
@@ -276,7 +254,7 @@ def test_a_smaller_vit_becomes_the_first_heads(heads, variant):
     with pytest.warns(UserWarning, match=f"a ViT of {heads} heads becomes the first {heads} of 4"):
         messages = load_weights(model, small.state_dict())
     assert len(messages) == 1
-    x = images(model)
+    x = images(model.config)
     torch.testing.assert_close(model(x, heads=heads), small(x), rtol=1e-5, atol=1e-5)
     width = heads * 16
     for name, tensor in model.state_dict().items():
@@ -291,7 +269,7 @@ def test_one_classifier_serves_all_separate_ones():
     single, model = make(), make(separate_classifiers=(2, 3, 4))
     with pytest.warns(UserWarning, match="copied to every width's own"):
         load_weights(model, single.state_dict())
-    x = images(model)
+    x = images(model.config)
     for heads in (2, 3, 4):
         torch.testing.assert_close(model(x, heads=heads), single(x, heads=heads), rtol=1e-5, atol=1e-5)
     small = make(max_heads=2)
@@ -308,7 +286,7 @@ def test_listed_classifiers_are_stacked(full_width):
         state[f"head.{i}.weight"] = weight[i] if full_width else weight[i, :, : heads * 16]
         state[f"head.{i}.bias"] = bias[i]
     load_weights(model, state)
-    x = images(model)
+    x = images(model.config)
     for heads in (2, 4):
         assert torch.equal(model(x, heads=heads), source(x, heads=heads))
     with pytest.raises(ValueError, match=r"separate classifiers: .*separate_classifiers are \[\]"):
@@ -332,7 +310,7 @@ def test_other_number_of_classes(separate):
 
 def test_positions_of_prefix_tokens_do_not_change_the_function():
     covering, free = make(register_tokens=2), make(register_tokens=2, no_embed_class=True)
-    x = images(covering)
+    x = images(covering.config)
     with pytest.warns(UserWarning, match="added to these tokens"):
         load_weights(free, covering.state_dict())
     torch.testing.assert_close(free(x), covering(x), rtol=1e-5, atol=1e-5)
@@ -515,7 +493,7 @@ def test_fused_model_and_the_config_of_a_checkpoint(tmp_path):
         fused_model, 2, checkpoint=path, num_classes=3, image_size=48, dtype=torch.float64, backend="reference"
     )
     assert other.heads == 2 and other.trained_heads == (1, 2, 4) and other.config.depth == 2
-    assert other(images(other).double()).shape == (2, 3)
+    assert other(images(other.config).double()).shape == (2, 3)
 
 
 def test_fused_model_of_plain_weights(tmp_path):
@@ -523,7 +501,7 @@ def test_fused_model_of_plain_weights(tmp_path):
     torch.save(model.state_dict(), path)
     assert same(fused_model(checkpoint=path, head_dim=16, backend="reference"), model)
     wider = quietly(fused_model, 4, config=resolve_config(SMALL, max_heads=6), checkpoint=path, backend="reference")
-    x = images(model)
+    x = images(model.config)
     torch.testing.assert_close(wider.eval()(x), model(x), rtol=1e-5, atol=1e-5)
     resampled = quietly(fused_model, checkpoint=path, head_dim=16, image_size=(16, 40), backend="reference")
     assert resampled.config == resolve_config(SMALL, image_size=(16, 40))

@@ -38,7 +38,7 @@ def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preproce
     model = fused_model(
         checkpoint=checkpoint,
         backend=args.backend,
-        device=_device(args.device),
+        device=usable_device(args.device),
         allow_untrained=args.allow_untrained,
     )
     return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(model.config)
@@ -61,7 +61,8 @@ def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:
     return heads
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of that name. Raises ``ValueError`` for CUDA where torch finds none."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch finds no CUDA device")

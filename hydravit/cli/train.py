@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hydravit.cli import parse_heads
+from hydravit.cli.loading import usable_device
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.recipes import RECIPES, Recipe, get_recipe
 
@@ -210,9 +211,7 @@ def _parse(setting: str, text: str, default: object) -> object:
 
 def _start_ranks(name: str) -> tuple[torch.device, bool]:
     """The device, and whether this process is the one that writes; joins the others under torchrun."""
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch finds no CUDA device")
+    device = usable_device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device, True
     if device.type == "cuda":

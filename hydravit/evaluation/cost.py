@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import GEOMETRIES, Geometry
+from hydravit.geometry import Geometry, every_width
 from hydravit.model import HydraViT
 
 
@@ -49,11 +49,4 @@ def _parameter_shapes(config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
 
 def costs(config: HydraViTConfig) -> dict[int, Cost]:
     """The cost of every width the config's nesting has, by number of heads."""
-    found = {}
-    for heads in config.separate_classifiers or range(1, config.max_heads + 1):
-        try:
-            geometry = GEOMETRIES[config.geometry](config, heads)
-        except ValueError:  # SortedNet has no width that its heads do not divide
-            continue
-        found[heads] = cost(config, geometry)
-    return found
+    return {heads: cost(config, geometry) for heads, geometry in every_width(config).items()}

@@ -1,0 +1,24 @@
+"""A small model whose every parameter matters, for the tests that compare weights."""
+
+import torch
+
+from hydravit import HydraViT, HydraViTConfig
+from hydravit.config import resolve_config
+
+SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+
+
+def shake(model):
+    """No parameter is left at zero or one, so that a wrong place shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make(config=SMALL, **overrides):
+    return shake(HydraViT(resolve_config(config, **overrides), backend="reference").eval())
+
+
+def images(config, batch=2):
+    return torch.randn(batch, config.in_channels, *config.image_size)
