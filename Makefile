@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long lint format build report clean
+.PHONY: help demo test test-long bench gpu lint format build report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -16,6 +16,14 @@ test: build  ## the test suite, without the long tests
 
 test-long: build  ## the long tests
 	python -m pytest -m long
+
+bench: build  ## every width beside the best other tools; ARGS="--heads 3-12", see `hydravit benchmark --help`
+	hydravit benchmark $(ARGS)
+
+# No environment of its own: such a machine has what is needed, and nothing can be downloaded there.
+gpu:  ## everything that needs a GPU, against a deadline; PARTS=build,tests MINUTES=8 OUT=FOLDER
+	$(PYTHON) -u -m bench.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(OUT),--out $(OUT)) $(ARGS)
 
 lint: build  ## style of Python and C++
 	ruff check .

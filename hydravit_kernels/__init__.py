@@ -2,6 +2,7 @@
 
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
+from hydravit_kernels.ranges import annotate
 from hydravit_kernels.reference import attention_map, layer_norm
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
 
@@ -10,6 +11,7 @@ __all__ = [
     "EmbedSlice",
     "HeadSlice",
     "MlpSlice",
+    "annotate",
     "attention_block",
     "attention_map",
     "available_backends",

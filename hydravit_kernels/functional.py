@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hydravit_kernels import ops, reference
+from hydravit_kernels.ranges import annotate
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
 
 Buffers = Sequence[Tensor | None] | None
@@ -21,6 +22,7 @@ Buffers = Sequence[Tensor | None] | None
 _SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in schema)
 
 
+@annotate("stem")
 def stem(
     images: Tensor,
     weight: Tensor,
@@ -45,6 +47,7 @@ def stem(
     return _run("stem", backend, images, parameters, (flatten(slices), subnet), buffers)
 
 
+@annotate("attention_block")
 def attention_block(
     x: Tensor,
     norm_weight: Tensor,
@@ -70,6 +73,7 @@ def attention_block(
     return _run("attention_block", backend, x, parameters, constants, buffers)
 
 
+@annotate("mlp_block")
 def mlp_block(
     x: Tensor,
     norm_weight: Tensor,
@@ -94,6 +98,7 @@ def mlp_block(
     return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, subnet), buffers)
 
 
+@annotate("head")
 def head(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -168,6 +173,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @annotate(lambda ctx, _: f"{ctx.op_name}_backward")
     def backward(ctx, grad):
         x, *rest = ctx.saved_tensors
         saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]

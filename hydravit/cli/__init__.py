@@ -1,4 +1,4 @@
-"""The command line: ``hydravit train | evaluate | predict | info | extract``.
+"""The command line: ``hydravit train | evaluate | predict | info | extract | benchmark``.
 
 A command is a module with ``add_parser(subparsers)`` and ``run(args)``. Whatever a user can get wrong ends in one line
 on standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
@@ -12,13 +12,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "predict", "info", "extract")
+COMMANDS = ("train", "evaluate", "predict", "info", "extract", "benchmark")
 
 _EXAMPLES = """examples:
   hydravit train --recipe demo --out runs/demo
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
   hydravit predict photo.jpg --checkpoint runs/demo/model.safetensors --heads all
   hydravit info
+  hydravit benchmark --heads 3,6,12 --batch 1
 Every command has its own --help with examples.
 """
 

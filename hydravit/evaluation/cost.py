@@ -9,6 +9,7 @@ from typing import NamedTuple
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import Geometry, every_width
 from hydravit.model import HydraViT
+from hydravit_kernels import AttentionSlice, MlpSlice
 
 
 class Cost(NamedTuple):
@@ -26,11 +27,8 @@ def cost(config: HydraViTConfig, geometry: Geometry) -> Cost:
     """
     tokens, embed = config.tokens, geometry.embed.embed
     macs = math.prod(config.grid) * embed * config.in_channels * config.patch_size**2
-    for attention, mlp in zip(geometry.attention, geometry.mlp, strict=True):
-        keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
-        macs += tokens * embed * (2 * keys + 2 * values)  # Q and K; V and the projection
-        macs += tokens**2 * (keys + values)
-        macs += tokens * embed * 2 * mlp.hidden
+    macs += sum(attention_macs(tokens, attention) for attention in geometry.attention)
+    macs += sum(mlp_macs(tokens, mlp) for mlp in geometry.mlp)
     macs += embed * geometry.head.classes
 
     slices = geometry.parameter_slices(config)
@@ -39,6 +37,18 @@ def cost(config: HydraViTConfig, geometry: Geometry) -> Cost:
         read = [sum(length for _, length in axis) for axis in slices.get(name, ())]
         params += math.prod([*read, *shape[len(read) :]])
     return Cost(params, macs)
+
+
+def attention_macs(tokens: int, attention: AttentionSlice) -> int:
+    """Multiply-accumulates of one attention block on one image."""
+    keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
+    products = tokens * attention.embed * (2 * keys + 2 * values)  # Q and K; V and the projection
+    return products + tokens**2 * (keys + values)
+
+
+def mlp_macs(tokens: int, mlp: MlpSlice) -> int:
+    """Multiply-accumulates of one MLP block on one image."""
+    return tokens * mlp.embed * 2 * mlp.hidden
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hydravit.evaluation.cost import cost
+from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
 from hydravit.evaluation.memory import measure_memory
 from hydravit.model import HydraViT
@@ -133,35 +132,12 @@ def environment(model: HydraViT) -> dict:
     device = next(model.parameters()).device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "backend": model.backend,
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Of the checkout this file lies in; None where it is installed elsewhere."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
-    try:
-        # Only our own repository's: an installed copy may lie inside someone else's checkout.
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
-        done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

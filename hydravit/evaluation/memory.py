@@ -72,17 +72,17 @@ def _cpu_peaks(task: dict) -> dict[int, float]:
     model = HydraViT(config, backend=task["backend"], dtype=getattr(torch, task["dtype"])).eval()
     images = next(model.parameters()).new_zeros(task["batch_size"], config.in_channels, *config.image_size)
     model(images[:1], heads=task["heads"][0])  # what libraries and thread pools allocate once
-    before = _resident("VmRSS")
+    before = resident_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
     peaks = {}
     for heads in task["heads"]:
         model(images, heads=heads)
-        peaks[heads] = (_resident("VmHWM") - before) / 1024
+        peaks[heads] = (resident_kib("VmHWM") - before) / 1024
     return peaks
 
 
-def _resident(name: str) -> int:
-    """Memory of this process in KiB."""
+def resident_kib(name: str) -> int:
+    """Memory of this process, by its name in Linux's ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 

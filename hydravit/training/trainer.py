@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import hydravit_kernels as kernels
 from hydravit.evaluation import accuracy
 from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
@@ -181,6 +182,18 @@ class Trainer:
             self.scaler.scale(loss.sum() / len(images)).backward()
             losses.append(loss.detach())
         mean = self._track(torch.cat(losses), widths)
+        self._update()
+        return mean
+
+    def _zero_gradients(self) -> None:
+        if self.gradients is not None:
+            self.gradients.zero_()
+        else:  # zeros, not None: a parameter that no width of this step uses is decayed all the same
+            self.optimizer.zero_grad(set_to_none=False)
+
+    @kernels.annotate("optimizer")
+    def _update(self) -> None:
+        """From the gradients to new weights, and everything that goes on once a step."""
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             if self.gradients is not None:
@@ -192,13 +205,6 @@ class Trainer:
         self.scheduler.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return mean
-
-    def _zero_gradients(self) -> None:
-        if self.gradients is not None:
-            self.gradients.zero_()
-        else:  # zeros, not None: a parameter that no width of this step uses is decayed all the same
-            self.optimizer.zero_grad(set_to_none=False)
 
     def _track(self, losses: Tensor, widths: Tensor) -> float:
         """Add the images' losses ``(B,)`` to their widths'; returns their mean, which must be finite."""

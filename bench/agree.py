@@ -1,0 +1,66 @@
+"""``python -m bench.agree A.json B.json``: whether two runs say the same. Reads results, measures nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bench.results import key, read
+
+TOLERANCE = 0.07
+
+
+class Pair(NamedTuple):
+    """The ratio of one peer to ours on one workload, in either run."""
+
+    peer: str
+    about: tuple
+    ratios: tuple[float, float]
+    noisy: bool
+
+    @property
+    def difference(self) -> float:
+        return max(self.ratios) / min(self.ratios) - 1.0
+
+
+def pairs(first: Sequence[dict], second: Sequence[dict]) -> list[Pair]:
+    """Every ratio that both runs have; noisy if either run says so."""
+    others = {(row["peer"], key(row)): row for row in second if row["ratio"] is not None}
+    result = []
+    for row in first:
+        other = others.get((row["peer"], key(row)))
+        if row["ratio"] is not None and other is not None:
+            noisy = row["noisy"] or other["noisy"]
+            result.append(Pair(row["peer"], key(row), (row["ratio"], other["ratio"]), noisy))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if at least 90 % of the ratios agree within ``TOLERANCE``, else 1; 2 for files without any."""
+    parser = argparse.ArgumentParser(prog="python -m bench.agree", description="Do two runs give the same ratios?")
+    parser.add_argument("first", help="a run's .json")
+    parser.add_argument("second", help="another's")
+    args = parser.parse_args(argv)
+    try:
+        found = pairs(read(args.first)[1], read(args.second)[1])
+        if not found:
+            raise ValueError(f"{args.first} and {args.second} have no ratio in common")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    apart = [pair for pair in found if pair.difference > TOLERANCE]
+    for pair in sorted(apart, key=lambda pair: -pair.difference):
+        ratios = " and ".join(f"{ratio:.3f}" for ratio in pair.ratios)
+        marked = "marked noisy" if pair.noisy else "not marked noisy"
+        print(f"{pair.peer} {' '.join(map(str, pair.about))}: {ratios}, {100 * pair.difference:.0f} % apart, {marked}")
+    share = 1.0 - len(apart) / len(found)
+    noisy = sum(pair.noisy for pair in apart)
+    print(f"{100 * share:.0f} % of {len(found)} ratios agree within {100 * TOLERANCE:.0f} %", end="; ")
+    print(f"of the {len(apart)} others {noisy} are marked noisy")
+    return 0 if share >= 0.9 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Nobody is timed before their outputs are right: within a small multiple of eager PyTorch's own error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hydravit_kernels as kernels
+from bench.machine import precision
+from bench.peers import cut
+from bench.workloads import DTYPES, Workload, make_images, make_labels, make_stream
+from hydravit import HydraViT
+
+# A peer may be so many times less exact than eager PyTorch in the same dtype; both against float64.
+FACTOR = 4.0
+_CHUNK = 4  # images at a time in float64, for the memory
+
+
+class Refused(Exception):
+    """The outputs are wrong; ``error`` and ``allowed`` are those of the worst one."""
+
+    def __init__(self, message: str, error: float, allowed: float):
+        super().__init__(message)
+        self.error, self.allowed = error, allowed
+
+
+class Reference:
+    """What a workload's outputs must be at each of its widths, and how exact eager PyTorch is there.
+
+    ``check`` compares the outputs of one peer, tensors by name; ``model`` is the workload's. An error is the L2 norm of
+    the difference from float64 by the norm of the float64 output; allowed are ``FACTOR`` times eager's plus two units
+    in the last place.
+    """
+
+    def __init__(self, workload: Workload, model: HydraViT):
+        self._exact, self._allowed = {}, {}
+        device = model.pos_embed.device
+        double = copy.deepcopy(model).double()
+        for k in workload.heads:
+            exact = _outputs(workload, double, k, device, torch.float64)
+            eager = _outputs(workload, model, k, device, DTYPES[workload.dtype])
+            ulp = torch.finfo(DTYPES[workload.dtype]).eps
+            self._exact[k] = exact
+            self._allowed[k] = {name: FACTOR * _error(eager[name], exact[name]) + 2 * ulp for name in exact}
+
+    def check(self, heads: int, outputs: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Error and what is allowed, of the output nearest to its limit. Raises ``Refused`` for wrong ones."""
+        exact, allowed = self._exact[heads], self._allowed[heads]
+        if outputs.keys() != exact.keys():
+            wrong = ", ".join(sorted(outputs.keys() ^ exact.keys()))
+            raise Refused(f"outputs are missing or unknown: {wrong}", float("inf"), 0.0)
+        errors = {}
+        for name, output in outputs.items():
+            if output.shape != exact[name].shape:
+                shapes = f"{tuple(output.shape)}, not {tuple(exact[name].shape)}"
+                raise Refused(f"{name} has shape {shapes}", float("inf"), allowed[name])
+            errors[name] = _error(output, exact[name])
+        worst = max(errors, key=lambda name: errors[name] / allowed[name])
+        error, limit = errors[worst], allowed[worst]
+        if not error <= limit:
+            raise Refused(f"{worst} at k={heads} is off by {error:.1e}, allowed is {limit:.1e}", error, limit)
+        return error, limit
+
+
+def _error(output: Tensor, exact: Tensor) -> float:
+    error = (torch.linalg.vector_norm(output.double() - exact) / torch.linalg.vector_norm(exact)).item()
+    return error if error == error else float("inf")  # nan: something is not finite
+
+
+def _outputs(
+    workload: Workload, model: HydraViT, heads: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The reference backend's outputs, computed in ``dtype``."""
+    with precision(workload.dtype):
+        if workload.task == "training":
+            return _gradients(workload, model, heads, device, dtype)
+        if workload.task.startswith(("attention", "mlp")):
+            return _block(workload, model, heads, device, dtype)
+        images = make_images(workload, device).to(dtype)
+        with torch.inference_mode():
+            return {"logits": torch.cat([model(part, heads=heads) for part in images.split(_CHUNK)])}
+
+
+def _gradients(workload, model, heads, device, dtype) -> dict[str, Tensor]:
+    images, labels = make_images(workload, device), make_labels(workload, device)
+    low = dtype in (torch.bfloat16, torch.float16)
+    for part in torch.arange(len(images), device=device).split(_CHUNK):
+        with torch.autocast(device.type, dtype=dtype if low else None, enabled=low):
+            logits = model(images[part].to(model.pos_embed.dtype), heads=heads)
+        (F.cross_entropy(logits.to(model.pos_embed.dtype), labels[part], reduction="sum") / len(images)).backward()
+    result = cut({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, model, heads)
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+def _block(workload, model, heads, device, dtype) -> dict[str, Tensor]:
+    kind, _, backward = workload.task.partition("_")
+    x, grad = (tensor.to(dtype) for tensor in make_stream(workload, device))
+    x.requires_grad_(bool(backward))
+    block, geometry = model.blocks[0], model.geometry(heads)
+    if kind == "attention":
+        parameters, slices, run = block.attention_parameters(), geometry.attention[:1], kernels.attention_block
+    else:
+        parameters, slices, run = block.mlp_parameters(), geometry.mlp[:1], kernels.mlp_block
+    with torch.set_grad_enabled(bool(backward)):
+        y = run(x, *parameters, None, slices, geometry.eps, backend="reference")
+    if not backward:
+        return {"y": y}
+    y.backward(grad)
+    gradients = {f"blocks.0.{name}": p.grad for name, p in block.named_parameters() if p.grad is not None}
+    result = {name.removeprefix("blocks.0."): tensor for name, tensor in cut(gradients, model, heads).items()}
+    model.zero_grad(set_to_none=True)
+    return {"y": y.detach(), "x": x.grad, **result}

@@ -1,0 +1,175 @@
+"""The machine under the numbers: names and versions, clocks, and the most it can do, measured in the same run."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.peers import CACHE
+from bench.workloads import DTYPES
+from hydravit.evaluation.environment import commit, cpu_name
+
+# M, N, K of the products among which the best is looked for: squares, and a block's own shapes at batch 1 and 8.
+_CPU_PRODUCTS = ((768, 768, 768), (1536, 1536, 1536), (197, 3072, 768), (1576, 3072, 768))
+_GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (50432, 3072, 768))
+_PROBE_SECONDS = 0.15
+
+
+class Machine:
+    """Facts of one run. ``probe`` is called between workloads: each dtype's peak is the best it ever saw."""
+
+    def __init__(self, device: torch.device, dtypes: Sequence[str]):
+        self.device = device
+        self._started = datetime.datetime.now(datetime.timezone.utc)
+        self._peaks = dict.fromkeys(dtypes, 0.0)
+        self._bandwidth = 0.0
+        self._clocks: list[float] = []
+        self._fma = _fma_library() if device.type == "cpu" else None
+
+    @property
+    def slug(self) -> str:
+        """A folder's name for results of this machine."""
+        name = self._name() if self.device.type == "cuda" else f"{self._name()} {torch.get_num_threads()} threads"
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+    def probe(self) -> None:
+        """Look for a higher peak and bandwidth, and note the clocks. Under two seconds."""
+        for dtype in self._peaks:
+            rates = [self._product_rate(dtype, *shape) for shape in self._products()]
+            if dtype == "fp32" and self._fma is not None:
+                rates.append(_fma_rate(self._fma, torch.get_num_threads()))
+            self._peaks[dtype] = max(self._peaks[dtype], *rates)
+        self._bandwidth = max(self._bandwidth, self._copy_rate())
+        self._clocks.extend(self._read_clocks())
+
+    def limit_ms(self, dtype: str, flops: float, moved: float) -> tuple[float, str]:
+        """The least time this machine needs, by what it showed so far, and which of its limits that is."""
+        times = {"peak": flops / self._peaks[dtype], "bandwidth": moved / self._bandwidth}
+        limit = max(times, key=times.get)
+        return times[limit] * 1e3, limit
+
+    def environment(self) -> dict:
+        """The entries of ``results.ENVIRONMENT``."""
+        clocks = f"{min(self._clocks):.0f}-{max(self._clocks):.0f}" if self._clocks else "not readable"
+        return {
+            "device": self.device.type,
+            "name": self._name(),
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "clock_mhz": clocks,
+            "peak_gflops": {dtype: round(peak / 1e9, 1) for dtype, peak in self._peaks.items()},
+            "bandwidth_gb_s": round(self._bandwidth / 1e9, 1),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "commit": commit(),
+            "date": self._started.isoformat(timespec="seconds"),
+        }
+
+    def _name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
+
+    def _products(self) -> tuple[tuple[int, int, int], ...]:
+        return _GPU_PRODUCTS if self.device.type == "cuda" else _CPU_PRODUCTS
+
+    def _product_rate(self, dtype: str, m: int, n: int, k: int) -> float:
+        a = torch.randn(m, k, device=self.device, dtype=DTYPES[dtype])
+        b = torch.randn(k, n, device=self.device, dtype=DTYPES[dtype])
+        out = torch.empty(m, n, device=self.device, dtype=DTYPES[dtype])
+        with precision(dtype):
+            return 2.0 * m * n * k / self._best_seconds(lambda: torch.mm(a, b, out=out))
+
+    def _copy_rate(self) -> float:
+        count = 2**30 if self.device.type == "cuda" else 2**26  # far beyond every cache
+        source = torch.ones(count, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2.0 * count / self._best_seconds(lambda: target.copy_(source))
+
+    def _best_seconds(self, run) -> float:
+        """Of one call: the best one, after a first that does not count, for a fraction of a second."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        run()
+        wait()
+        best, end = float("inf"), time.perf_counter() + _PROBE_SECONDS
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            run()
+            wait()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def _read_clocks(self) -> list[float]:
+        if self.device.type == "cuda":
+            command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+            try:
+                return [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])]
+            except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+                return []
+        try:
+            return [float(mhz) for mhz in re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())]
+        except OSError:
+            return []
+
+
+class precision:
+    """Within it, float32 products are what ``dtype`` says: exact, or rounded to TensorFloat-32."""
+
+    def __init__(self, dtype: str):
+        self._wanted = "high" if dtype == "tf32" else "highest"
+
+    def __enter__(self):
+        self._before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self._wanted)
+
+    def __exit__(self, *_):
+        torch.set_float32_matmul_precision(self._before)
+
+
+def _fma_library() -> ctypes.CDLL | None:
+    """``fma.cpp``, built for this processor; None without a compiler: products alone then give the peak."""
+    source = Path(__file__).with_name("fma.cpp")
+    digest = hashlib.sha256(source.read_bytes() + cpu_name().encode()).hexdigest()[:16]
+    library = CACHE / f"fma-{digest}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}")
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        try:
+            subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", part], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        part.replace(library)
+    fma = ctypes.CDLL(str(library))
+    fma.multiply_adds.restype = ctypes.c_double
+    fma.multiply_adds.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_void_p]
+    return fma
+
+
+def _fma_rate(fma: ctypes.CDLL, threads: int) -> float:
+    """Operations per second of all threads together; ctypes lets the interpreter's lock go meanwhile."""
+    barrier, rates = threading.Barrier(threads), []
+
+    def work():
+        sink = ctypes.c_float(0.0)
+        barrier.wait()
+        start = time.perf_counter()
+        done = fma.multiply_adds(20_000_000, 0.5, ctypes.byref(sink))
+        rates.append(done / (time.perf_counter() - start))
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(rates)

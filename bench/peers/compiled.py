@@ -1,0 +1,162 @@
+"""torch.compile in its settings, on the extracted width and on slices of the full weights, one graph per width.
+
+The choices of max-autotune are timings of the first run that compiles, kept in ``CACHE`` with the code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor
+
+from bench.peers import CACHE, Absent, Peer, Step
+from bench.peers.eager import plain_vit, views_block, views_network
+from bench.peers.training import block_parameters, block_step, cut_block, train_steps
+from hydravit import HydraViT
+
+
+def _compile(function: Callable, mode: str | None = None) -> Callable:
+    """``torch.compile`` of ``function``, for tensors of one shape.
+
+    Dynamo keeps graphs by code object: on one that is shared, widths would count towards one recompile limit, look
+    through each other's guards, and outlive their closures, and settings would find the graphs of others. A copy of the
+    code has none of that. ``fullgraph`` makes a fallback to eager an error.
+    """
+    code = function.__code__
+    own = types.FunctionType(code.replace(), function.__globals__, code.co_name, None, function.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+
+
+@contextlib.contextmanager
+def compiling(**settings) -> Iterator[None]:
+    """Around the first call: inductor's ``settings``, its cache beside ours, no talk. Raises ``Absent`` if it fails."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    try:
+        with torch._inductor.config.patch({**quiet, **settings}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise Absent(f"does not compile: {lines[0] if lines else type(error).__name__}") from error
+
+
+def _without_gradients(compiled: Callable[[], Tensor], **settings) -> Callable[[], Tensor]:
+    """``compiled``, warmed. Not under ``torch.inference_mode``: there inductor would silently freeze nothing."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return compiled()
+
+    with compiling(**settings):
+        run()
+    return run
+
+
+def _extracted(mode: str | None, settings: dict, model: HydraViT, images: Tensor, heads: Sequence[int]):
+    def ready(k: int) -> Callable[[], Tensor]:
+        vit = plain_vit(model, k).eval()
+        return _without_gradients(partial(_compile(lambda images: vit(images), mode), images), **settings)
+
+    return {k: ready(k) for k in heads}
+
+
+def _graphs(model: HydraViT, images: Tensor, heads: Sequence[int]):
+    if images.device.type != "cuda":
+        raise Absent("CUDA graphs need a GPU")
+
+    def ready(k: int) -> Callable[[], Tensor]:
+        vit = plain_vit(model, k).eval()
+        compiled = _compile(lambda images: vit(images), "max-autotune")
+
+        def run() -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()  # the logits of the call before may be overwritten
+            return compiled(images)
+
+        run = _without_gradients(run)
+        for _ in range(2):  # the first calls warm up and record
+            run()
+        return run
+
+    return {k: ready(k) for k in heads}
+
+
+def _sliced(model: HydraViT, images: Tensor, heads: Sequence[int]):
+    def ready(k: int) -> Callable[[], Tensor]:
+        return _without_gradients(partial(_compile(lambda images: views_network(model, images, k)), images))
+
+    return {k: ready(k) for k in heads}
+
+
+def _sliced_block(model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
+    forward = _compile(lambda x: views_block(model, kind, x, heads))
+    parameters = block_parameters(model.blocks[0], kind)
+    step = block_step(forward, parameters, x, grad, partial(cut_block, model=model, heads=heads))
+    with compiling():
+        step.run()
+    return step
+
+
+def _sliced_training(model: HydraViT, images: Tensor, labels: Tensor, heads: Sequence[int], amp) -> dict[int, Step]:
+    own = copy.deepcopy(model).train()
+
+    def forward(k: int) -> Callable[[Tensor], Tensor]:
+        return _compile(lambda images: views_network(own, images, k))
+
+    forwards = {k: forward(k) for k in heads}
+    steps = train_steps(own, lambda images, k: forwards[k](images), images, labels, heads, amp)
+    for step in steps.values():
+        with compiling():
+            step.outputs()
+    return steps
+
+
+# Read by dynamo as well as by inductor, so as an option of torch.compile alone it would have no effect. In float32 on
+# x86 the packed products are MKL's, in other types oneDNN's.
+_FROZEN = {"freezing": True}
+_MAX = "max-autotune-no-cudagraphs"  # whoever times can capture it
+
+
+def _peer(name: str, about: str, **setups: Callable) -> Peer:
+    return Peer(name, about, opaque=True, **setups)
+
+
+PEERS = [
+    _peer("compiled", "torch.compile of the extracted width, default mode", inference=partial(_extracted, None, {})),
+    _peer(
+        "compiled-max",
+        "torch.compile of the extracted width, max-autotune",
+        inference=partial(_extracted, _MAX, {}),
+    ),
+    _peer(
+        "compiled-graphs",
+        "torch.compile of the extracted width, max-autotune with its own CUDA graphs",
+        inference=_graphs,
+    ),
+    _peer(
+        "compiled-sliced",
+        "torch.compile of slices of the full weights, a graph per width",
+        inference=_sliced,
+        block=_sliced_block,
+        training=_sliced_training,
+    ),
+    _peer(
+        "frozen",
+        "torch.compile of the extracted width with frozen, packed weights",
+        inference=partial(_extracted, None, _FROZEN),
+    ),
+    _peer(
+        "frozen-max",
+        "torch.compile of the extracted width with frozen, packed weights, max-autotune",
+        inference=partial(_extracted, _MAX, _FROZEN),
+    ),
+]

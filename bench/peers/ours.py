@@ -1,0 +1,111 @@
+"""The backends of this repository: one peer each, and one more where gradients may be added in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+import hydravit_kernels as kernels
+from bench.peers import Absent, Peer, Step
+from bench.peers.training import block_parameters, block_step, cut_block, train_steps, without_gradients
+from hydravit import HydraViT
+from hydravit.evaluation.latency import with_backend
+from hydravit.training import SliceGradients
+from hydravit_kernels import backends
+
+
+def _on(model: HydraViT, backend: str) -> HydraViT:
+    """The model on a backend, its parameters shared; raises ``Absent`` where the backend cannot run."""
+    try:
+        return with_backend(model, backend)
+    except RuntimeError as error:
+        raise Absent(str(error)) from error
+
+
+def _inference(backend: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
+    own = _on(model, backend)
+    return {k: without_gradients(partial(own, images, heads=k)) for k in heads}
+
+
+def _block_forward(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, buffers=None) -> Tensor:
+    geometry, block = model.geometry(heads), model.blocks[0]
+    if kind == "attention":
+        function, parameters, slices = kernels.attention_block, block.attention_parameters(), geometry.attention[0]
+    else:
+        function, parameters, slices = kernels.mlp_block, block.mlp_parameters(), geometry.mlp[0]
+    return function(x, *parameters, None, [slices], geometry.eps, backend=backend, buffers=buffers)
+
+
+def _block(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
+    _on(model, backend)
+    forward = partial(_block_forward, backend, model, kind, heads)
+    parameters = block_parameters(model.blocks[0], kind)
+    return block_step(forward, parameters, x, grad, partial(cut_block, model=model, heads=heads))
+
+
+def _block_in_place(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
+    if grad is None:
+        raise Absent(f"same as {backend}")
+    own = copy.deepcopy(_on(model, backend)).requires_grad_(False)
+    parameters = block_parameters(own.blocks[0], kind)
+    for parameter in parameters.values():
+        parameter.requires_grad = True  # these alone get buffers
+    gradients = SliceGradients(own)
+    geometry, block = own.geometry(heads), own.blocks[0]
+    in_order = block.attention_parameters() if kind == "attention" else block.mlp_parameters()
+    buffers = [None if p is None else gradients.buffer(p) for p in in_order]
+    x = x.detach().requires_grad_()
+
+    def run() -> Tensor:
+        x.grad = None
+        gradients.zero_()
+        gradients.mark([geometry])  # as the model does in every forward
+        y = _block_forward(backend, own, kind, heads, x, buffers)
+        y.backward(grad)
+        return y
+
+    def outputs() -> dict[str, Tensor]:
+        y = run()
+        summed = {name: parameter.grad for name, parameter in parameters.items()}
+        return {"y": y.detach(), "x": x.grad, **cut_block(summed, own, heads)}
+
+    return Step(run, outputs)
+
+
+def _training(
+    backend: str, in_place: bool, model: HydraViT, images: Tensor, labels: Tensor, heads: Sequence[int], amp
+) -> dict[int, Step]:
+    if amp is not None and backend != "reference":
+        raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
+    own = _on(copy.deepcopy(model).train(), backend)
+    clear = SliceGradients(own).zero_ if in_place else None
+    return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear)
+
+
+def _peers(backend: str) -> list[Peer]:
+    about = f"this repository's {backend} backend"
+    plain = Peer(
+        backend,
+        about,
+        ours=True,
+        inference=partial(_inference, backend),
+        block=partial(_block, backend),
+        training=partial(_training, backend, False),
+    )
+    if backend == "reference":
+        return [plain]
+    in_place = Peer(
+        f"{backend}-inplace",
+        f"{about}, gradients added in place (SliceGradients)",
+        ours=True,
+        block=partial(_block_in_place, backend),
+        training=partial(_training, backend, True),
+        without=f"same as {backend}",
+    )
+    return [plain, in_place]
+
+
+PEERS = [peer for backend in backends.BACKENDS for peer in _peers(backend)]

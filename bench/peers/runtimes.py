@@ -1,0 +1,226 @@
+"""The extracted width exported to a file: AOTInductor, ONNX Runtime, OpenVINO. Files are kept in ``CACHE``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench.peers import CACHE, Absent, Peer
+from bench.peers.compiled import compiling
+from bench.peers.eager import plain_vit
+from bench.peers.training import without_gradients
+from hydravit import HydraViT
+
+
+def _version(package: str) -> str:
+    return f"{package} {version(package)}" if find_spec(package) else ""
+
+
+def _need(*packages: str, extra: str) -> None:
+    for package in packages:
+        if find_spec(package) is None:
+            raise Absent(f"{package} is not installed (pip install 'hydravit[{extra}]')")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters talk a lot."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(disabled)
+
+
+def _exported(
+    suffix: str, vit: nn.Module, images: Tensor, export: Callable[[Path], object], **settings: object
+) -> Path:
+    """The file of this network for these shapes, in a folder of its own: made by ``export(path)`` if it is not there.
+
+    ``settings``: what the file depends on beside weights, shape, dtype, device and the versions of the exporters.
+    """
+    packages = [_version(package) for package in ("torch", "timm", "onnx", "onnxscript", "openvino")]
+    machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    if images.is_cuda:
+        machine += [torch.cuda.get_device_name(), torch.version.cuda]
+    facts = [str(vit), tuple(images.shape), images.dtype, packages, machine, sorted(settings.items())]
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, tensor in vit.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    path = CACHE / "exported" / digest.hexdigest()[:32] / f"vit{suffix}"
+    if not path.exists():
+        part = path.with_name(f"{os.getpid()}{suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _quiet(), torch.no_grad():
+            export(part)
+        part.replace(path)
+    return path
+
+
+# AOTInductor. ---------------------------------------------------------------------------------------------------------
+
+
+def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Sequence[int]):
+    settings = {"freezing": True, **settings}
+
+    def ready(k: int) -> Callable[[], Tensor]:
+        vit = plain_vit(model, k).eval()
+
+        def export(path: Path) -> None:
+            program = torch.export.export(vit, (images,))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+
+        with compiling():
+            path = _exported(".pt2", vit, images, export, **settings)
+            run = without_gradients(partial(torch._inductor.aoti_load_package(str(path)), images))
+            run()
+        return run
+
+    return {k: ready(k) for k in heads}
+
+
+# ONNX Runtime. --------------------------------------------------------------------------------------------------------
+
+OPSET = 20  # the first with Gelu, exact by default; 23 has Attention, which is slower on a CPU than what it replaces
+
+
+def _onnxruntime_inference(model: HydraViT, images: Tensor, heads: Sequence[int]):
+    _need("onnxruntime", extra="peers")
+    _need("onnx", "onnxscript", extra="export")
+    import onnxruntime
+
+    cuda = images.is_cuda
+    if cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise Absent("this onnxruntime has no CUDAExecutionProvider (pip install onnxruntime-gpu)")
+    if not cuda and images.dtype != torch.float32:
+        raise Absent(f"onnxruntime has no {images.dtype} kernels for the CPU".replace("torch.", ""))
+    return {k: _onnxruntime_ready(onnxruntime, plain_vit(model, k).eval(), images) for k in heads}
+
+
+def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    def export(path: Path) -> None:
+        torch.onnx.export(vit, (images,), path, dynamo=True, opset_version=OPSET, external_data=False, verbose=False)
+
+    path = _exported(".onnx", vit, images, export, opset=OPSET)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # Its threads spin between operators, worth a tenth at three heads; going on after the call costs whoever runs next
+    # a third.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers = ["CPUExecutionProvider"]
+    if images.is_cuda:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": images.device.index or 0, "use_tf32": int(tf32)}))
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    logits = images.new_empty(session.get_outputs()[0].shape)
+    binding = session.io_binding()
+    _bind(binding.bind_input, session.get_inputs()[0], images)
+    _bind(binding.bind_output, session.get_outputs()[0], logits)
+
+    def run(_bound: Tensor = images) -> Tensor:  # a binding keeps an address only
+        session.run_with_iobinding(binding)
+        return logits
+
+    run()
+    return run
+
+
+def _bind(bind: Callable, node, tensor: Tensor) -> None:
+    from onnx import TensorProto
+
+    kinds = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
+    device = tensor.device
+    bind(node.name, device.type, device.index or 0, kinds[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+
+
+# OpenVINO. ------------------------------------------------------------------------------------------------------------
+
+
+def _openvino_inference(model: HydraViT, images: Tensor, heads: Sequence[int]):
+    if images.is_cuda:
+        raise Absent("OpenVINO does not run on NVIDIA GPUs")
+    _need("openvino", extra="peers")
+    import openvino
+
+    if images.dtype != torch.float32:
+        raise Absent("measured in float32 only: the precision of other types is up to OpenVINO")
+    core = openvino.Core()
+    return {k: _openvino_ready(openvino, core, plain_vit(model, k).eval(), images) for k in heads}
+
+
+def _openvino_ready(openvino, core, vit: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    def export(path: Path) -> None:
+        network = openvino.convert_model(vit, example_input=images, input=[tuple(images.shape)])
+        openvino.save_model(network, path, compress_to_fp16=False)
+        path.with_suffix(".bin").replace(path.parent / "vit.bin")
+
+    path = _exported(".xml", vit, images, export)
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+    }
+    compiled = core.compile_model(core.read_model(path, path.with_suffix(".bin")), "CPU", settings)
+    logits = images.new_empty(tuple(compiled.output(0).shape))
+    request = compiled.create_infer_request()
+    # Both tensors are torch's memory: no copy in a call.
+    request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
+    request.set_output_tensor(openvino.Tensor(logits.numpy(), shared_memory=True))
+
+    def run() -> Tensor:
+        request.infer()
+        return logits
+
+    run()
+    return run
+
+
+PEERS = [
+    Peer(
+        "aot",
+        "AOTInductor of the extracted width, weights frozen and packed",
+        opaque=True,
+        inference=partial(_aot_inference, {}),
+    ),
+    Peer(
+        "aot-max",
+        "AOTInductor of the extracted width, weights frozen and packed, max-autotune",
+        opaque=True,
+        inference=partial(_aot_inference, {"max_autotune": True}),
+    ),
+    Peer(
+        "onnxruntime",
+        "ONNX Runtime on the extracted width",
+        version=_version("onnxruntime"),
+        opaque=True,
+        inference=_onnxruntime_inference,
+    ),
+    Peer(
+        "openvino",
+        "OpenVINO on the extracted width",
+        version=_version("openvino"),
+        opaque=True,
+        inference=_openvino_inference,
+    ),
+]

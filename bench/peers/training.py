@@ -1,0 +1,128 @@
+"""What peers that run PyTorch share around their forward: no gradients, a block's gradients, a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.peers import Absent, Step, cut
+
+_PARTS = {"attention": ("norm1.", "attn.", "ls1."), "mlp": ("norm2.", "mlp.", "ls2.")}
+
+
+def without_gradients(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``forward`` under ``torch.inference_mode``."""
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return forward()
+
+    return run
+
+
+def block_parameters(block: nn.Module, kind: str) -> dict[str, nn.Parameter]:
+    """The parameters of a block's attention or MLP, its norm included, by the block's own names."""
+    return {name: parameter for name, parameter in block.named_parameters() if name.startswith(_PARTS[kind])}
+
+
+def cut_block(gradients: dict[str, Tensor], model, heads: int) -> dict[str, Tensor]:
+    """``cut`` for tensors by the names of block 0."""
+    prefix = "blocks.0."
+    whole = cut({prefix + name: tensor for name, tensor in gradients.items()}, model, heads)
+    return {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
+
+
+def block_step(
+    forward: Callable[[Tensor], Tensor],
+    parameters: dict[str, nn.Parameter],
+    x: Tensor,
+    grad: Tensor | None,
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> Step:
+    """``forward(x)`` reads ``parameters``; ``finish`` cuts their gradients to the width, for ``outputs`` alone."""
+    if grad is None:
+        run = without_gradients(lambda: forward(x))
+        return Step(run, lambda: {"y": run()})
+    x = x.detach().requires_grad_()
+    inputs = (x, *parameters.values())
+
+    def run() -> tuple[Tensor, ...]:
+        y = forward(x)
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    def outputs() -> dict[str, Tensor]:
+        y, grad_x, *gradients = run()
+        return {"y": y.detach(), "x": grad_x, **finish(dict(zip(parameters, gradients, strict=True)))}
+
+    return Step(run, outputs)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """Dense and fused; on a GPU it may be captured in a CUDA graph."""
+    parameters = list(parameters)
+    capturable = parameters[0].is_cuda
+    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True, capturable=capturable)
+
+
+def train_step(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    amp: torch.dtype | None,
+    optimizer: torch.optim.Optimizer,
+    clear: Callable[[], None],
+    gradients: Callable[[], dict[str, Tensor]],
+) -> Step:
+    """``forward(images)`` gives logits, ``clear()`` clears the gradients, ``gradients()`` returns them.
+
+    Raises ``Absent`` for float16, where gradients would need a scaled loss.
+    """
+    if amp == torch.float16:
+        raise Absent("autocast to float16 needs a scaled loss, which is not measured")
+
+    def backward() -> None:
+        clear()
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+
+    def run() -> None:
+        backward()
+        optimizer.step()
+
+    def outputs() -> dict[str, Tensor]:
+        backward()
+        return gradients()
+
+    return Step(run, outputs)
+
+
+def train_steps(
+    model: nn.Module,
+    forward: Callable[[Tensor, int], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    heads: Sequence[int],
+    amp: torch.dtype | None,
+    clear: Callable[[], None] | None = None,
+) -> dict[int, Step]:
+    """Per width a step of one optimizer on all parameters of ``model``, the peer's own copy.
+
+    ``forward(images, k)`` gives logits; ``clear`` replaces the optimizer's ``zero_grad``. Gradients outside the width
+    are zeros and not None, so AdamW decays and moves every weight in every step, as in the authors' code.
+    """
+    optimizer = make_optimizer(model.parameters())
+
+    def step(k: int) -> Step:
+        def gradients() -> dict[str, Tensor]:
+            return cut({name: parameter.grad for name, parameter in model.named_parameters()}, model, k)
+
+        def own(images: Tensor) -> Tensor:
+            return forward(images, k)
+
+        return train_step(own, images, labels, amp, optimizer, clear or optimizer.zero_grad, gradients)
+
+    return {k: step(k) for k in heads}

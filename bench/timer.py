@@ -1,0 +1,191 @@
+"""Times closures against each other: in turns, in one process, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+# A measurement whose 80th percentile is above this multiple of its 20th is repeated, and in the end called noisy.
+SPREAD = 1.15
+
+_GROUP_MS = 30.0  # calls shorter than this are timed in groups of about this length
+_LONG_MS = 100.0  # a longer call needs no untimed one before it
+_PAUSE_S = 0.005  # the threads of the peer before fall asleep
+_FIFTHS = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+
+
+class Effort(NamedTuple):
+    """How much to measure: at least ``rounds``, more (up to ``most``) while fewer than ``seconds`` have passed; all of
+    it up to ``attempts`` times while spreads are above ``SPREAD``, but not again after ``deadline`` (monotonic)."""
+
+    rounds: int = 9
+    most: int = 30
+    seconds: float = 20.0
+    attempts: int = 3
+    deadline: float = float("inf")
+
+
+class Times(NamedTuple):
+    """Milliseconds of a call. ``samples``: one per round, all closures in the same rounds. ``wall``: on a GPU, those
+    of one call and the wait for it, on the host's clock; elsewhere empty."""
+
+    samples: list[float]
+    wall: list[float]
+    attempts: int
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile."""
+    return tuple(torch.tensor(values, dtype=torch.float64).quantile(_FIFTHS).tolist())
+
+
+def spread(values: list[float]) -> float:
+    """80th percentile by 20th."""
+    p20, _, p80 = quantiles(values)
+    return p80 / p20
+
+
+def interleave(
+    closures: dict[str, Callable[[], object]],
+    device: torch.device,
+    effort: Effort,
+    *,
+    cold: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Times]:
+    """Times of every closure, under its name. ``cold``: with the processor's caches flushed before every call.
+
+    A round samples each closure once: one call, or a group of short ones; every round in another order. An attempt is
+    all closures' rounds, so that all were measured in the same minutes; the calmest attempt (smallest sum of spreads)
+    is the result.
+    """
+    if not closures:
+        return {}
+    sampler = _GpuSampler(device, cold) if device.type == "cuda" else _CpuSampler(cold)
+    attempts = []
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would fall on whoever runs then
+    try:
+        for run in closures.values():  # once more than the estimate needs: pages, thread pools, clocks
+            run()
+        estimates = {name: sampler.estimate(run) for name, run in closures.items()}
+        while True:
+            attempts.append(_attempt(closures, estimates, sampler, effort, progress))
+            calm = max(spread(times.samples) for times in attempts[-1].values()) <= SPREAD
+            if calm or len(attempts) >= effort.attempts or time.monotonic() > effort.deadline:
+                break
+            progress("too noisy, again: ")
+    finally:
+        if was_enabled:
+            gc.enable()
+    calmest = min(attempts, key=lambda attempt: sum(spread(times.samples) for times in attempt.values()))
+    return {name: times._replace(attempts=len(attempts)) for name, times in calmest.items()}
+
+
+def _attempt(closures, estimates, sampler, effort, progress) -> dict[str, Times]:
+    result = {name: Times([], [], 1) for name in closures}
+    order, shuffle = list(closures), random.Random(0)
+    start = time.monotonic()
+    for done in range(effort.most):
+        now = time.monotonic()
+        if done >= effort.rounds and (now - start > effort.seconds or now > effort.deadline):
+            break
+        progress(f"round {done + 1}")
+        shuffle.shuffle(order)
+        for name in order:
+            time.sleep(_PAUSE_S)
+            sampler.sample(closures[name], estimates[name], result[name])
+    return result
+
+
+class _CpuSampler:
+    def __init__(self, cold: bool):
+        self._flush = torch.empty(_cache_bytes() * 2, dtype=torch.uint8) if cold else None
+
+    def estimate(self, run: Callable) -> float:
+        """Milliseconds of a warm call, roughly."""
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+
+    def sample(self, run: Callable, estimate: float, times: Times) -> None:
+        calls = 1
+        if self._flush is not None:
+            self._flush.add_(1)
+        elif estimate < _LONG_MS:
+            calls = max(1, round(_GROUP_MS / estimate))
+            run()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        times.samples.append((time.perf_counter() - start) * 1e3 / calls)
+
+
+class _GpuSampler:
+    """By the GPU's own events; nothing waits inside a group."""
+
+    def __init__(self, device: torch.device, cold: bool):
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(properties.L2_cache_size * 2, dtype=torch.uint8, device=device) if cold else None
+        self._device = device
+
+    def estimate(self, run: Callable) -> float:
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(self._device)
+        return (time.perf_counter() - start) * 1e3
+
+    def sample(self, run: Callable, estimate: float, times: Times) -> None:
+        calls = 1 if self._flush is not None else max(1, round(_GROUP_MS / estimate))
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if self._flush is None:
+            run()
+        else:
+            self._flush.add_(1)
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        torch.cuda.synchronize(self._device)
+        times.samples.append(start.elapsed_time(stop) / calls)
+        if self._flush is None:
+            times.wall.append(self.estimate(run))
+
+
+def _cache_bytes() -> int:
+    """The largest cache of this processor; a generous guess where the system does not say."""
+    from pathlib import Path
+
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=64 * 2**20)
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A closure that replays ``run`` as one CUDA graph and returns what the captured call returned.
+
+    Raises ``RuntimeError`` for what cannot be captured.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay():
+        graph.replay()
+        return output
+
+    return replay

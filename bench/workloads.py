@@ -1,0 +1,165 @@
+"""What is measured: one list for all peers, with the operations and the bytes that each workload needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hydravit import HydraViT
+from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.evaluation.cost import attention_macs, cost, mlp_macs
+from hydravit.geometry import Geometry
+
+# In the order of a run: what tells most first, so that a deadline costs the least.
+PARTS = ("inference", "switching", "memory", "copies", "cold", "blocks", "training")
+TASKS = {
+    "inference": ("inference",),
+    "switching": ("switching",),
+    "memory": ("memory",),
+    "copies": ("copies",),
+    "cold": ("inference",),
+    "blocks": ("attention", "mlp", "attention_backward", "mlp_backward"),
+    "training": ("training",),
+}
+# tf32: float32 tensors whose products may be rounded to TensorFloat-32, the default of the authors' code on a GPU.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Workload(NamedTuple):
+    """One thing to measure. ``heads`` is one width, or those that are visited or held ready together.
+
+    Tasks: ``inference``, the whole network; ``attention`` and ``mlp``, one block forward, and with ``_backward``
+    forward and backward; ``training``, forward, backward and AdamW on everything; ``switching``, inference with
+    another width in every call; ``memory``, all widths held ready; ``copies``, weight bytes copied by one call.
+    ``dtype`` is a key of ``DTYPES``; in training the parameters stay in float32 and the dtype is autocast's. ``cold``:
+    with the processor's caches flushed before every call.
+    """
+
+    task: str
+    heads: tuple[int, ...]
+    batch: int
+    dtype: str = "fp32"
+    config: str = "base"
+    cold: bool = False
+
+    def __str__(self) -> str:
+        cold = ", cold caches" if self.cold else ""
+        return f"{self.task} k={','.join(map(str, self.heads))} batch {self.batch} {self.dtype} {self.config}{cold}"
+
+
+def workloads(
+    parts: Sequence[str], heads: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], config: str
+) -> list[Workload]:
+    """The workloads of ``parts`` (of ``PARTS``), the most telling first. ``heads``: the widths, ascending.
+
+    The narrowest, the widest, then the others; parts that tell about all widths together come once per dtype, at batch
+    1; a mix of all widths is a training workload of its own.
+    """
+    order = list(dict.fromkeys([heads[0], heads[-1], *heads]))
+    every = tuple(heads)
+    result = []
+    for part in (part for part in PARTS if part in parts):
+        for dtype in dtypes:
+            if part in ("switching", "memory"):
+                result.append(Workload(part, every, 1, dtype, config))
+            elif part in ("copies", "cold"):
+                task, cold = TASKS[part][0], part == "cold"
+                result.extend(Workload(task, (k,), 1, dtype, config, cold) for k in order)
+            else:
+                shapes = [(task, (k,), batch) for task in TASKS[part] for batch in batches for k in order]
+                if part == "training" and len(every) > 1:
+                    shapes.extend(("training", every, batch) for batch in batches)
+                result.extend(Workload(task, k, batch, dtype, config) for task, k, batch in shapes)
+    return result
+
+
+class Needs(NamedTuple):
+    """``flops``: floating-point operations of the matrix products (two per multiply-accumulate), nothing else.
+    ``bytes``: compulsory traffic, every operand read once and every result written once, from and to memory.
+    """
+
+    flops: int
+    bytes: int
+
+
+def needs(workload: Workload) -> Needs:
+    """What one call of the workload (of a mix: one step of each width) cannot do without."""
+    config = resolve_config(workload.config)
+    parts = [_needs_of_width(workload, config, k) for k in workload.heads]
+    return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
+
+
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int) -> Needs:
+    geometry = HydraViT(config, backend="reference", device="meta").geometry(heads)
+    params, macs = cost(config, geometry)
+    batch, size = workload.batch, DTYPES[workload.dtype].itemsize
+    images = batch * config.in_channels * config.image_size[0] * config.image_size[1]
+    if workload.task == "training":
+        full = sum(p.numel() for p in HydraViT(config, backend="reference", device="meta").parameters())
+        stem = config.tokens * geometry.embed.embed * config.in_channels * config.patch_size**2
+        # Forward, and backward for the input and the weights; images need no gradient. AdamW on everything reads four
+        # values of float32 and writes three.
+        return Needs(2 * batch * (3 * macs - stem), images * size + 7 * 4 * full)
+    if workload.task.startswith(("attention", "mlp")):
+        return _needs_of_block(workload, config, geometry)
+    return Needs(2 * batch * macs, size * (images + params + batch * geometry.head.classes))
+
+
+def _needs_of_block(workload: Workload, config: HydraViTConfig, geometry: Geometry) -> Needs:
+    tokens, embed = config.tokens, geometry.embed.embed
+    if workload.task.startswith("attention"):
+        macs = attention_macs(tokens, geometry.attention[0])
+        weights = embed * 4 * geometry.attention[0].heads * geometry.attention[0].head_dim
+    else:
+        macs = mlp_macs(tokens, geometry.mlp[0])
+        weights = embed * 2 * geometry.mlp[0].hidden
+    stream, size = workload.batch * tokens * embed, DTYPES[workload.dtype].itemsize
+    if workload.task.endswith("backward"):  # also gradients of stream and weights
+        return Needs(6 * workload.batch * macs, size * (4 * stream + 2 * weights))
+    return Needs(2 * workload.batch * macs, size * (2 * stream + weights))
+
+
+def make_model(workload: Workload, device: torch.device) -> HydraViT:
+    """The workload's model, the same weights every time: of the size that keeps every block's part in the logits.
+
+    At the usual initialisation a block adds so little to the stream that an error in it would hardly show.
+    """
+    dtype = torch.float32 if workload.task == "training" else DTYPES[workload.dtype]
+    model = HydraViT(resolve_config(workload.config), backend="reference").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() in (2, 4) else 0
+            parameter.normal_(0.0, fan_in**-0.5 if fan_in else 0.1, generator=generator)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.add_(1.0)
+    return model.to(device, dtype)
+
+
+def make_images(workload: Workload, device: torch.device) -> Tensor:
+    """Images ``(B, C, height, width)`` in the workload's dtype, the same every time."""
+    config = resolve_config(workload.config)
+    images = torch.randn(workload.batch, config.in_channels, *config.image_size, generator=_generator(1))
+    return images.to(device, torch.float32 if workload.task == "training" else DTYPES[workload.dtype])
+
+
+def make_labels(workload: Workload, device: torch.device) -> Tensor:
+    """Classes ``(B,)``, the same every time."""
+    classes = resolve_config(workload.config).num_classes
+    return torch.randint(classes, (workload.batch,), generator=_generator(2)).to(device)
+
+
+def make_stream(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A residual stream ``(B, N, Dk)`` and the gradient of a block's output, the same every time."""
+    config = resolve_config(workload.config)
+    shape = (2, workload.batch, config.tokens, workload.heads[0] * config.head_dim)
+    x, grad = torch.randn(shape, generator=_generator(3)).to(device, DTYPES[workload.dtype])
+    return x, grad
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

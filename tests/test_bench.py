@@ -1,0 +1,288 @@
+"""The benchmark suite: what it counts, that it refuses wrong peers, and a whole run on a tiny network."""
+
+import copy
+import csv
+import json
+import time
+
+import pytest
+import torch
+from small import SMALL
+
+from bench import agree, results
+from bench.check import Reference, Refused
+from bench.copies import copied_bytes
+from bench.machine import Machine
+from bench.measure import measure, measure_copies
+from bench.peers import Absent, Peer, ours
+from bench.peers.eager import PEERS as EAGER
+from bench.run import main
+from bench.timer import SPREAD, Effort, interleave, spread
+from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
+from hydravit.evaluation.cost import costs
+
+CPU = torch.device("cpu")
+QUICK = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
+INFERENCE = Workload("inference", (3,), 2, config=SMALL)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def peer(name):
+    return next(peer for peer in [*EAGER, *ours.PEERS] if peer.name == name)
+
+
+def wrong(change):
+    """The peer ``views`` on a copy of the model to which ``change`` was applied."""
+
+    def inference(model, images, heads):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            change(model)
+        return peer("views").inference(model, images, heads)
+
+    return Peer("wrong", "a peer with a mistake", inference=inference)
+
+
+def quiet(text):
+    pass
+
+
+# Correctness before speed ---------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_peer_is_refused_and_its_error_shown():
+    """One weight of many thousands, changed by a tenth of its layer's deviation."""
+
+    def change(model):
+        model.blocks[1].mlp.fc2.weight[5, 7] += 0.1 * model.blocks[1].mlp.fc2.weight.std()
+
+    right, refused = measure(INFERENCE, [peer("views"), wrong(change)], CPU, QUICK, quiet)[::-1]
+    assert right["status"] == "measured" and 0 < right["error"] <= right["allowed"]
+    assert refused["status"] == "refused" and refused["p50_ms"] is None and refused["ratio"] is None
+    assert refused["error"] > refused["allowed"] and f"{refused['error']:.1e}" in refused["reason"]
+
+
+def test_one_changed_weight_of_the_full_size_network_is_refused():
+    workload = Workload("inference", (3,), 1)
+    model = make_model(workload, CPU)
+    reference, images = Reference(workload, model), make_images(workload, CPU)
+    with torch.inference_mode():
+        reference.check(3, {"logits": model(images, heads=3)})
+        model.blocks[6].attn.qkv.weight[0, 0] += 1.0
+        with pytest.raises(Refused, match="logits at k=3 is off by"):
+            reference.check(3, {"logits": model(images, heads=3)})
+
+
+@pytest.mark.parametrize(
+    "outputs, message",
+    [
+        ({}, "missing or unknown: logits"),
+        ({"logits": torch.zeros(2, 9)}, "has shape"),
+        ({"logits": torch.full((2, 10), float("nan"))}, "off by inf"),
+    ],
+)
+def test_outputs_of_another_form_are_refused(outputs, message):
+    reference = Reference(INFERENCE, make_model(INFERENCE, CPU))
+    with pytest.raises(Refused, match=message):
+        reference.check(3, outputs)
+
+
+def test_every_peer_gets_a_row():
+    def broken(model, images, heads):
+        raise RuntimeError("it\nbroke")
+
+    def impossible(model, images, heads):
+        raise Absent("no such processor")
+
+    others = Peer("broken", "", inference=broken), Peer("impossible", "", inference=impossible), Peer("none", "")
+    found = measure(INFERENCE, [peer("views"), *others], CPU, QUICK, quiet)
+    states = {row["peer"]: (row["status"], row["reason"]) for row in found}
+    assert states == {
+        "views": ("measured", ""),
+        "broken": ("failed", "RuntimeError: it broke"),
+        "impossible": ("absent", "no such processor"),
+        "none": ("absent", "does not apply"),
+    }
+    assert all(set(results.COLUMNS) <= set(row) for row in found)
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_are_counted():
+    """ViT-Ti, ViT-S and ViT-B in the literature's multiply-accumulates; a block is what a network has twelve of."""
+    for k, gmacs in ((3, 1.254), (6, 4.599), (12, 17.564)):
+        assert needs(Workload("inference", (k,), 1)).flops == pytest.approx(2e9 * gmacs, rel=1e-3)
+    network = needs(Workload("inference", (3,), 4)).flops
+    blocks = 12 * sum(needs(Workload(kind, (3,), 4)).flops for kind in ("attention", "mlp"))
+    stem_and_head = 2 * 4 * 192 * (196 * 768 + 1000)
+    assert network == blocks + stem_and_head
+    assert needs(Workload("mlp_backward", (3,), 4)).flops == 3 * needs(Workload("mlp", (3,), 4)).flops
+    assert needs(Workload("switching", (3, 6), 1)).flops == sum(
+        needs(Workload("inference", (k,), 1)).flops for k in (3, 6)
+    )
+
+
+def test_bytes_are_counted():
+    params, _ = costs(SMALL)[2]
+    images = 2 * 3 * 32 * 32
+    assert needs(Workload("inference", (2,), 2, config=SMALL)).bytes == 4 * (params + images + 2 * 10)
+    assert needs(Workload("inference", (2,), 2, "bf16", SMALL)).bytes == 2 * (params + images + 2 * 10)
+
+
+def test_what_tells_most_comes_first():
+    found = workloads(PARTS, [3, 6, 12], [1, 8], ["fp32"], "base")
+    assert found[:4] == [
+        Workload("inference", (3,), 1),
+        Workload("inference", (12,), 1),
+        Workload("inference", (6,), 1),
+        Workload("inference", (3,), 8),
+    ]
+    assert Workload("training", (3, 6, 12), 8) in found and Workload("memory", (3, 6, 12), 1) in found
+    assert len(found) == len(set(found))
+
+
+def test_copied_weight_bytes():
+    """Index lists copy three rows' worth of every layer's QKV; views and the kernels copy nothing."""
+    workload = Workload("copies", (3,), 1, config=SMALL)
+    found = {row["peer"]: row for row in measure_copies(workload, [*EAGER, *ours.PEERS], CPU, quiet)}
+    width = 3 * SMALL.head_dim
+    assert found["authors"]["bytes"] >= SMALL.depth * 4 * 3 * width * (width + 1)
+    assert found["views"]["bytes"] == found["reference"]["bytes"] == 0
+    if "native" in found and found["native"]["status"] == "measured":
+        assert found["native"]["bytes"] == 0
+
+
+def test_a_hidden_copy_is_counted():
+    weight = torch.randn(8, 8)
+    assert copied_bytes(lambda: torch.ones(1, 4) @ weight[:4, :4], [weight]) == 0
+    assert copied_bytes(lambda: torch.ones(1, 4) @ weight[:4, :4].contiguous(), [weight]) == 64
+    assert copied_bytes(lambda: torch.ones(1, 4).double() @ weight[:4, :4].double(), [weight]) == 128
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_closures_take_turns_and_short_ones_go_in_groups():
+    calls = []
+
+    def call(name, seconds):
+        def run():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    times = interleave({"long": call("long", 0.12), "short": call("short", 0.004)}, CPU, Effort(3, 3, 0.0, 1))
+    assert [len(t.samples) for t in times.values()] == [3, 3]
+    assert times["long"].samples == pytest.approx([120] * 3, rel=0.25)
+    assert times["short"].samples == pytest.approx([4] * 3, rel=0.5)
+    measured = calls[calls.index("short") + 2 :]  # the first calls of each only warm up
+    blocks = [name for i, name in enumerate(measured) if i == 0 or measured[i - 1] != name]
+    assert blocks.count("long") >= 3 and blocks.count("short") >= 2
+    assert measured.count("short") > 6
+
+
+def test_a_noisy_measurement_is_repeated_and_the_calmest_counts():
+    state = {"calls": 0}
+
+    def restless():
+        state["calls"] += 1
+        time.sleep(0.12 if state["calls"] % 2 or state["calls"] > 12 else 0.2)
+
+    times = interleave({"restless": restless}, CPU, Effort(6, 6, 0.0, 3))["restless"]
+    assert times.attempts > 1
+    assert spread(times.samples) <= SPREAD
+
+
+def test_the_deadline_ends_rounds_and_attempts():
+    start = time.monotonic()
+    effort = Effort(2, 1000, 60.0, 50, deadline=start)
+    interleave({"call": lambda: time.sleep(0.001)}, CPU, effort)
+    assert time.monotonic() - start < 5
+
+
+def test_the_machine_shows_its_limits():
+    machine = Machine(CPU, ["fp32"])
+    machine.probe()
+    found = machine.environment()
+    assert set(found) == set(results.ENVIRONMENT)
+    assert found["peak_gflops"]["fp32"] > 1 and found["bandwidth_gb_s"] > 0.1
+    peak_ms, limit = machine.limit_ms("fp32", 1e12, 1)
+    assert limit == "peak" and peak_ms == pytest.approx(1e6 / found["peak_gflops"]["fp32"], rel=1e-2)
+    assert machine.limit_ms("fp32", 1, 1e12)[1] == "bandwidth"
+
+
+# A whole run ----------------------------------------------------------------------------------------------------------
+
+
+ARGUMENTS = "--config tiny --heads 1,3 --batch 1 --peers authors,views,native --rounds 2 --seconds 0 --attempts 1"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    assert main([*ARGUMENTS.split(), "--parts", "inference,switching,copies", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_writes_rows_that_stand_alone(finished):
+    environment, rows = results.read(finished / "suite.json")
+    assert {row["task"] for row in rows} == {"inference", "switching", "copies"}
+    assert all(row["status"] == "measured" for row in rows), [row["reason"] for row in rows]
+    with open(finished / "suite.csv") as file:
+        flat = list(csv.DictReader(file))
+    assert len(flat) == len(rows)
+    assert all(row["torch"] == torch.__version__ and row["threads"] == str(torch.get_num_threads()) for row in flat)
+    timed = [row for row in rows if row["task"] == "inference"]
+    assert all(0 < row["share"] <= 1 and row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in timed)
+    assert all((row["ratio"] is None) == (row["peer"] == "native") for row in timed)
+    assert "<html" in (finished / "suite.html").read_text()
+
+
+def test_an_impossible_share_fails_the_run(finished, monkeypatch, capsys):
+    monkeypatch.setattr(Machine, "limit_ms", lambda *_: (1e6, "peak"))
+    out = finished / "impossible"
+    arguments = ARGUMENTS.replace("1,3", "1")
+    assert main([*arguments.split(), "--parts", "inference", "--out", str(out)]) == 1
+    assert "% of the limit" in capsys.readouterr().err
+
+
+def test_what_no_time_was_left_for_is_named(tmp_path):
+    assert main([*ARGUMENTS.split(), "--parts", "inference", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
+    _, rows = results.read(tmp_path / "suite.json")
+    assert {row["status"] for row in rows} == {"skipped"} and len(rows) == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--parts speed", "--parts 'speed'"),
+        ("--heads 13", "must be in 1..12"),
+        ("--batch 0", "--batch '0'"),
+        ("--dtype int8", "--dtype 'int8'"),
+        ("--peers nobody", "--peers 'nobody'"),
+        ("--config huge", "huge"),
+        ("--device cuda", "no CUDA device"),
+    ],
+)
+def test_wrong_input_is_named(arguments, message, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_two_runs_are_compared(finished, tmp_path, capsys):
+    environment, rows = results.read(finished / "suite.json")
+    path = str(finished / "suite.json")
+    assert agree.main([path, path]) == 0
+    for row in rows:
+        if row["ratio"] is not None:
+            row["ratio"] *= 1.1
+    results.write(tmp_path, "other", environment, rows)
+    assert agree.main([path, str(tmp_path / "other.json")]) == 1
+    assert "10 % apart" in capsys.readouterr().out
+    (tmp_path / "empty.json").write_text(json.dumps({"environment": {}, "rows": []}))
+    assert agree.main([path, str(tmp_path / "empty.json")]) == 2

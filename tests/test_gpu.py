@@ -1,0 +1,148 @@
+"""On a CUDA device: values and gradients in every dtype, graph capture, moving there and back, and what is refused."""
+
+import math
+
+import plain
+import pytest
+import small
+import torch
+from budget import assert_within_budget
+from torch.utils.data import TensorDataset
+
+import hydravit
+from hydravit.recipes import Recipe
+from hydravit.training import Trainer
+from hydravit_kernels import backends
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Float32 means float32; by default convolutions round to TensorFloat-32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def model():
+    return small.make().to(DEVICE)
+
+
+def plain_gradients(model, heads, images, grad, device, dtype):
+    """Logits and every parameter's gradient of the plain network with the model's weights."""
+    parameters = {n: p.detach().to(device, dtype).requires_grad_() for n, p in model.named_parameters()}
+    subnet = plain.prefix(model.config, heads)
+    logits = plain.forward(parameters, model.config, subnet, images.to(device, dtype))
+    gradients = torch.autograd.grad(logits, list(parameters.values()), grad.to(device, dtype))
+    return logits.cpu(), dict(zip(parameters, (g.cpu() for g in gradients), strict=True))
+
+
+def inside(model, heads, name):
+    """Indices of what the width reads of a parameter."""
+    slices = model.geometry(heads).parameter_slices(model.config)[name]
+    axes = [torch.cat([torch.arange(start, start + length) for start, length in axis]) for axis in slices]
+    return torch.meshgrid(*axes, indexing="ij")
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_the_error_budget(model, dtype, heads):
+    """Against float64 on the CPU, no worse than plain eager PyTorch on the same device: both ways of attention."""
+    model = model.to(dtype)
+    images = small.images(model.config).to(DEVICE, dtype)
+    grad = torch.randn(2, model.config.num_classes).to(dtype)
+    exact, exact_gradients = plain_gradients(model, heads, images, grad, "cpu", torch.float64)
+    eager, eager_gradients = plain_gradients(model, heads, images, grad, DEVICE, dtype)
+    with torch.inference_mode():
+        assert_within_budget(model(images, heads=heads).cpu(), eager, exact, "logits without gradients")
+    logits = model(images, heads=heads)
+    assert_within_budget(logits.cpu(), eager, exact, "logits")
+    logits.backward(grad.to(DEVICE))
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.cpu()
+        assert_within_budget(gradient, eager_gradients[name], exact_gradients[name], f"gradient of {name}")
+        gradient[inside(model, heads, name)] = 0
+        assert not gradient.any(), f"gradient of {name} outside the slice"
+
+
+def test_one_width_per_image(model):
+    images, widths = small.images(model.config, batch=4).to(DEVICE), [3, 1, 4, 3]
+    logits = model(images, heads=torch.tensor(widths))
+    alone = [model(image[None], heads=k) for image, k in zip(images, widths, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_captured_graph_replays_the_forward(model):
+    images = small.images(model.config).to(DEVICE)
+    side = torch.cuda.Stream()  # libraries set themselves up in the first calls, which may not happen in a capture
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(images, heads=3)
+        model(images, heads=3)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(images, heads=3)
+    for _ in range(2):
+        images.copy_(small.images(model.config))
+        graph.replay()
+        torch.testing.assert_close(logits, model(images, heads=3), rtol=1e-5, atol=1e-5)
+
+
+def test_there_and_back():
+    model = hydravit.fused_model(config=small.SMALL).eval()
+    small.shake(model)
+    images, backend = small.images(model.config), model.backend
+    with torch.inference_mode():
+        expected = model(images, heads=3)
+        torch.testing.assert_close(model.to(DEVICE)(images.to(DEVICE), heads=3).cpu(), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="images are on cpu, the model on cuda"):
+            model(images)
+        assert torch.equal(model.cpu()(images, heads=3), expected)
+    assert model.backend == backend
+
+
+def test_native_is_refused_with_the_reason(model):
+    reason = backends.report(DEVICE)["native"]
+    if reason == "available":
+        pytest.skip("native has CUDA kernels")
+    with pytest.raises(RuntimeError, match="backend 'native': ") as error:
+        hydravit.fused_model(config=small.SMALL, backend="native", device=DEVICE)
+    assert reason in str(error.value)
+
+
+def test_auto_falls_back_and_says_so(monkeypatch):
+    if backends.report(DEVICE)["native"] == "available":
+        pytest.skip("native has CUDA kernels")
+    monkeypatch.delenv("HYDRAVIT_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "_fallbacks_told", set())
+    with pytest.warns(UserWarning, match="using backend 'reference', because native "):
+        model = hydravit.fused_model(config=small.SMALL, device=DEVICE)
+    assert model.backend == "reference"
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+def test_training(model, amp):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    images, labels = small.images(model.config, batch=8), torch.arange(8)
+    recipe = Recipe(config=model.config, heads=(1, 4), epochs=2, batch_size=4, lr=1e-3, warmup_epochs=0, clip_norm=1.0)
+    Trainer(model, recipe, TensorDataset(images, labels), amp=amp, progress=False).run()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_sanitizer(model):
+    """What the compute sanitizer watches: few and small launches, and all of ours."""
+    images = small.images(model.config, batch=1).to(DEVICE)
+    for heads in (1, 4):
+        model.zero_grad()
+        model(images, heads=heads).square().sum().backward()
+        norms = torch.stack([p.grad.norm() for p in model.parameters()])
+        assert math.isfinite(norms.sum())
