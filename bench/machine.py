@@ -61,7 +61,8 @@ class Machine:
 
     def environment(self) -> dict:
         """The entries of ``results.ENVIRONMENT``."""
-        clocks = f"{min(self._clocks):.0f}-{max(self._clocks):.0f}" if self._clocks else "not readable"
+        seen = (min(self._clocks), max(self._clocks)) if self._clocks else ()
+        clocks = "-".join(dict.fromkeys(f"{mhz:.0f}" for mhz in seen)) or "not readable"
         return {
             "device": self.device.type,
             "name": self._name(),

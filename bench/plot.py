@@ -203,7 +203,9 @@ def headline(rows: Sequence[dict], environment: dict, path: str | Path) -> None:
                     axes.text(1.05, names.index(name), status, va="center", style="italic", color="#666666")
             axes.set_xlim(0, most * 1.22)
             axes.set_ylim(len(names) - 0.4, -0.6)
-            axes.set_title(f"{k} heads: {number(own[k]['p50_ms'])} ms", loc="left", size=11, weight="bold")
+            axes.set_title(
+                f"{k} head{'s' * (k != '1')}: {number(own[k]['p50_ms'])} ms", loc="left", size=11, weight="bold"
+            )
         every_axes[0].set_yticks(range(len(names)), [_short(name, 18) for name in names])
         for text in every_axes[0].get_yticklabels():
             text.set_fontweight("bold" if text.get_text() == ours else "normal")

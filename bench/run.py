@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"torch\.")  # the exporters' and compilers' own affairs
     rows, machine = run(plan)
     paths = [*results.write(plan.out, plan.name, machine.environment(), rows), plan.out / f"{plan.name}.html"]
-    paths[-1].write_text(page.page([paths[0]]))
+    paths[-1].write_text(page.page([paths[0]]), encoding="utf-8")
     print("\n" + tables.summary(machine.environment(), rows))
     print("wrote", *paths)
     faults = _faults(rows)

@@ -139,10 +139,11 @@ def line(rows: Sequence[dict]) -> str:
 
 
 def _inference(rows: list[dict], ours: str) -> list[str]:
-    workloads = results.grouped(
-        (row for row in rows if row["task"] == "inference"),
-        *("config", "dtype", "batch", "cache", "launch", "heads"),
-    )
+    rows = [row for row in rows if row["task"] == "inference"]
+    conditions = ("config", "dtype", "batch", "cache", "launch")
+    rows = [row for group in results.grouped(rows, *conditions).values() for row in sorted(group, key=results.widths)]
+    workloads = results.grouped(rows, *conditions, "heads")
+    workloads = {key: group for key, group in workloads.items() if any(row["status"] == "measured" for row in group)}
     every = sorted(results.widths(group[0])[0] for group in workloads.values())
     choices = (set(every), telling(every), every[:1] + every[-1:]) if every else ((),)
     widths = next((w for w in choices if sum(k in w for k in every) <= _MOST_LINES), choices[-1])

@@ -55,10 +55,10 @@ def workloads(
 ) -> list[Workload]:
     """The workloads of ``parts`` (of ``PARTS``), the most telling first. ``heads``: the widths, ascending.
 
-    The narrowest, the widest, then the others; parts that tell about all widths together come once per dtype, at batch
+    Of widths and batches the smallest, the largest, then the others; parts that tell about all widths together come once per dtype, at batch
     1; a mix of all widths is a training workload of its own.
     """
-    order = list(dict.fromkeys([heads[0], heads[-1], *heads]))
+    order, batches = (list(dict.fromkeys([values[0], values[-1], *values])) for values in (heads, batches))
     every = tuple(heads)
     result = []
     for part in (part for part in PARTS if part in parts):

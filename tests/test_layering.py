@@ -38,6 +38,11 @@ def test_the_model_uses_public_kernels_only(path):
             assert path.name == "timm_models.py", f"{path.name} imports {name}"
 
 
+@pytest.mark.parametrize("path", files("bench"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_benchmarks_reach_timm_through_us(path):
+    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "timm", "torchvision"}
+
+
 def test_only_the_binding_sees_torch():
     kernels = [p for folder in ("cpu", "cuda") for p in (ROOT / "csrc" / folder).glob("*") if p.is_file()]
     for path in [ROOT / "csrc" / "hydravit.h", *kernels]:
@@ -56,7 +61,7 @@ def test_importing_is_light():
 
 def test_no_file_grows_past_its_meaning():
     """About 400 lines is where a file asks to be split; the schema-by-schema binding is the one exception."""
-    for path in [*files("hydravit"), *files("hydravit_kernels"), *(ROOT / "csrc").rglob("*.[ch]*")]:
+    for path in [*files("hydravit"), *files("hydravit_kernels"), *files("bench"), *(ROOT / "csrc").rglob("*.[ch]*")]:
         limit = 300 if path.name == "model.py" else 450
         if path.name != "bindings.cpp":
             assert len(path.read_text().splitlines()) <= limit, path

@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from bench.peers import CACHE, Absent, Peer, Step
 from bench.peers.eager import plain_vit, views_block, views_network
@@ -39,7 +40,8 @@ def _compile(function: Callable, mode: str | None = None) -> Callable:
 @contextlib.contextmanager
 def compiling(**settings) -> Iterator[None]:
     """Around the first call: inductor's ``settings``, its cache beside ours, no talk. Raises ``Absent`` if it fails."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # torch sets it when imported
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     try:
         with torch._inductor.config.patch({**quiet, **settings}), warnings.catch_warnings():

@@ -86,7 +86,8 @@ def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Seque
 
         def export(path: Path) -> None:
             program = torch.export.export(vit, (images,))
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+            configs = dict(settings)  # which it adds to
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
         with compiling():
             path = _exported(".pt2", vit, images, export, **settings)
