@@ -46,7 +46,10 @@ def test_runtimes(name, cache, capfd):
         pytest.importorskip(package, reason=f"{package} is not installed")
     model, images = make_model(WORKLOAD, CPU), make_images(WORKLOAD, CPU)
     expected = exact(model, images)
-    check(PEERS[name].inference(model, images, HEADS), expected)
+    ready = PEERS[name].inference(model, images.clone(), HEADS)
+    rubbish = [torch.full_like(images, float("nan")) for _ in range(100)]  # where the images would be, were they let go
+    check(ready, expected)
+    del rubbish
     first = files(cache)
     assert capfd.readouterr() == ("", "")
     check(PEERS[name].inference(model, images, HEADS), expected)
@@ -58,9 +61,7 @@ def test_runtimes(name, cache, capfd):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name", ["compiled", "compiled-max", "compiled-sliced", "frozen", "frozen-max", "aot", "aot-max"]
-)
+@pytest.mark.parametrize("name", ["compiled", "compiled-max", "compiled-sliced", "frozen", "aot", "aot-max"])
 def test_compiled(name, cache, capfd):
     model, images = make_model(WORKLOAD, CPU), make_images(WORKLOAD, CPU)
     expected = exact(model, images)
