@@ -20,7 +20,7 @@ from bench.timer import SPREAD, Effort, Times, captured, interleave, quantiles, 
 from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model, make_stream, needs
 from hydravit import HydraViT
 
-_CYCLES = 3  # in switching, how often each width is called, one after the other or in turns
+_CYCLES = 2  # in switching, how often each width is called, one after the other or in turns
 Progress = Callable[[str], None]
 
 

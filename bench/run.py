@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="on the CPU, of every peer (default: torch's)")
     parser.add_argument("--peers", default="all", help="names, as in the tables (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="after which nothing new is begun; the rest is named")
-    parser.add_argument("--rounds", type=int, default=9, help="at least, per workload (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="at least, per workload (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20, help="of rounds, at least (default: %(default)s)")
     parser.add_argument("--attempts", type=int, default=3, help="while the spread is too large (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the machine's name")

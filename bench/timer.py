@@ -23,7 +23,7 @@ class Effort(NamedTuple):
     """How much to measure: at least ``rounds``, more (up to ``most``) while fewer than ``seconds`` have passed; all of
     it up to ``attempts`` times while spreads are above ``SPREAD``, but not again after ``deadline`` (monotonic)."""
 
-    rounds: int = 9
+    rounds: int = 7
     most: int = 30
     seconds: float = 20.0
     attempts: int = 3

@@ -55,8 +55,8 @@ def workloads(
 ) -> list[Workload]:
     """The workloads of ``parts`` (of ``PARTS``), the most telling first. ``heads``: the widths, ascending.
 
-    Of widths and batches the smallest, the largest, then the others; parts that tell about all widths together come once per dtype, at batch
-    1; a mix of all widths is a training workload of its own.
+    Of widths and batches the smallest, the largest, then the others; parts that tell about all widths together come
+    once per dtype, at batch 1; a mix of all widths is a training workload of its own.
     """
     order, batches = (list(dict.fromkeys([values[0], values[-1], *values])) for values in (heads, batches))
     every = tuple(heads)
