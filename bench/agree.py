@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench.results import key, read
-
-TOLERANCE = 0.07
+from bench.results import AGREEMENT, key, read
 
 
 class Pair(NamedTuple):
@@ -22,7 +20,8 @@ class Pair(NamedTuple):
 
     @property
     def difference(self) -> float:
-        return max(self.ratios) / min(self.ratios) - 1.0
+        """The larger ratio by the smaller."""
+        return max(self.ratios) / min(self.ratios)
 
 
 def pairs(first: Sequence[dict], second: Sequence[dict]) -> list[Pair]:
@@ -38,7 +37,8 @@ def pairs(first: Sequence[dict], second: Sequence[dict]) -> list[Pair]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 if at least 90 % of the ratios agree within ``TOLERANCE``, else 1; 2 for files without any."""
+    """Exit code 0 if at least 90 % of the ratios agree within ``AGREEMENT`` and the runs call the others noisy, else 1;
+    2 for files without any."""
     parser = argparse.ArgumentParser(prog="python -m bench.agree", description="Do two runs give the same ratios?")
     parser.add_argument("first", help="a run's .json")
     parser.add_argument("second", help="another's")
@@ -50,16 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    apart = [pair for pair in found if pair.difference > TOLERANCE]
+    apart = [pair for pair in found if pair.difference > AGREEMENT]
     for pair in sorted(apart, key=lambda pair: -pair.difference):
         ratios = " and ".join(f"{ratio:.3f}" for ratio in pair.ratios)
         marked = "marked noisy" if pair.noisy else "not marked noisy"
-        print(f"{pair.peer} {' '.join(map(str, pair.about))}: {ratios}, {100 * pair.difference:.0f} % apart, {marked}")
+        apart_by = f"{100 * (pair.difference - 1):.0f} % apart"
+        print(f"{pair.peer} {' '.join(map(str, pair.about))}: {ratios}, {apart_by}, {marked}")
     share = 1.0 - len(apart) / len(found)
     noisy = sum(pair.noisy for pair in apart)
-    print(f"{100 * share:.0f} % of {len(found)} ratios agree within {100 * TOLERANCE:.0f} %", end="; ")
+    print(f"{100 * share:.0f} % of {len(found)} ratios agree within {100 * (AGREEMENT - 1):.0f} %", end="; ")
     print(f"of the {len(apart)} others {noisy} are marked noisy")
-    return 0 if share >= 0.9 else 1
+    return 0 if share >= 0.9 and noisy == len(apart) else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,8 +14,8 @@ class WeightCopies(TorchDispatchMode):
     """Counts in ``bytes`` every new storage that an operator fills from weights and nothing else.
 
     Weights are ``parameters``, their views, and what such operators make of them: a gather of rows, a ``contiguous``, a
-    cast. A product with activations is none. What one operator does inside itself is not seen, so neither are the
-    tiles that a matrix product packs, nobody's.
+    cast, a copy into a buffer. A product with activations is none. What one operator does inside itself is not seen:
+    the tiles that a matrix product packs, PyTorch's or ours, are not counted.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
@@ -25,10 +26,13 @@ class WeightCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        copying = operator is torch.ops.aten.copy_.default  # into a tensor that is there: only the source counts
+        inputs = [leaf for leaf in tree_leaves(args[1] if copying else (args, kwargs)) if isinstance(leaf, Tensor)]
         floating = [tensor for tensor in inputs if tensor.is_floating_point()]
         if floating and all(tensor.untyped_storage().data_ptr() in self._weights for tensor in floating):
-            for output in tree_leaves(result):
+            if copying:
+                self.bytes += result.numel() * result.element_size()
+            for output in () if copying else tree_leaves(result):
                 if isinstance(output, Tensor) and output.untyped_storage().data_ptr() not in self._weights:
                     self.bytes += output.untyped_storage().nbytes()
                     self._weights.add(output.untyped_storage().data_ptr())

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("build", "tests", "sanitizer", "bench")
 GOOD = ("passed", "absent", "nothing ran")  # the other states: failed, timed out, skipped, stopped
 LOG_BYTES, TAIL_LINES = 1_000_000, 40
-_CLOSING_SECONDS = 10  # of the deadline, for ending what has to be ended and for the report
 _SANITIZER_FOUND = 86  # exit code
 
 _EXAMPLES = """examples:
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     out = Path(args.out or ROOT / "bench" / "results" / _slug(facts, args.device)).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    deadline, outcomes, code = start + 60 * args.minutes - _CLOSING_SECONDS, [], 0
+    deadline, outcomes, code = start + 60 * args.minutes - _closing_seconds(args), [], 0
     try:
         for part in parts:
             left = deadline - time.monotonic()
@@ -70,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_report(out, facts, outcomes)
     print(f"\n{_table(outcomes)}\n{len(list(out.iterdir()))} files in {out}", flush=True)
     return code or int(any(outcome.state not in GOOD for outcome in outcomes))
+
+
+def _closing_seconds(args: argparse.Namespace) -> float:
+    """Of the deadline, for ending what has to be ended, for the report and the page."""
+    return min(30.0, 6.0 * args.minutes)
 
 
 def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> list[list[str]]:
@@ -108,23 +112,27 @@ def _run_part(part: str, args: argparse.Namespace, out: Path, seconds: float) ->
     with open(log, "w", errors="replace") as file:
         for command in steps:
             print(f"$ {shlex.join(command)}", file=file, flush=True)
-            code = _run(command, file, start + seconds - time.monotonic())
+            code = _run(command, file, start + seconds - time.monotonic(), args.device)
             if code != 0:
                 break
-        if part == "bench" and code is None:  # the page and the table of what was measured are still to come
-            for module in ("bench.page", "bench.tables"):
-                _run([sys.executable, "-m", module, str(out / "gpu.json")], file, _CLOSING_SECONDS / 2)
+        # The table and the page of what was measured are still to come, if anything was.
+        if part == "bench" and code is None and (out / "gpu.json").exists():
+            for module in ("bench.tables", "bench.page"):
+                _run(
+                    [sys.executable, "-m", module, str(out / "gpu.json")], file, _closing_seconds(args) / 2, args.device
+                )
     text = _shorten(log)
     print(*text.splitlines()[-TAIL_LINES:], sep="\n", flush=True)
     return Outcome(part, *_judge(part, code, text, args.device, time.monotonic() - start))
 
 
-def _run(command: Sequence[str], log, seconds: float) -> int | None:
+def _run(command: Sequence[str], log, seconds: float, device: str) -> int | None:
     """The exit code; None where time was up. No process of its own outlives it."""
     environment = {
         "HYDRAVIT_BUILD": "auto",
         **os.environ,
         "PYTHONUNBUFFERED": "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         # Otherwise the sanitizer sees torch's few large allocations, and what is beyond a tensor is inside one of them.
         **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "sanitizer" in Path(command[0]).name else {}),
     }

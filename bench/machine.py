@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import hashlib
@@ -11,7 +12,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from hydravit.evaluation.environment import commit, cpu_name
 _CPU_PRODUCTS = ((768, 768, 768), (1536, 1536, 1536), (197, 3072, 768), (1576, 3072, 768))
 _GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (50432, 3072, 768))
 _PROBE_SECONDS = 0.15
+_GPU_CALLS = 10  # between two events
 
 
 class Machine:
@@ -31,7 +33,7 @@ class Machine:
 
     def __init__(self, device: torch.device, dtypes: Sequence[str]):
         self.device = device
-        self._started = datetime.datetime.now(datetime.timezone.utc)
+        self._started, self._commit = datetime.datetime.now(datetime.timezone.utc), commit()
         self._peaks = dict.fromkeys(dtypes, 0.0)
         self._bandwidth = 0.0
         self._clocks: list[float] = []
@@ -47,7 +49,7 @@ class Machine:
         """Look for a higher peak and bandwidth, and note the clocks. Under two seconds."""
         for dtype in self._peaks:
             rates = [self._product_rate(dtype, *shape) for shape in self._products()]
-            if dtype == "fp32" and self._fma is not None:
+            if dtype in ("fp32", "tf32") and self._fma is not None:
                 rates.append(_fma_rate(self._fma, torch.get_num_threads()))
             self._peaks[dtype] = max(self._peaks[dtype], *rates)
         self._bandwidth = max(self._bandwidth, self._copy_rate())
@@ -72,9 +74,10 @@ class Machine:
             "peak_gflops": {dtype: round(peak / 1e9, 1) for dtype, peak in self._peaks.items()},
             "bandwidth_gb_s": round(self._bandwidth / 1e9, 1),
             "torch": torch.__version__,
+            "cuda": torch.version.cuda,
             "python": platform.python_version(),
             "system": platform.platform(),
-            "commit": commit(),
+            "commit": self._commit,
             "date": self._started.isoformat(timespec="seconds"),
         }
 
@@ -85,11 +88,15 @@ class Machine:
         return _GPU_PRODUCTS if self.device.type == "cuda" else _CPU_PRODUCTS
 
     def _product_rate(self, dtype: str, m: int, n: int, k: int) -> float:
-        a = torch.randn(m, k, device=self.device, dtype=DTYPES[dtype])
-        b = torch.randn(k, n, device=self.device, dtype=DTYPES[dtype])
+        a, b = self._values(m, k, dtype), self._values(k, n, dtype)
         out = torch.empty(m, n, device=self.device, dtype=DTYPES[dtype])
         with precision(dtype):
             return 2.0 * m * n * k / self._best_seconds(lambda: torch.mm(a, b, out=out))
+
+    def _values(self, rows: int, columns: int, dtype: str) -> torch.Tensor:
+        """Spread over (-0.5, 0.5), as a processor's clock depends on them; no generator, whose state may be lost."""
+        steps = torch.arange(rows * columns, device=self.device, dtype=torch.float64)
+        return (steps * 0.6180339887498949).frac().sub(0.5).view(rows, columns).to(DTYPES[dtype])
 
     def _copy_rate(self) -> float:
         count = 2**30 if self.device.type == "cuda" else 2**26  # far beyond every cache
@@ -99,20 +106,26 @@ class Machine:
 
     def _best_seconds(self, run) -> float:
         """Of one call: the best one, after a first that does not count, for a fraction of a second."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         run()
-        wait()
         best, end = float("inf"), time.perf_counter() + _PROBE_SECONDS
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            run()
-            wait()
-            best = min(best, time.perf_counter() - start)
+            best = min(best, self._gpu_seconds(run) if self.device.type == "cuda" else _seconds(run))
         return best
+
+    def _gpu_seconds(self, run) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        start.record()
+        for _ in range(_GPU_CALLS):
+            run()
+        stop.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) / _GPU_CALLS / 1e3
 
     def _read_clocks(self) -> list[float]:
         if self.device.type == "cuda":
-            command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+            command = ["nvidia-smi", f"--id={self.device.index or 0}", "--query-gpu=clocks.sm"]
+            command.append("--format=csv,noheader,nounits")
             try:
                 return [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])]
             except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
@@ -123,18 +136,23 @@ class Machine:
             return []
 
 
-class precision:
-    """Within it, float32 products are what ``dtype`` says: exact, or rounded to TensorFloat-32."""
+def _seconds(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
-    def __init__(self, dtype: str):
-        self._wanted = "high" if dtype == "tf32" else "highest"
 
-    def __enter__(self):
-        self._before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self._wanted)
-
-    def __exit__(self, *_):
-        torch.set_float32_matmul_precision(self._before)
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Within it, float32 products and convolutions are what ``dtype`` says: exact, or rounded to TensorFloat-32."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _fma_library() -> ctypes.CDLL | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,31 +15,35 @@ from torch import Tensor
 from bench.check import Reference, Refused
 from bench.copies import copied_bytes
 from bench.machine import precision
-from bench.memory import held_bytes
-from bench.peers import Absent, Peer
-from bench.results import COLUMNS, baseline
-from bench.timer import SPREAD, Effort, Times, captured, interleave, quantiles, spread
+from bench.memory import SECONDS, held_bytes
+from bench.peers import Absent, Peer, Step
+from bench.results import AGREEMENT, COLUMNS, baseline
+from bench.timer import SPREAD, Broken, Effort, Times, captured, interleave, quantiles, spread
 from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model, make_stream, needs
 from hydravit import HydraViT
 
-_CYCLES = 2  # in switching, how often each width is called, one after the other or in turns
+_CYCLES = 3  # in switching, how often each width is called, one after the other or in turns
+_REPLAYS_COMPARED = ("inference", "switching")
 Progress = Callable[[str], None]
 
 
-class Candidate(NamedTuple):
-    """What a set-up returned for one width: what is timed, and what is compared."""
+class _Ready(NamedTuple):
+    """A peer, set up and right, launched one way."""
 
-    run: Callable[[], object]
-    outputs: Callable[[], dict[str, Tensor]]
+    peer: Peer
+    launch: str
+    outputs: dict[int, Callable[[], dict[str, Tensor]]]  # per width what is compared again after the timing
+    variants: dict[str, Callable[[], object]]  # what is timed
+    facts: dict  # with which its row begins
 
 
 def row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: str = "call", **values) -> dict:
     """A row of ``results.COLUMNS``; what is not given is None."""
-    floating, moved = needs(workload)
+    floating, moved = needs(workload, alone=peer.bound)
     return {
         **dict.fromkeys(COLUMNS),
         "task": workload.task,
-        "config": workload.config,
+        "config": workload.model,
         "heads": ",".join(map(str, workload.heads)),
         "batch": workload.batch,
         "dtype": workload.dtype,
@@ -60,60 +66,101 @@ def measure(
     workload: Workload, peers: Sequence[Peer], device: torch.device, effort: Effort, progress: Progress
 ) -> list[dict]:
     """Rows of one timed workload: inference, a block, training or switching."""
-    rows: list[dict] = []
-    ready: dict[tuple[str, str], tuple[Peer, dict]] = {}  # by peer and launch; the facts that its row begins with
-    closures: dict[tuple[str, str], Callable[[], object]] = {}
+    rows, ready = [], []
     with precision(workload.dtype):
         progress("reference")
-        model = make_model(workload, device)
-        reference = Reference(workload, model)
+        try:
+            model = make_model(workload, device)
+            reference = Reference(workload, model)
+        except Exception as error:
+            return [row(workload, peer, "failed", f"the reference: {_one_line(error)}") for peer in peers]
         for index, peer in enumerate(peers):
             progress(f"{peer.name}, {index + 1} of {len(peers)}")
+            if time.monotonic() > effort.deadline:
+                rows.append(row(workload, peer, "skipped", "no time left to prepare it"))
+                continue
             try:
                 start = time.perf_counter()
-                candidates = _set_up(peer, workload, model)
-                prepared = time.perf_counter() - start
-                errors = [reference.check(k, candidate.outputs()) for k, candidate in candidates.items()]
-                error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
-            except Absent as absent:
-                rows.append(row(workload, peer, "absent", str(absent)))
+                steps = _set_up(peer, workload, model)
+                prepared, outputs = time.perf_counter() - start, {k: step.outputs for k, step in steps.items()}
+                facts = {"prepare_s": prepared, **_check(reference, outputs)}
+            except Exception as error:
+                rows.append(_reason_row(workload, peer, error))
                 continue
-            except Refused as refused:
-                facts = {"error": refused.error, "allowed": refused.allowed}
-                rows.append(row(workload, peer, "refused", str(refused), **facts))
-                continue
-            except Exception as error:  # a peer is foreign code: whatever it raises must not end the run
-                rows.append(row(workload, peer, "failed", _one_line(error)))
-                continue
-            facts = {"prepare_s": prepared, "error": error, "allowed": allowed}
-            for launch, found in _launches(workload, candidates, device):
-                if isinstance(found, str):
-                    rows.append(row(workload, peer, "absent", found, launch))
-                    continue
-                ready[peer.name, launch] = peer, facts
-                for variant, run in found.items():
-                    closures[peer.name, launch, variant] = run
-        times = interleave(closures, device, effort, cold=workload.cold, progress=progress)
+            runs = {k: step.run for k, step in steps.items()}
+            ready.append(_Ready(peer, "call", outputs, _variants(workload, runs), facts))
+            if device.type == "cuda":
+                try:
+                    ready.append(_graph(workload, peer, runs, reference, facts, device))
+                except Exception as error:
+                    rows.append(_reason_row(workload, peer, error, "graph"))
+        times = _time(workload, ready, device, effort, progress, rows)
+        if workload.task != "training":  # which has changed its weights
+            _check_again(workload, ready, reference, rows)
     return rows + _timed_rows(workload, ready, times)
 
 
-def _set_up(peer: Peer, workload: Workload, model: HydraViT) -> dict[int, Candidate]:
+def _set_up(peer: Peer, workload: Workload, model: HydraViT) -> dict[int, Step]:
     """The peer's closures per width. Raises ``Absent``, or whatever the peer raises."""
     device = model.pos_embed.device
     kind, _, backward = workload.task.partition("_")
     if kind in ("inference", "switching"):
         _offered(peer, peer.inference)
         found = peer.inference(model, make_images(workload, device), workload.heads)
-        return {k: Candidate(run, lambda run=run: {"logits": run()}) for k, run in found.items()}
+        return {k: Step(run, lambda run=run: {"logits": run()}) for k, run in found.items()}
     if kind in ("attention", "mlp"):
         _offered(peer, peer.block)
         x, grad = make_stream(workload, device)
-        step = peer.block(model, kind, workload.heads[0], x, grad if backward else None)
-        return {workload.heads[0]: Candidate(*step)}
+        return {workload.heads[0]: peer.block(model, kind, workload.heads[0], x, grad if backward else None)}
     _offered(peer, peer.training)
     amp = DTYPES[workload.dtype] if workload.dtype in ("bf16", "fp16") else None
-    images, labels = make_images(workload, device), make_labels(workload, device)
-    return {k: Candidate(*step) for k, step in peer.training(model, images, labels, workload.heads, amp).items()}
+    return peer.training(model, make_images(workload, device), make_labels(workload, device), workload.heads, amp)
+
+
+def _check(reference: Reference, outputs: dict[int, Callable[[], dict[str, Tensor]]]) -> dict:
+    """The worst error of all widths and what is allowed. Raises ``Refused``."""
+    errors = [reference.check(k, compute()) for k, compute in outputs.items()]
+    error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
+    return {"error": error, "allowed": allowed}
+
+
+def _check_again(workload: Workload, ready: list[_Ready], reference: Reference, rows: list[dict]) -> None:
+    """Who is wrong after the timing gets a row that says so, and no time."""
+    for entry in list(ready):
+        try:
+            if entry.outputs:
+                _check(reference, entry.outputs)
+        except Exception as error:
+            ready.remove(entry)
+            found = _reason_row(workload, entry.peer, error, entry.launch)
+            rows.append({**found, "reason": f"after timing, {found['reason']}"})
+
+
+def _reason_row(workload: Workload, peer: Peer, error: Exception, launch: str = "call") -> dict:
+    """Why there is no time. A peer is foreign code: whatever it raises becomes a row and does not end the run."""
+    if isinstance(error, Absent):
+        return row(workload, peer, "absent", str(error), launch)
+    if isinstance(error, Refused):
+        known = {"error": error.error, "allowed": error.allowed} if math.isfinite(error.error) else {}
+        return row(workload, peer, "refused", str(error), launch, **known)
+    return row(workload, peer, "failed", _one_line(error), launch)
+
+
+def _time(
+    workload: Workload, ready: list[_Ready], device: torch.device, effort: Effort, progress: Progress, rows: list[dict]
+) -> dict[tuple[str, str, str], Times]:
+    """By peer, launch and variant. Who breaks gets a row and is left out."""
+    while True:
+        closures = {(e.peer.name, e.launch, variant): run for e in ready for variant, run in e.variants.items()}
+        try:
+            return interleave(closures, device, effort, cold=workload.cold, progress=progress)
+        except Broken as broken:
+            entry = next(e for e in ready if (e.peer.name, e.launch) == broken.name[:2])
+            ready.remove(entry)
+            rows.append(_reason_row(workload, entry.peer, broken.__cause__, entry.launch))
+            if device.type == "cuda":
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
 
 
 def _offered(peer: Peer, set_up: Callable | None) -> None:
@@ -121,19 +168,27 @@ def _offered(peer: Peer, set_up: Callable | None) -> None:
         raise Absent(peer.without)
 
 
-def _launches(
-    workload: Workload, candidates: dict[int, Candidate], device: torch.device
-) -> Iterator[tuple[str, dict[str, Callable] | str]]:
-    """Ways to launch the candidates and what to time, by name of variant; or why a way does not exist."""
-    runs = {k: candidate.run for k, candidate in candidates.items()}
-    yield "call", _variants(workload, runs)
-    if device.type == "cuda":
-        try:
-            yield "graph", _variants(workload, {k: captured(run, device) for k, run in runs.items()})
-        except RuntimeError as error:
-            with contextlib.suppress(RuntimeError):  # a failed capture may leave its error behind
-                torch.cuda.synchronize(device)
-            yield "graph", f"cannot be captured: {_one_line(error)}"
+def _graph(
+    workload: Workload, peer: Peer, runs: dict[int, Callable], reference: Reference, facts: dict, device: torch.device
+) -> _Ready:
+    """The peer as replays of CUDA graphs. Raises ``Absent`` for what no graph can hold, ``Refused`` for a replay whose
+    logits are wrong; what has gradients leaves nothing to compare."""
+    if peer.uncapturable:
+        raise Absent(peer.uncapturable)
+    try:
+        replays = {k: captured(run, device) for k, run in runs.items()}
+    except Exception as error:
+        with contextlib.suppress(RuntimeError):  # a failed capture may leave its error behind
+            torch.cuda.synchronize(device)
+        raise Absent(f"cannot be captured: {_one_line(error)}") from error
+    outputs = {}
+    if workload.task in _REPLAYS_COMPARED:
+        outputs = {k: lambda replay=replay: {"logits": replay()} for k, replay in replays.items()}
+        with torch.inference_mode():
+            for replay in replays.values():
+                replay().fill_(float("nan"))  # what the capture left there would pass
+        _check(reference, outputs)
+    return _Ready(peer, "graph", outputs, _variants(workload, replays), facts)
 
 
 def _variants(workload: Workload, runs: dict[int, Callable]) -> dict[str, Callable]:
@@ -153,21 +208,23 @@ def _sequence(closures: list[Callable]) -> Callable[[], None]:
     return run
 
 
-def _timed_rows(workload: Workload, ready: dict, times: dict[tuple, Times]) -> list[dict]:
+def _timed_rows(workload: Workload, ready: list[_Ready], times: dict[tuple[str, str, str], Times]) -> list[dict]:
     rows = []
-    for (name, launch), (peer, facts) in ready.items():
-        found = times[name, launch, ""]
+    for peer, launch, _, _, facts in ready:
+        reason = "" if launch == "call" or workload.task in _REPLAYS_COMPARED else "its replays were not compared"
+        found = times[peer.name, launch, ""]
         values = {**facts, "samples": len(found.samples), "attempts": found.attempts}
         cycles = 1
         if workload.task == "switching":
-            cycles, steady = _CYCLES, times[name, launch, "steady"].samples
-            costs = [with_it / without - 1.0 for with_it, without in zip(found.samples, steady, strict=True)]
-            values["switch_cost"] = quantiles(costs)[1]
+            cycles, steady = _CYCLES, times[peer.name, launch, "steady"].samples
+            _, ratio, _ = quantiles([with_it / without for with_it, without in zip(found.samples, steady, strict=True)])
+            # Steady, one call in so many switches all the same: the ratio is n (call + cost) / (n call + cost).
+            values["switch_cost"] = _CYCLES * (ratio - 1.0) / (_CYCLES - ratio)
         values["times_ms"] = [round(ms / cycles, 5) for ms in found.samples]  # in JSON only
         values["p20_ms"], values["p50_ms"], values["p80_ms"] = quantiles(values["times_ms"])
-        values["wall_ms"] = quantiles(found.wall)[1] if found.wall else None
+        values["wall_ms"] = quantiles(found.wall)[1] / cycles if found.wall else None
         values["noisy"] = spread(found.samples) > SPREAD
-        rows.append(row(workload, peer, "measured", launch=launch, **values))
+        rows.append(row(workload, peer, "measured", reason, launch, **values))
     _add_ratios(rows)
     return rows
 
@@ -182,19 +239,24 @@ def _add_ratios(rows: list[dict]) -> None:
             continue
         ratios = [theirs / our for theirs, our in zip(entry["times_ms"], mine["times_ms"], strict=True)]
         entry["ratio_p20"], entry["ratio"], entry["ratio_p80"] = quantiles(ratios)
-        entry["noisy"] = entry["noisy"] or spread(ratios) > SPREAD
+        entry["noisy"] = entry["noisy"] or spread(ratios) > AGREEMENT
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def measure_memory(workload: Workload, peers: Sequence[Peer], device: torch.device, progress: Progress) -> list[dict]:
-    """Rows of the memory that each peer holds to have every width ready."""
-    return [
-        _counted(workload, peer, lambda name=peer.name: held_bytes(workload, name, device), progress) for peer in peers
-    ]
+def measure_memory(
+    workload: Workload, peers: Sequence[Peer], device: torch.device, deadline: float, progress: Progress
+) -> list[dict]:
+    """Rows of the memory that each peer holds to have every width ready; nothing is begun after ``deadline``."""
+    rows = []
+    for peer in peers:
+        left = min(deadline - time.monotonic(), SECONDS)
+        if left > 0:
+            held = partial(held_bytes, workload, peer.name, device, left)
+            found = _counted(workload, peer, held, progress)
+            late = found["status"] == "failed" and time.monotonic() >= deadline
+            rows.append(row(workload, peer, "skipped", "no time left") if late else found)
+        else:
+            rows.append(row(workload, peer, "skipped", "no time left"))
+    return rows
 
 
 def measure_copies(workload: Workload, peers: Sequence[Peer], device: torch.device, progress: Progress) -> list[dict]:
@@ -208,14 +270,18 @@ def measure_copies(workload: Workload, peers: Sequence[Peer], device: torch.devi
         (run,) = peer.inference(model, images, workload.heads).values()
         return copied_bytes(run, model.parameters())
 
-    return [_counted(workload, peer, lambda peer=peer: count(peer), progress) for peer in peers]
+    return [_counted(workload, peer, partial(count, peer), progress) for peer in peers]
 
 
 def _counted(workload: Workload, peer: Peer, count: Callable[[], int], progress: Progress) -> dict:
     progress(peer.name)
+    inside = "its kernels' insides are not seen" if workload.task == "copies" and peer.ours else ""
     try:
-        return row(workload, peer, "measured", bytes=count())
-    except Absent as absent:
-        return row(workload, peer, "absent", str(absent))
-    except Exception as error:  # as in measure
-        return row(workload, peer, "failed", _one_line(error))
+        return row(workload, peer, "measured", inside, bytes=count())
+    except Exception as error:
+        return _reason_row(workload, peer, error)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -282,13 +282,14 @@ class _File:
             first, measured = group[0], measured_of(group, base)
             full = PARAMETERS.get(first["config"], 0) * _BYTES.get(first["dtype"], 0)
             ready = f"k = {spans(results.widths(first))} held ready, {first['dtype']}"
-            self.document.add(f"<p>Beyond the full model’s own weights{f' ({full / 1e6:.0f} MB)' if full else ''}.</p>")
+            alone = f"; the full model’s weights alone are {full / 1e6:.0f} MB" if full else ""
+            self.document.add(f"<p>Everything a process holds, weights included{alone}.</p>")
             if len(measured) > 1:
                 values = {row["peer"]: row["bytes"] / 1e6 for row in measured}
                 texts = {name: f"{value:.0f}" for name, value in values.items()}
                 label = self.document.label(f"Memory: {ready}, MB")
                 svg = plot.bars(values, plot.styles(self.rows, base), texts, label=label)
-                self.document.add(figures(figure("Memory beyond the weights", f"MB, {ready}; shorter is better", svg)))
+                self.document.add(figures(figure("Memory held", f"MB, {ready}; shorter is better", svg)))
             lines = []
             for row in measured:
                 times = f"{row['bytes'] / full:.2f}" if full else "–"

@@ -7,6 +7,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+# Two runs should agree on a ratio this well: p80/p20 of one that is less certain is called noisy.
+AGREEMENT = 1.07
+
 # name: what it is. One row is one peer on one workload.
 COLUMNS = {
     "task": "inference, attention, mlp, attention_backward, mlp_backward, training, switching, memory or copies",
@@ -21,24 +24,24 @@ COLUMNS = {
     "ours": "whether the peer is a backend of this repository",
     "bound": "whether the peer is no competitor, but what the workload could cost at best",
     "status": "measured; absent: cannot run here; refused: wrong outputs; failed: it broke; skipped: no time left",
-    "reason": "of any status but measured",
-    "p20_ms": "20th percentile of a call; of several widths, of one call each",
-    "p50_ms": "median of a call",
-    "p80_ms": "80th percentile of a call",
+    "reason": "of any status but measured; of a measured one a restriction",
+    "p20_ms": "20th percentile of the rounds: of a call, the mean call of a short group, or one call of every width",
+    "p50_ms": "median of the same",
+    "p80_ms": "80th percentile of the same",
     "wall_ms": "on a GPU: median of a call and the wait for it on the host's clock; the others are the GPU's own",
     "samples": "how many calls or groups of calls the percentiles are of",
     "attempts": "how often the workload was measured until its spread was small enough; the calmest attempt counts",
-    "noisy": "whether p80/p20 of the times or of the ratio is above the limit all the same",
+    "noisy": "whether p80/p20 of the times is above 1.15 all the same, or that of the ratio above 1.07",
     "ratio": "median over rounds of this peer's time by that of ours: above 1, ours is faster; none for ours itself",
     "ratio_p20": "20th percentile of the same",
     "ratio_p80": "80th percentile of the same",
-    "error": "of the outputs against the reference in float64, relative, in L2 norm: the worst output",
+    "error": "of the outputs against the reference in float64, relative, in the L2 or the maximum norm: the worst one",
     "allowed": "the largest error that would not be refused",
     "gflop": "10^9 floating-point operations of the matrix products",
     "mbyte": "10^6 bytes of compulsory traffic",
     "share": "of the machine's limit: the least time that peak and bandwidth of this run allow, by the median",
     "limit": "which of the two it is: peak or bandwidth",
-    "bytes": "memory: held to have every width ready, all included; copies: weight bytes copied by a call",
+    "bytes": "memory: held to have every width ready, all included; copies: weight bytes that a call's operators copy",
     "switch_cost": "switching: time with another width in every call by the time without, less 1",
     "prepare_s": "compiling, exporting, packing; with a cache of earlier runs: loading",
     "peer_version": "of the peer's own tool",
@@ -50,9 +53,10 @@ ENVIRONMENT = {
     "cpu": "name",
     "threads": "of every peer",
     "clock_mhz": "lowest and highest clock seen during the run",
-    "peak_gflops": "per dtype: the best of the FMA probe and the products of this run",
+    "peak_gflops": "of the row's dtype: the best of the FMA probe and the products of this run",
     "bandwidth_gb_s": "of a copy, bytes read and written",
     "torch": "version",
+    "cuda": "version that torch was built with; None for a CPU",
     "python": "version",
     "system": "operating system",
     "commit": "of this repository; with + where files were changed",
@@ -69,7 +73,8 @@ def write(folder: Path, name: str, environment: dict, rows: Iterable[dict]) -> l
     with open(flat.with_suffix(".csv.part"), "w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *ENVIRONMENT], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({**environment, **row} for row in rows)
+        peaks = environment.get("peak_gflops", {})
+        writer.writerows({**environment, **row, "peak_gflops": peaks.get(row["dtype"])} for row in rows)
     flat.with_suffix(".csv.part").replace(flat)
     return [whole, flat]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 import warnings
@@ -21,8 +22,9 @@ from bench.workloads import DTYPES, PARTS, Workload, workloads
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 
+_DEFAULT_PARTS = "inference,switching,copies"
 _EXAMPLES = """examples:
-  hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer; minutes
+  hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer: 10 minutes
   hydravit benchmark --heads 3-12                        # every width
   hydravit benchmark --parts blocks,training --batch 16 --peers views,native,native-inplace
   hydravit benchmark --parts all --minutes 30 --out runs/bench
@@ -30,59 +32,75 @@ _EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0; 1 if a share above 100 % or wrong outputs of ours make the results worthless; 2 for wrong input."""
+    """Exit code 0; 1 if a share above 100 % or wrong outputs of ours make the results worthless; 2 for wrong input;
+    130 when interrupted, with what was measured until then written."""
     try:
         plan = _Plan(_parser().parse_args(argv))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"hydravit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    torch.set_num_threads(plan.threads)
     warnings.filterwarnings("ignore", module=r"torch\.")  # the exporters' and compilers' own affairs
-    rows, machine = run(plan)
-    paths = [*results.write(plan.out, plan.name, machine.environment(), rows), plan.out / f"{plan.name}.html"]
-    paths[-1].write_text(page.page([paths[0]]), encoding="utf-8")
-    print("\n" + tables.summary(machine.environment(), rows))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rows, interrupted = [], False
+    try:
+        run(plan, rows)
+    except KeyboardInterrupt:
+        interrupted = True
+    paths = [*_write(plan, rows), plan.out / f"{plan.name}.html"]
+    paths[-1].write_text(page.page([paths[0]], plan.trained), encoding="utf-8")
+    print("\n" + tables.summary(plan.machine.environment(), rows))
     print("wrote", *paths)
     faults = _faults(rows)
-    for fault in faults:
+    for fault in [*faults, *["interrupted"] * interrupted]:
         print(f"hydravit: error: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+    return 130 if interrupted else int(bool(faults))
 
 
 class _Plan:
-    """What the arguments ask for. Raises ``ValueError`` for what makes no sense."""
+    """What the arguments ask for, and where its results go. Raises ``ValueError`` for what makes no sense, ``OSError``
+    for a folder that cannot be written."""
 
     def __init__(self, args: argparse.Namespace):
+        if args.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device {args.device!r}: expected cpu or cuda")
         self.device = torch.device(args.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device")
+        for option in ("threads", "minutes", "rounds", "attempts"):
+            value = getattr(args, option)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{option} must be positive, not {value}")
+        if args.seconds < 0:
+            raise ValueError(f"--seconds must not be negative, but is {args.seconds}")
         gpu = self.device.type == "cuda"
         config = resolve_config(args.config)
-        self.threads = args.threads or torch.get_num_threads()
-        self.parts = _choose("--parts", args.parts, PARTS)
+        parts = _choose("--parts", args.parts, tuple(PARTS))
         heads = args.heads or ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
-        self.heads = parse_heads(heads, config.max_heads)
+        heads = parse_heads(heads, config.max_heads)
         batches = args.batch or ("1,8,64,256" if gpu else "1,8")
         if not all(part.isdecimal() and int(part) > 0 for part in batches.split(",")):
             raise ValueError(f"--batch {batches!r}: expected numbers of images such as 1,8")
-        self.batches = [int(part) for part in batches.split(",")]
-        self.dtypes = _choose("--dtype", args.dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
+        dtypes = _choose("--dtype", args.dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
         known = peers()
         chosen = _choose("--peers", args.peers, tuple(peer.name for peer in known))
         self.peers = [peer for peer in known if peer.name in chosen]
-        self.workloads = workloads(self.parts, self.heads, self.batches, self.dtypes, args.config)
+        self.workloads = workloads(parts, heads, [int(part) for part in batches.split(",")], dtypes, args.config)
         deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
         self.effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline)
-        self.out = Path(args.out) if args.out else None
-        self.name = args.name
+        self.trained = Path(args.trained) if args.trained else None
+        if self.trained is not None:
+            page.page([], self.trained)  # raises now rather than after the run
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.machine = Machine(self.device, dtypes)
+        self.name = args.name or ("suite" if args.parts == _DEFAULT_PARTS else args.parts.replace(",", "-"))
+        self.out = Path(args.out) if args.out else Path(__file__).with_name("results") / self.machine.slug
+        self.out.mkdir(parents=True, exist_ok=True)
 
 
-def run(plan: _Plan) -> tuple[list[dict], Machine]:
-    """Measure; rows and the machine they belong to. Whatever ends it early, what was measured is on disk."""
-    machine = Machine(plan.device, plan.dtypes)
-    plan.out = plan.out or Path(__file__).with_name("results") / machine.slug
-    rows: list[dict] = []
-    machine.probe()
+def run(plan: _Plan, rows: list[dict]) -> None:
+    """Measure, adding to ``rows``. Whatever ends it early, what was measured is on disk."""
+    plan.machine.probe()
     with tqdm(plan.workloads, unit="workload", disable=not sys.stderr.isatty(), leave=False) as bar:
         for workload in bar:
             bar.set_description(str(workload))
@@ -91,19 +109,23 @@ def run(plan: _Plan) -> tuple[list[dict], Machine]:
                 continue
             start = time.monotonic()
             found = _measure(workload, plan.peers, plan, lambda text: bar.set_postfix_str(text))
-            machine.probe()
             rows.extend(found)
-            for entry in rows:
-                entry.update(_share(entry, machine))
-            results.write(plan.out, plan.name, machine.environment(), rows)
+            _write(plan, rows)
+            plan.machine.probe()
             bar.write(f"{tables.line(found)}  ({time.monotonic() - start:.0f} s)", file=sys.stdout)
             sys.stdout.flush()
-    return rows, machine
+
+
+def _write(plan: _Plan, rows: list[dict]) -> list[Path]:
+    """All rows, with their shares of the limits that the machine has shown so far."""
+    for entry in rows:
+        entry.update(_share(entry, plan.machine))
+    return results.write(plan.out, plan.name, plan.machine.environment(), rows)
 
 
 def _measure(workload: Workload, peers: Sequence[Peer], plan: _Plan, progress) -> list[dict]:
     if workload.task == "memory":
-        return measure_memory(workload, peers, plan.device, progress)
+        return measure_memory(workload, peers, plan.device, plan.effort.deadline, progress)
     if workload.task == "copies":
         return measure_copies(workload, peers, plan.device, progress)
     return measure(workload, peers, plan.device, plan.effort, progress)
@@ -141,28 +163,31 @@ def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in peers())
+    parts = "\n".join(f"  {part:16} {about}" for part, about in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",
         description="Measure every width beside the best other tools; writes NAME.json, NAME.csv and NAME.html.",
-        epilog=_EXAMPLES,
+        epilog=f"parts:\n{parts}\n\npeers:\n{known}\n\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--parts", default="inference,switching,copies", help=f"of {', '.join(PARTS)}; or all (default: %(default)s)"
-    )
+    parser.add_argument("--parts", default=_DEFAULT_PARTS, help="see below; or all (default: %(default)s)")
     parser.add_argument("--heads", help="widths such as 3,6,12 or 3-12 (default: 3,6,12)")
     parser.add_argument("--batch", help="images per call (default: 1,8; on a GPU 1,8,64,256)")
     parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)} (default: fp32; on a GPU bf16)")
     parser.add_argument("--config", default="base", help="tiny, small, base or large (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="on the CPU, of every peer (default: torch's)")
-    parser.add_argument("--peers", default="all", help="names, as in the tables (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="after which nothing new is begun; the rest is named")
-    parser.add_argument("--rounds", type=int, default=7, help="at least, per workload (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20, help="of rounds, at least (default: %(default)s)")
-    parser.add_argument("--attempts", type=int, default=3, help="while the spread is too large (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of every peer on the CPU (default: torch's)")
+    parser.add_argument("--peers", default="all", help="see below (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="start nothing new after these; what is left is named as skipped")
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="of a workload, or more (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=20, help="of rounds, or more (default: %(default)s)")
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="at a noisy one (default: %(default)s)")
+    parser.add_argument("--trained", metavar="FILE", help="results.json of hydravit evaluate: accuracy on the page too")
     parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the machine's name")
-    parser.add_argument("--name", default="suite", help="of the files (default: %(default)s)")
+    parser.add_argument("--name", help="of the three files (default: suite, or the parts)")
     return parser
 
 

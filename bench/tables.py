@@ -175,7 +175,7 @@ def _one_line(task: str, rows: list[dict]) -> str:
             found.append(f"{_short(peer)} {' to '.join(dict.fromkeys(ends))}".replace(" ", "\u00a0"))
     labels = {
         "switching": "another width in every call costs",
-        "memory": "memory beyond the weights to hold all widths",
+        "memory": "memory to hold all widths, weights included",
         "copies": "weight bytes copied by a call",
         "training": "training step, ms",
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +17,7 @@ import torch
 SPREAD = 1.15
 
 _GROUP_MS = 30.0  # calls shorter than this are timed in groups of about this length
-_LONG_MS = 100.0  # a longer call needs no untimed one before it
+_LONG_MS = 100.0  # where all calls are longer, none needs an untimed one before it
 _PAUSE_S = 0.005  # the threads of the peer before fall asleep
 _FIFTHS = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
@@ -39,6 +42,14 @@ class Times(NamedTuple):
     attempts: int
 
 
+class Broken(Exception):
+    """A closure, called ``name``, raised while it was timed; the cause is what it raised."""
+
+    def __init__(self, name: Hashable):
+        super().__init__(f"{name} broke while it was timed")
+        self.name = name
+
+
 def quantiles(values: list[float]) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile."""
     return tuple(torch.tensor(values, dtype=torch.float64).quantile(_FIFTHS).tolist())
@@ -51,18 +62,18 @@ def spread(values: list[float]) -> float:
 
 
 def interleave(
-    closures: dict[str, Callable[[], object]],
+    closures: dict[Hashable, Callable[[], object]],
     device: torch.device,
     effort: Effort,
     *,
     cold: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Times]:
+) -> dict[Hashable, Times]:
     """Times of every closure, under its name. ``cold``: with the processor's caches flushed before every call.
 
     A round samples each closure once: one call, or a group of short ones; every round in another order. An attempt is
     all closures' rounds, so that all were measured in the same minutes; the calmest attempt (smallest sum of spreads)
-    is the result.
+    is the result. Raises ``Broken`` if a closure raises.
     """
     if not closures:
         return {}
@@ -72,11 +83,15 @@ def interleave(
     gc.collect()
     gc.disable()  # a collection would fall on whoever runs then
     try:
-        for run in closures.values():  # once more than the estimate needs: pages, thread pools, clocks
-            run()
-        estimates = {name: sampler.estimate(run) for name, run in closures.items()}
+        estimates = {}
+        for name, run in closures.items():
+            with _named(name):
+                run()  # pages, thread pools, clocks
+                estimates[name] = sampler.estimate(run)
+        warm = not cold and min(estimates.values()) < _LONG_MS
+        calls = {name: 1 if cold else max(1, round(_GROUP_MS / estimate)) for name, estimate in estimates.items()}
         while True:
-            attempts.append(_attempt(closures, estimates, sampler, effort, progress))
+            attempts.append(_attempt(closures, calls, warm, sampler, effort, progress))
             calm = max(spread(times.samples) for times in attempts[-1].values()) <= SPREAD
             if calm or len(attempts) >= effort.attempts or time.monotonic() > effort.deadline:
                 break
@@ -88,7 +103,15 @@ def interleave(
     return {name: times._replace(attempts=len(attempts)) for name, times in calmest.items()}
 
 
-def _attempt(closures, estimates, sampler, effort, progress) -> dict[str, Times]:
+@contextlib.contextmanager
+def _named(name: Hashable) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Broken(name) from error
+
+
+def _attempt(closures, calls, warm, sampler, effort, progress) -> dict[Hashable, Times]:
     result = {name: Times([], [], 1) for name in closures}
     order, shuffle = list(closures), random.Random(0)
     start = time.monotonic()
@@ -100,7 +123,8 @@ def _attempt(closures, estimates, sampler, effort, progress) -> dict[str, Times]
         shuffle.shuffle(order)
         for name in order:
             time.sleep(_PAUSE_S)
-            sampler.sample(closures[name], estimates[name], result[name])
+            with _named(name):
+                sampler.sample(closures[name], calls[name], warm, result[name])
     return result
 
 
@@ -114,12 +138,11 @@ class _CpuSampler:
         run()
         return (time.perf_counter() - start) * 1e3
 
-    def sample(self, run: Callable, estimate: float, times: Times) -> None:
-        calls = 1
+    def sample(self, run: Callable, calls: int, warm: bool, times: Times) -> None:
         if self._flush is not None:
             self._flush.add_(1)
-        elif estimate < _LONG_MS:
-            calls = max(1, round(_GROUP_MS / estimate))
+            time.sleep(_PAUSE_S)  # or torch's threads would be awake for those who use them
+        if warm:
             run()
         start = time.perf_counter()
         for _ in range(calls):
@@ -142,13 +165,12 @@ class _GpuSampler:
         torch.cuda.synchronize(self._device)
         return (time.perf_counter() - start) * 1e3
 
-    def sample(self, run: Callable, estimate: float, times: Times) -> None:
-        calls = 1 if self._flush is not None else max(1, round(_GROUP_MS / estimate))
+    def sample(self, run: Callable, calls: int, warm: bool, times: Times) -> None:
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        if self._flush is None:
-            run()
-        else:
+        if self._flush is not None:
             self._flush.add_(1)
+        if warm:
+            run()
         start.record()
         for _ in range(calls):
             run()
@@ -161,8 +183,6 @@ class _GpuSampler:
 
 def _cache_bytes() -> int:
     """The largest cache of this processor; a generous guess where the system does not say."""
-    from pathlib import Path
-
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         sizes.append(int(path.read_text().strip().removesuffix("K")) * 1024)
@@ -172,17 +192,25 @@ def _cache_bytes() -> int:
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """A closure that replays ``run`` as one CUDA graph and returns what the captured call returned.
 
-    Raises ``RuntimeError`` for what cannot be captured.
+    Raises for what cannot be captured, also where nothing was: work on other streams leaves an empty graph.
     """
-    stream = torch.cuda.Stream(device)
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():  # the stream comes back also from a failed capture
+        warnings.filterwarnings("error", message=".*CUDA Graph is empty")
         for _ in range(3):
             run()
+        torch._C._cuda_clearCublasWorkspaces()  # the graph gets one in its own memory, which nobody frees
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                output = run()
+        except Exception:
+            with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                torch.ones(1, device=device)  # a capture that ends well: the generator is free again
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
 
     def replay():
         graph.replay()

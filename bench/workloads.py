@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,10 +13,18 @@ from torch import Tensor, nn
 from hydravit import HydraViT
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.evaluation.cost import attention_macs, cost, mlp_macs
-from hydravit.geometry import Geometry
+from hydravit.geometry import Geometry, every_width
 
 # In the order of a run: what tells most first, so that a deadline costs the least.
-PARTS = ("inference", "switching", "memory", "copies", "cold", "blocks", "training")
+PARTS = {
+    "inference": "the whole network, every width and batch",
+    "switching": "another width in every call, beside the same calls without switching",
+    "memory": "what it takes to hold all widths ready; one process per peer",
+    "copies": "weight bytes that a call copies",
+    "cold": "one image, with the processor's caches flushed before every call",
+    "blocks": "attention and MLP alone, forward, and forward and backward",
+    "training": "forward, backward and AdamW, every width and all in turn; large batches take minutes on a CPU",
+}
 TASKS = {
     "inference": ("inference",),
     "switching": ("switching",),
@@ -42,12 +52,17 @@ class Workload(NamedTuple):
     heads: tuple[int, ...]
     batch: int
     dtype: str = "fp32"
-    config: str = "base"
+    config: str | HydraViTConfig = "base"
     cold: bool = False
+
+    @property
+    def model(self) -> str:
+        """The name of the full model."""
+        return self.config if isinstance(self.config, str) else "custom"
 
     def __str__(self) -> str:
         cold = ", cold caches" if self.cold else ""
-        return f"{self.task} k={','.join(map(str, self.heads))} batch {self.batch} {self.dtype} {self.config}{cold}"
+        return f"{self.task} k={','.join(map(str, self.heads))} batch {self.batch} {self.dtype} {self.model}{cold}"
 
 
 def workloads(
@@ -58,8 +73,8 @@ def workloads(
     Of widths and batches the smallest, the largest, then the others; parts that tell about all widths together come
     once per dtype, at batch 1; a mix of all widths is a training workload of its own.
     """
-    order, batches = (list(dict.fromkeys([values[0], values[-1], *values])) for values in (heads, batches))
     every = tuple(heads)
+    order, batches = (list(dict.fromkeys([min(v), max(v), *sorted(v)])) for v in (heads, batches))
     result = []
     for part in (part for part in PARTS if part in parts):
         for dtype in dtypes:
@@ -85,24 +100,29 @@ class Needs(NamedTuple):
     bytes: int
 
 
-def needs(workload: Workload) -> Needs:
-    """What one call of the workload (of a mix: one step of each width) cannot do without."""
+@functools.cache
+def needs(workload: Workload, alone: bool = False) -> Needs:
+    """What one call of the workload (of several widths: one of each) cannot do without.
+
+    ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only.
+    """
     config = resolve_config(workload.config)
-    parts = [_needs_of_width(workload, config, k) for k in workload.heads]
+    parts = [_needs_of_width(workload, config, k, alone) for k in workload.heads]
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int) -> Needs:
-    geometry = HydraViT(config, backend="reference", device="meta").geometry(heads)
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool) -> Needs:
+    geometries = every_width(config)
+    geometry = geometries[heads]
     params, macs = cost(config, geometry)
     batch, size = workload.batch, DTYPES[workload.dtype].itemsize
     images = batch * config.in_channels * config.image_size[0] * config.image_size[1]
     if workload.task == "training":
-        full = sum(p.numel() for p in HydraViT(config, backend="reference", device="meta").parameters())
-        stem = config.tokens * geometry.embed.embed * config.in_channels * config.patch_size**2
-        # Forward, and backward for the input and the weights; images need no gradient. AdamW on everything reads four
+        stepped = params if alone else cost(config, geometries[config.max_heads]).params
+        stem = math.prod(config.grid) * geometry.embed.embed * config.in_channels * config.patch_size**2
+        # Forward, and backward for the input and the weights; images need no gradient. AdamW reads four
         # values of float32 and writes three.
-        return Needs(2 * batch * (3 * macs - stem), images * size + 7 * 4 * full)
+        return Needs(2 * batch * (3 * macs - stem), images * size + 7 * 4 * stepped)
     if workload.task.startswith(("attention", "mlp")):
         return _needs_of_block(workload, config, geometry)
     return Needs(2 * batch * macs, size * (images + params + batch * geometry.head.classes))

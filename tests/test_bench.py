@@ -13,12 +13,13 @@ from bench import agree, results
 from bench.check import Reference, Refused
 from bench.copies import copied_bytes
 from bench.machine import Machine
-from bench.measure import measure, measure_copies
+from bench.measure import measure, measure_copies, measure_memory
 from bench.peers import Absent, Peer, ours
 from bench.peers.eager import PEERS as EAGER
 from bench.run import main
 from bench.timer import SPREAD, Effort, interleave, spread
 from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
+from hydravit import HydraViTConfig
 from hydravit.evaluation.cost import costs
 
 CPU = torch.device("cpu")
@@ -74,6 +75,49 @@ def test_one_changed_weight_of_the_full_size_network_is_refused():
             reference.check(3, {"logits": model(images, heads=3)})
 
 
+def test_a_peer_that_goes_wrong_while_it_is_timed_is_refused():
+    def inference(model, images, heads):
+        calls, (run,) = [], peer("views").inference(model, images, heads).values()
+
+        def drift():
+            calls.append(1)
+            return run() + (len(calls) > 3)
+
+        return {heads[0]: drift}
+
+    (found,) = measure(INFERENCE, [Peer("drifts", "", inference=inference)], CPU, QUICK, quiet)
+    assert found["status"] == "refused" and found["reason"].startswith("after timing, logits at k=3 is off")
+
+
+def test_a_peer_that_breaks_while_it_is_timed_does_not_end_the_run():
+    def inference(model, images, heads):
+        calls, (run,) = [], peer("views").inference(model, images, heads).values()
+
+        def breaks():
+            calls.append(1)
+            if len(calls) > 3:
+                raise MemoryError("no more")
+            return run()
+
+        return {heads[0]: breaks}
+
+    found = measure(INFERENCE, [Peer("breaks", "", inference=inference), peer("views")], CPU, QUICK, quiet)
+    assert {row["peer"]: row["status"] for row in found} == {"breaks": "failed", "views": "measured"}
+    assert found[0]["reason"] == "MemoryError: no more"
+
+
+def test_nothing_is_prepared_after_the_deadline():
+    def inference(model, images, heads):
+        time.sleep(5.0)
+        return peer("views").inference(model, images, heads)
+
+    peers = [Peer("slow", "", inference=inference), peer("views")]
+    effort = QUICK._replace(deadline=time.monotonic() + 4.5)
+    found = {row["peer"]: row for row in measure(INFERENCE, peers, CPU, effort, quiet)}
+    assert found["slow"]["status"] == "measured"
+    assert found["views"]["status"] == "skipped" and "no time left to prepare" in found["views"]["reason"]
+
+
 @pytest.mark.parametrize(
     "outputs, message",
     [
@@ -107,6 +151,24 @@ def test_every_peer_gets_a_row():
     assert all(set(results.COLUMNS) <= set(row) for row in found)
 
 
+@pytest.mark.parametrize(
+    "task, heads", [("switching", (1, 3)), ("attention", (3,)), ("mlp_backward", (3,)), ("training", (1, 3))]
+)
+def test_every_task_is_measured(task, heads):
+    workload = Workload(task, heads, 2, config=SMALL)
+    rows = measure(workload, [*EAGER, *ours.PEERS], CPU, QUICK, quiet)
+    states = {row["peer"]: (row["status"], row["reason"]) for row in rows}
+    nothing = ("absent", "same as native")
+    assert states["authors"] == states["views"] == states["reference"] == ("measured", "")
+    assert states["alone" if task == "training" else "extracted"] == ("measured", "")
+    in_place = task in ("mlp_backward", "training")
+    if states["native"][0] == "measured":
+        assert states["native-inplace"] == (("measured", "") if in_place else nothing)
+    bounds = {row["peer"] for row in rows if row["bound"]}
+    assert bounds == {"alone"}
+    json.dumps(rows, allow_nan=False)
+
+
 # Counting -------------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +184,14 @@ def test_operations_are_counted():
     assert needs(Workload("switching", (3, 6), 1)).flops == sum(
         needs(Workload("inference", (k,), 1)).flops for k in (3, 6)
     )
+
+
+def test_training_alone_moves_the_widths_own_parameters():
+    workload = Workload("training", (2,), 4, config=SMALL)
+    full, own = (costs(SMALL)[k].params for k in (SMALL.max_heads, 2))
+    assert needs(workload).bytes - needs(workload, alone=True).bytes == 28 * (full - own)
+    stem = 2 * 4 * 16 * 2 * 16 * 3 * 64  # images, patches, channels of the stream, channels of a patch; no gradient
+    assert needs(workload).flops == 3 * needs(Workload("inference", (2,), 4, config=SMALL)).flops - stem
 
 
 def test_bytes_are_counted():
@@ -158,6 +228,9 @@ def test_a_hidden_copy_is_counted():
     weight = torch.randn(8, 8)
     assert copied_bytes(lambda: torch.ones(1, 4) @ weight[:4, :4], [weight]) == 0
     assert copied_bytes(lambda: torch.ones(1, 4) @ weight[:4, :4].contiguous(), [weight]) == 64
+    buffer = torch.empty(4, 4)
+    assert copied_bytes(lambda: torch.ones(1, 4) @ buffer.copy_(weight[:4, :4]), [weight]) == 64
+    assert copied_bytes(lambda: [buffer[i].copy_(weight[i, :4]) for i in range(4)], [weight]) == 64
     assert copied_bytes(lambda: torch.ones(1, 4).double() @ weight[:4, :4].double(), [weight]) == 128
 
 
@@ -194,6 +267,47 @@ def test_a_noisy_measurement_is_repeated_and_the_calmest_counts():
     times = interleave({"restless": restless}, CPU, Effort(6, 6, 0.0, 3))["restless"]
     assert times.attempts > 1
     assert spread(times.samples) <= SPREAD
+
+
+def test_cold_calls_go_alone():
+    calls = []
+    times = interleave({"a": lambda: calls.append(time.sleep(0.002))}, CPU, Effort(3, 3, 0.0, 1), cold=True)
+    assert len(times["a"].samples) == 3 and min(times["a"].samples) >= 2
+    assert len(calls) == 2 + 3  # to warm up and to estimate, then one in every round
+
+
+def test_switching_costs_what_it_costs():
+    """A call that takes 30 ms, and 15 more where the width is another than in the call before."""
+    last = []
+
+    def inference(model, images, heads):
+        closures = peer("views").inference(model, images, heads)
+
+        def call(k):
+            time.sleep(0.030 if last == [k] else 0.045)
+            last[:] = [k]
+            return closures[k]()
+
+        return {k: (lambda k=k: call(k)) for k in heads}
+
+    workload = Workload("switching", (1, 3), 1, config=SMALL)
+    (found,) = measure(workload, [Peer("switches", "", inference=inference)], CPU, Effort(5, 5, 0.0, 3), quiet)
+    assert found["switch_cost"] == pytest.approx(15 / 30.6, rel=0.15)
+    assert found["p50_ms"] == pytest.approx(2 * 45.6, rel=0.15)
+
+
+@pytest.mark.long
+def test_held_memory():
+    """Views hold the full model, extraction every width's own weights."""
+    config = HydraViTConfig(image_size=32, patch_size=16, depth=12, max_heads=6, head_dim=64, num_classes=10)
+    workload = Workload("memory", (3, 6), 1, config=config)
+    found = {row["peer"]: row["bytes"] for row in measure_memory(workload, EAGER[:3], CPU, float("inf"), quiet)}
+    weights = {k: 4 * cost.params for k, cost in costs(config).items()}
+    assert found["views"] == pytest.approx(weights[6], rel=0.25)
+    assert found["extracted"] == pytest.approx(weights[3] + weights[6], rel=0.25)
+    workload = workload._replace(heads=(6,))
+    (late,) = measure_memory(workload, EAGER[:1], CPU, time.monotonic(), quiet)
+    assert late["status"] == "skipped"
 
 
 def test_the_deadline_ends_rounds_and_attempts():
@@ -249,9 +363,19 @@ def test_an_impossible_share_fails_the_run(finished, monkeypatch, capsys):
     assert "% of the limit" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.run.measure_copies", interrupt)
+    assert main([*ARGUMENTS.split(), "--parts", "inference,copies", "--out", str(tmp_path)]) == 130
+    _, rows = results.read(tmp_path / "inference-copies.json")
+    assert len(rows) == 6 and (tmp_path / "inference-copies.html").exists()
+
+
 def test_what_no_time_was_left_for_is_named(tmp_path):
     assert main([*ARGUMENTS.split(), "--parts", "inference", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
-    _, rows = results.read(tmp_path / "suite.json")
+    _, rows = results.read(tmp_path / "inference.json")
     assert {row["status"] for row in rows} == {"skipped"} and len(rows) == 6
 
 
@@ -265,6 +389,14 @@ def test_what_no_time_was_left_for_is_named(tmp_path):
         ("--peers nobody", "--peers 'nobody'"),
         ("--config huge", "huge"),
         ("--device cuda", "no CUDA device"),
+        ("--device cuda:1", "expected cpu or cuda"),
+        ("--device meta", "expected cpu or cuda"),
+        ("--threads -1", "--threads must be positive"),
+        ("--minutes 0", "--minutes must be positive"),
+        ("--rounds 0", "--rounds must be positive"),
+        ("--seconds -1", "--seconds must not be negative"),
+        ("--trained nowhere.json", "nowhere.json"),
+        ("--out /proc/nowhere", "/proc/nowhere"),
     ],
 )
 def test_wrong_input_is_named(arguments, message, capsys):
@@ -278,11 +410,20 @@ def test_two_runs_are_compared(finished, tmp_path, capsys):
     environment, rows = results.read(finished / "suite.json")
     path = str(finished / "suite.json")
     assert agree.main([path, path]) == 0
-    for row in rows:
-        if row["ratio"] is not None:
-            row["ratio"] *= 1.1
+    ratios = [row for row in rows if row["ratio"] is not None]
+    for row in ratios:
+        row["noisy"], row["ratio"] = True, row["ratio"] * 1.1
     results.write(tmp_path, "other", environment, rows)
-    assert agree.main([path, str(tmp_path / "other.json")]) == 1
-    assert "10 % apart" in capsys.readouterr().out
+    other = str(tmp_path / "other.json")
+    assert agree.main([path, other]) == 1
+    assert "10 % apart, marked noisy" in capsys.readouterr().out
+    for row in (more := ratios * 4):
+        row["noisy"], row["ratio"] = False, 2.0
+    for noisy, code in ((True, 0), (False, 1)):  # one of many is apart
+        many = [{**row, "batch": index} for index, row in enumerate(more)]
+        results.write(tmp_path, "first", environment, many)
+        many[0].update(ratio=3.0, noisy=noisy)
+        results.write(tmp_path, "other", environment, many)
+        assert agree.main([str(tmp_path / "first.json"), other]) == code
     (tmp_path / "empty.json").write_text(json.dumps({"environment": {}, "rows": []}))
     assert agree.main([path, str(tmp_path / "empty.json")]) == 2

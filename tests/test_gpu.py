@@ -10,6 +10,11 @@ from budget import assert_within_budget
 from torch.utils.data import TensorDataset
 
 import hydravit
+from bench.machine import Machine
+from bench.measure import measure
+from bench.peers import eager, ours
+from bench.timer import Effort, captured
+from bench.workloads import Workload
 from hydravit.recipes import Recipe
 from hydravit.training import Trainer
 from hydravit_kernels import backends
@@ -146,3 +151,44 @@ def test_sanitizer(model):
         model(images, heads=heads).square().sum().backward()
         norms = torch.stack([p.grad.norm() for p in model.parameters()])
         assert math.isfinite(norms.sum())
+
+
+# The benchmark suite's own ways on a GPU. -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, heads", [("inference", (3,)), ("switching", (1, 3)), ("mlp_backward", (3,))])
+def test_the_suite_measures(task, heads):
+    """By events and by graphs; what cannot be captured is named and breaks nothing for those after it."""
+    workload = Workload(task, heads, 2, config=small.SMALL)
+    effort = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
+    rows = measure(workload, [*eager.PEERS, *ours.PEERS], torch.device(DEVICE), effort, lambda text: None)
+    states = {(row["peer"], row["launch"]): row["status"] for row in rows}
+    assert states["authors", "call"] == states["views", "call"] == states["views", "graph"] == "measured"
+    assert states["authors", "graph"] == "absent"
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.randn(1, device=DEVICE)
+
+
+def test_the_suite_measures_training():
+    workload = Workload("training", (1, 3), 2, config=small.SMALL)
+    effort = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
+    rows = measure(workload, [*eager.PEERS, *ours.PEERS], torch.device(DEVICE), effort, lambda text: None)
+    states = {(row["peer"], row["launch"]): (row["status"], row["reason"]) for row in rows}
+    assert states["views", "call"] == states["views", "graph"] == ("measured", ""), states
+
+
+def test_a_failed_capture_is_survived():
+    def reads():
+        return torch.ones(1, device=DEVICE).item()
+
+    for run in (reads, lambda: None):  # waits; leaves the graph empty
+        with pytest.raises(Exception, match="."):
+            captured(run, torch.device(DEVICE))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert captured(lambda: torch.ones(2, device=DEVICE).mul(2), torch.device(DEVICE))().sum() == 4
+
+
+def test_limits_of_the_gpu():
+    machine = Machine(torch.device(DEVICE), ["bf16", "fp32"])
+    machine.probe()
+    assert machine.environment()["peak_gflops"]["bf16"] > machine.environment()["peak_gflops"]["fp32"] > 100

@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 class Peer(NamedTuple):
     """``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
-    ``opaque``: its operators are hidden from PyTorch.
+    ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
 
     Set-ups (``heads`` is always a sequence of widths):
 
@@ -55,6 +55,7 @@ class Peer(NamedTuple):
     bound: bool = False
     version: str = ""
     opaque: bool = False
+    uncapturable: str = ""
     inference: Callable | None = None
     block: Callable | None = None
     training: Callable | None = None
@@ -75,7 +76,7 @@ def cut(gradients: dict[str, Tensor], model, heads: int) -> dict[str, Tensor]:
 
 
 def peers() -> list[Peer]:
-    """Every peer, in the order of the tables; those for another device say so when they are set up."""
+    """Every peer; what is ready soonest comes first. Those for another device say so when they are set up."""
     from bench.peers import compiled, eager, ours, runtimes
 
-    return [*eager.PEERS, *compiled.PEERS, *runtimes.PEERS, *ours.PEERS]
+    return [*ours.PEERS, *eager.PEERS, *runtimes.PEERS, *compiled.PEERS]

@@ -12,6 +12,8 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 import torch._dynamo
@@ -129,25 +131,27 @@ _FROZEN = {"freezing": True}
 _MAX = "max-autotune-no-cudagraphs"  # whoever times can capture it
 
 
-def _peer(name: str, about: str, **setups: Callable) -> Peer:
-    return Peer(name, about, opaque=True, **setups)
+def _peer(name: str, about: str, **rest) -> Peer:
+    triton = f"triton {version('triton')}" if find_spec("triton") else ""  # compiles for GPUs
+    return Peer(name, about, opaque=True, version=triton, **rest)
 
 
 PEERS = [
     _peer("compiled", "torch.compile of the extracted width, default mode", inference=partial(_extracted, None, {})),
     _peer(
         "compiled-max",
-        "torch.compile of the extracted width, max-autotune",
+        "torch.compile of the extracted width, max-autotune; on a CPU the same products as compiled, see aot-max",
         inference=partial(_extracted, _MAX, {}),
     ),
     _peer(
         "compiled-graphs",
         "torch.compile of the extracted width, max-autotune with its own CUDA graphs",
+        uncapturable="it captures its own graphs",
         inference=_graphs,
     ),
     _peer(
         "compiled-sliced",
-        "torch.compile of slices of the full weights, a graph per width",
+        "torch.compile of slices of the full weights, a graph per width without the guards of the others",
         inference=_sliced,
         block=_sliced_block,
         training=_sliced_training,

@@ -271,6 +271,7 @@ PEERS = [
     Peer(
         "authors",
         "eager PyTorch as the authors of HydraViT slice: rows of qkv gathered by Python lists in every layer",
+        uncapturable="its lists of rows are copied from the host in every layer",
         inference=partial(_sliced_inference, authors_network),
         block=partial(_sliced_block, authors_block),
         training=partial(_sliced_training, authors_network),

@@ -100,6 +100,7 @@ def _peers(backend: str) -> list[Peer]:
     in_place = Peer(
         f"{backend}-inplace",
         f"{about}, gradients added in place (SliceGradients)",
+        uncapturable="which gradients a step clears depends on the step before",
         ours=True,
         block=partial(_block_in_place, backend),
         training=partial(_training, backend, True),

@@ -91,7 +91,8 @@ def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Seque
 
         with compiling():
             path = _exported(".pt2", vit, images, export, **settings)
-            run = without_gradients(partial(torch._inductor.aoti_load_package(str(path)), images))
+            network = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+            run = without_gradients(partial(network, images))
             run()
         return run
 
@@ -213,6 +214,7 @@ PEERS = [
     Peer(
         "onnxruntime",
         "ONNX Runtime on the extracted width",
+        uncapturable="it launches on a stream of its own",
         version=_version("onnxruntime"),
         opaque=True,
         inference=_onnxruntime_inference,

@@ -51,11 +51,11 @@ def block_step(
 
     def run() -> tuple[Tensor, ...]:
         y = forward(x)
-        return y, *torch.autograd.grad(y, inputs, grad)
+        return y.detach(), *torch.autograd.grad(y, inputs, grad)  # who keeps the result keeps no graph
 
     def outputs() -> dict[str, Tensor]:
         y, grad_x, *gradients = run()
-        return {"y": y.detach(), "x": grad_x, **finish(dict(zip(parameters, gradients, strict=True)))}
+        return {"y": y, "x": grad_x, **finish(dict(zip(parameters, gradients, strict=True)))}
 
     return Step(run, outputs)
 
