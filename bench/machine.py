@@ -25,6 +25,7 @@ from hydravit.evaluation.environment import commit, cpu_name
 _CPU_PRODUCTS = ((768, 768, 768), (1536, 1536, 1536), (197, 3072, 768), (1576, 3072, 768))
 _GPU_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (50432, 3072, 768))
 _PROBE_SECONDS = 0.15
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _GPU_CALLS = 10  # between two events
 
 
@@ -140,6 +141,19 @@ def _seconds(run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from giving freed memory back to the system; whether there is a glibc that does.
+
+    By default the end of the heap goes back and is taken again page by page, in every call or in none, depending on
+    what happens to lie behind it: up to a quarter of a call of eager PyTorch, decided by chance for each run.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    from_the_heap = mallopt(_M_MMAP_THRESHOLD, 2**25)  # up to 32 MiB, the largest value there is
+    return bool(from_the_heap and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 @contextlib.contextmanager

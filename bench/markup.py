@@ -206,5 +206,15 @@ def not_measured(rows: Sequence[dict]) -> str:
     return table("Not measured", ["peer", "why"], ["\n".join(lines)], "reasons") if lines else ""
 
 
+def peers_told(rows: Sequence[dict]) -> str:
+    """A table of what every peer is, and of which version."""
+    told = {row["peer"]: row for row in rows}
+    lines = []
+    for name, row in told.items():
+        version = f" ({row['peer_version']})" if row["peer_version"] else ""
+        lines.append(line(name, [cell(escape(f"{row['about'] or ''}{version}"), kind="text")]))
+    return table("The peers", ["peer", "what it is"], ["\n".join(lines)], "reasons")
+
+
 def _class(names: str) -> str:
     return f' class="{names}"' if names else ""

@@ -26,6 +26,7 @@ from bench.markup import (
     measured_of,
     not_measured,
     peers_of,
+    peers_told,
     ratio_cell,
     sentence,
     table,
@@ -114,6 +115,9 @@ class _File:
         self._memory()
         self._copies()
         self._preparation()
+        if self.rows:
+            self.document.heading("Who was measured")
+            self.document.add(peers_told(self.rows))
 
     def _of(self, *tasks: str) -> list[dict]:
         return [row for row in self.rows if row["task"] in tasks]

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from bench import page, results, tables
-from bench.machine import Machine
+from bench.machine import Machine, keep_freed_memory
 from bench.measure import measure, measure_copies, measure_memory, row
 from bench.peers import Peer, peers
 from bench.timer import Effort
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hydravit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", module=r"torch\.")  # the exporters' and compilers' own affairs
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows, interrupted = [], False
     try:
@@ -86,7 +87,7 @@ class _Plan:
         self.peers = [peer for peer in known if peer.name in chosen]
         self.workloads = workloads(parts, heads, [int(part) for part in batches.split(",")], dtypes, args.config)
         deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-        self.effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline)
+        self.effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline=deadline)
         self.trained = Path(args.trained) if args.trained else None
         if self.trained is not None:
             page.page([], self.trained)  # raises now rather than after the run

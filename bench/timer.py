@@ -24,12 +24,14 @@ _FIFTHS = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 class Effort(NamedTuple):
     """How much to measure: at least ``rounds``, more (up to ``most``) while fewer than ``seconds`` have passed; all of
-    it up to ``attempts`` times while spreads are above ``SPREAD``, but not again after ``deadline`` (monotonic)."""
+    it up to ``attempts`` times while spreads are above ``SPREAD``, but not again where that would take longer than
+    ``patience`` seconds together, or after ``deadline`` (monotonic)."""
 
     rounds: int = 7
     most: int = 30
     seconds: float = 20.0
     attempts: int = 3
+    patience: float = 120.0
     deadline: float = float("inf")
 
 
@@ -90,10 +92,13 @@ def interleave(
                 estimates[name] = sampler.estimate(run)
         warm = not cold and min(estimates.values()) < _LONG_MS
         calls = {name: 1 if cold else max(1, round(_GROUP_MS / estimate)) for name, estimate in estimates.items()}
+        start = time.monotonic()
         while True:
             attempts.append(_attempt(closures, calls, warm, sampler, effort, progress))
             calm = max(spread(times.samples) for times in attempts[-1].values()) <= SPREAD
-            if calm or len(attempts) >= effort.attempts or time.monotonic() > effort.deadline:
+            done, now = len(attempts), time.monotonic()
+            again = (now - start) * (done + 1) / done  # how long all would have taken with one more
+            if calm or done >= effort.attempts or again > effort.patience or now > effort.deadline:
                 break
             progress("too noisy, again: ")
     finally:

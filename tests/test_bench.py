@@ -3,7 +3,11 @@
 import copy
 import csv
 import json
+import platform
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from hydravit import HydraViTConfig
 from hydravit.evaluation.cost import costs
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 QUICK = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
 INFERENCE = Workload("inference", (3,), 2, config=SMALL)
 
@@ -315,6 +320,27 @@ def test_the_deadline_ends_rounds_and_attempts():
     effort = Effort(2, 1000, 60.0, 50, deadline=start)
     interleave({"call": lambda: time.sleep(0.001)}, CPU, effort)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is glibc's malloc")
+def test_freed_memory_is_kept():
+    """In a process of its own: 48 MB that come and go cost no page after the first time."""
+    code = """
+import resource, sys, torch
+from bench.machine import keep_freed_memory
+if "keep" in sys.argv: assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def call():
+    return [torch.ones(2**21) for _ in range(6)] and None
+for _ in range(3): call()
+before = faults()
+for _ in range(10): call()
+print(faults() - before)
+"""
+    run = [sys.executable, "-c", code]
+    kept, ordinary = (int(subprocess.check_output([*run, *keep], cwd=ROOT)) for keep in (["keep"], []))
+    assert kept < 200 < 2000 < ordinary
 
 
 def test_the_machine_shows_its_limits():
