@@ -22,7 +22,7 @@ from bench.timer import SPREAD, Broken, Effort, Times, captured, interleave, qua
 from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model, make_stream, needs
 from hydravit import HydraViT
 
-_CYCLES = 3  # in switching, how often each width is called, one after the other or in turns
+_CYCLES = 2  # in switching, how often each width is called, one after the other or in turns
 _REPLAYS_COMPARED = ("inference", "switching")
 Progress = Callable[[str], None]
 

@@ -22,7 +22,7 @@ from bench.workloads import DTYPES, PARTS, Workload, workloads
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 
-_DEFAULT_PARTS = "inference,switching,copies"
+_DEFAULT_PARTS = "inference"
 _EXAMPLES = """examples:
   hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer: 10 minutes
   hydravit benchmark --heads 3-12                        # every width

@@ -363,7 +363,8 @@ ARGUMENTS = "--config tiny --heads 1,3 --batch 1 --peers authors,views,native --
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    assert main([*ARGUMENTS.split(), "--parts", "inference,switching,copies", "--out", str(out)]) == 0
+    parts = ["--parts", "inference,switching,copies", "--name", "suite"]
+    assert main([*ARGUMENTS.split(), *parts, "--out", str(out)]) == 0
     return out
 
 
@@ -401,7 +402,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 
 def test_what_no_time_was_left_for_is_named(tmp_path):
     assert main([*ARGUMENTS.split(), "--parts", "inference", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
-    _, rows = results.read(tmp_path / "inference.json")
+    _, rows = results.read(tmp_path / "suite.json")
     assert {row["status"] for row in rows} == {"skipped"} and len(rows) == 6
 
 
