@@ -6,7 +6,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-
 # Results are written by runs; they are not what ran.
 _SOURCES = ("--", ":/", ":(top,exclude)bench/results")
 
