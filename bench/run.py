@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     warnings.filterwarnings("ignore", module=r"torch\.")  # the exporters' and compilers' own affairs
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rows, interrupted = [], False
     try:
         run(plan, rows)
@@ -193,4 +192,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it gets what was measured
     sys.exit(main())
