@@ -24,7 +24,7 @@ from hydravit.config import resolve_config
 
 _DEFAULT_PARTS = "inference"
 _EXAMPLES = """examples:
-  hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer: 10 minutes
+  hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer
   hydravit benchmark --heads 3-12                        # every width
   hydravit benchmark --parts blocks,training --batch 16 --peers views,native,native-inplace
   hydravit benchmark --parts all --minutes 30 --out runs/bench
