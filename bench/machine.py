@@ -147,7 +147,7 @@ def keep_freed_memory() -> bool:
     """Stop glibc from giving freed memory back to the system; whether there is a glibc that does.
 
     By default the end of the heap goes back and is taken again page by page, in every call or in none, depending on
-    what happens to lie behind it: up to a quarter of a call of eager PyTorch, decided by chance for each run.
+    what happens to lie behind it; eager PyTorch pays most for it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

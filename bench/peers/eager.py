@@ -176,7 +176,7 @@ def views_block(model: HydraViT, kind: str, x: Tensor, heads: int) -> Tensor:
     return _mlp(x, _mlp_views(model, block, heads), eps, in_place=False)
 
 
-# Without gradients the views are made beforehand: they hold no weights, and making them costs a narrow call 5 %.
+# Without gradients the views are made beforehand: they hold no weights, and a narrow call would feel making them.
 
 
 def _views_inference(model: HydraViT, images: Tensor, heads: Sequence[int]) -> dict[int, Callable[[], Tensor]]:

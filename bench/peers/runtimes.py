@@ -126,8 +126,7 @@ def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # Its threads spin between operators, worth a tenth at three heads; going on after the call costs whoever runs next
-    # a third.
+    # Its threads spin between operators; were they to go on after the call, whoever runs next would pay for it.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     providers = ["CPUExecutionProvider"]
     if images.is_cuda:
