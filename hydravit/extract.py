@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hydravit.geometry import Geometry
+from hydravit.geometry import Geometry, Intervals
 from hydravit.model import HydraViT
 
 
@@ -32,15 +33,20 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if name not in slices:  # a parameter nobody slices would otherwise come out in full size
             raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
-        for axis, intervals in enumerate(slices[name]):
-            tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        tensor = take(tensor, slices[name]).clone(memory_format=torch.contiguous_format)
         if ".qkv." in name and fold != 1.0:
             tensor[:queries] *= fold
         if name.startswith("head.") and model.config.separate_classifiers:
             tensor = tensor[0]  # the width's own classifier
         result[name] = tensor
     return result
+
+
+def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
+    """The part of a full parameter, or of its gradient, that ``Geometry.parameter_slices`` names."""
+    for axis, intervals in enumerate(axes):
+        tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
+    return tensor
 
 
 def extract_config(model: HydraViT, heads: int | Geometry) -> dict:

@@ -64,15 +64,10 @@ class Peer(NamedTuple):
 
 def cut(gradients: dict[str, Tensor], model, heads: int) -> dict[str, Tensor]:
     """The width's part of full-size tensors by parameter name, in the parameters' order of axes."""
-    import torch
+    from hydravit.extract import take
 
     slices = model.geometry(heads).parameter_slices(model.config)
-    result = {}
-    for name, tensor in gradients.items():
-        for axis, intervals in enumerate(slices[name]):
-            tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
-        result[name] = tensor
-    return result
+    return {name: take(tensor, slices[name]) for name, tensor in gradients.items()}
 
 
 def peers() -> list[Peer]:
