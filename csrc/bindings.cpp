@@ -28,11 +28,21 @@ const float* check_branch_scale(const OptionalTensor& branch_scale, int64_t batc
   return parameter.vector({0, batch});
 }
 
-// x (B, N, the widest embed).
-void check_x(const Tensor& x, const char* name, int64_t width) {
-  check(x, name, {kAny, kAny, width});
-  HYDRAVIT_CHECK(x.size(1) > 0, name, ": at least one token expected, shape ", text(shape_of(x)), " given");
-}
+// The residual stream: x (B, N, the widest embed), or, inside the whole network, in nobody's tensor.
+struct Stream {
+  int64_t batch, tokens;
+  const Tensor* x;
+
+  Stream(const Tensor& x) : batch(x.dim() == 3 ? x.size(0) : 0), tokens(x.dim() == 3 ? x.size(1) : 0), x(&x) {}
+  Stream(int64_t batch, int64_t tokens) : batch(batch), tokens(tokens), x(nullptr) {}
+
+  Tokens data(int64_t width) const {
+    if (x == nullptr) return {};
+    check(*x, "x", {kAny, kAny, width});
+    HYDRAVIT_CHECK(tokens > 0, "x: at least one token expected, shape ", text(shape_of(*x)), " given");
+    return tokens_of(*x);
+  }
+};
 
 // ---- Stem ----
 
@@ -46,10 +56,10 @@ struct StemArguments {
 
   int64_t batch() const { return images.size(0); }
   int64_t width() const { return largest(slices, kEmbedIntegers, 1); }
-  static int64_t tokens_of(const Parameter& prefix) { return prefix.present() ? prefix.tensor->size(1) : 0; }
+  static int64_t tokens_of(const Parameter& prefix) { return prefix.present() ? prefix.size(1) : 0; }
   int64_t tokens() const {
     return tokens_of(cls_token) + tokens_of(reg_token) +
-           images.size(2) / weight.tensor->size(2) * (images.size(3) / weight.tensor->size(3));
+           images.size(2) / weight.size(2) * (images.size(3) / weight.size(3));
   }
 };
 
@@ -67,16 +77,19 @@ void check_patch_weight(const Tensor& weight, const char* name, const Integers& 
 
 // One kernel argument per slice, for all images.
 std::vector<Stem> describe(const StemArguments& arguments) {
-  const Tensor &images = arguments.images, &weight = *arguments.weight.tensor;
+  const Tensor& images = arguments.images;
+  const Parameter& weight = arguments.weight;
   const int64_t count = check_slices(arguments.slices, kEmbedIntegers);
   check_shape(images, "images", {kAny, kAny, kAny, kAny});
   const int64_t channels = images.size(1);
-  check_patch_weight(weight, "weight", {kAny, channels, kAny, kAny});
+  if (weight.packed())
+    weight.check_both({kAny, channels, kAny, kAny});
+  else
+    check_patch_weight(weight.tensor(), "weight", {kAny, channels, kAny, kAny});
   const int64_t D = weight.size(0), height = weight.size(2), width = weight.size(3);
   HYDRAVIT_CHECK(channels > 0 && height > 0 && width > 0, "weight: a patch of at least one pixel expected, shape ",
-                 text(shape_of(weight)), " given");
-  const Tensor* gradient = arguments.weight.gradient;
-  if (gradient != nullptr) check_patch_weight(*gradient, "grad_weight", shape_of(weight));
+                 text(weight.shape()), " given");
+  if (weight.gradient() != nullptr) check_patch_weight(*weight.gradient(), "grad_weight", weight.shape());
   HYDRAVIT_CHECK(
       images.size(2) > 0 && images.size(3) > 0 && images.size(2) % height == 0 && images.size(3) % width == 0,
       "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
@@ -89,7 +102,7 @@ std::vector<Stem> describe(const StemArguments& arguments) {
   const int64_t positions = StemArguments::tokens_of(arguments.pos_embed);
   HYDRAVIT_CHECK(!arguments.pos_embed.present() || positions == tokens || positions == patches, "pos_embed: shape (1, ",
                  tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
-                 text(shape_of(*arguments.pos_embed.tensor)), " given");
+                 text(arguments.pos_embed.shape()), " given");
 
   std::vector<Stem> result;
   check_subnet(arguments.subnet, count, images.size(0));
@@ -105,7 +118,10 @@ std::vector<Stem> describe(const StemArguments& arguments) {
     block.reg_tokens = StemArguments::tokens_of(arguments.reg_token);
     block.images = floats(images);
     for (int axis = 0; axis < 4; axis++) block.image_strides[axis] = images.stride(axis);
-    block.weight = {floats(weight) + embed.offset * weight.stride(0), weight.stride(0)};
+    if (weight.packed())
+      block.weight = weight.panels_of(embed, 0, channels * height * width);
+    else
+      block.weight = {floats(weight.tensor()) + embed.offset * weight.tensor().stride(0), weight.tensor().stride(0)};
     block.bias = arguments.bias.vector(embed);
     block.cls_token = arguments.cls_token.matrix({0, block.cls_tokens}, embed);
     block.reg_token = arguments.reg_token.matrix({0, block.reg_tokens}, embed);
@@ -190,6 +206,9 @@ struct AttentionIntervals {
   Interval embed, query_rows, key_rows, value_rows, proj_columns;
   int64_t heads, head_dim, value_dim, pitch;
 
+  // Whether heads of this many channels lie side by side, as panels need them.
+  bool touch(int64_t dim) const { return heads <= 1 || pitch == dim; }
+
   explicit AttentionIntervals(const int64_t* slice)
       : embed(embed_of(slice)), heads(slice[6]), head_dim(slice[7]), value_dim(slice[8]), pitch(slice[9]) {
     HYDRAVIT_CHECK(heads == 0 || (head_dim > 0 && value_dim > 0),
@@ -206,7 +225,7 @@ struct AttentionIntervals {
 };
 
 struct AttentionArguments {
-  Tensor x;
+  Stream x;
   Parameter norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale;
   OptionalTensor branch_scale;
   Integers slices;
@@ -219,43 +238,44 @@ struct AttentionArguments {
 };
 
 std::vector<AttentionBlock> describe(AttentionArguments& arguments) {
-  const Tensor& x = arguments.x;
+  const Stream& x = arguments.x;
   const int64_t count = check_slices(arguments.slices, kAttentionIntegers);
-  check_x(x, "x", largest(arguments.slices, kAttentionIntegers, 1));
-  const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
+  const Tokens data = x.data(largest(arguments.slices, kAttentionIntegers, 1));
+  const int64_t D = arguments.norm_weight.dim() == 1 ? arguments.norm_weight.size(0) : kAny;
   arguments.norm_weight.check_both({D});
   arguments.norm_bias.check_both({D});
   arguments.qkv_weight.check_both({kAny, D});
-  arguments.qkv_bias.check_both({arguments.qkv_weight.tensor->size(0)});
+  arguments.qkv_bias.check_both({arguments.qkv_weight.size(0)});
   arguments.proj_weight.check_both({D, kAny});
   arguments.proj_bias.check_both({D});
   arguments.layer_scale.check_both({D});
 
   std::vector<AttentionBlock> result;
-  check_subnet(arguments.subnet, count, x.size(0));
+  check_subnet(arguments.subnet, count, x.batch);
   HYDRAVIT_CHECK(static_cast<int64_t>(arguments.scales.size()) == count, "scales: one for each of ", count,
                  " slices expected, ", arguments.scales.size(), " given");
   for (int64_t i = 0; i < count; i++) {
     const AttentionIntervals slice(&arguments.slices[static_cast<size_t>(i * kAttentionIntegers)]);
     AttentionBlock block{};
-    block.batch = x.size(0), block.tokens = x.size(1), block.embed = slice.embed.length;
+    block.batch = x.batch, block.tokens = x.tokens, block.embed = slice.embed.length;
     block.heads = slice.heads, block.head_dim = slice.head_dim, block.value_dim = slice.value_dim;
     block.pitch = slice.pitch;
     block.scale = static_cast<float>(arguments.scales[static_cast<size_t>(i)]);
     block.eps = static_cast<float>(arguments.eps);
-    block.x = tokens_of(x);
+    block.x = data;
     block.norm_weight = arguments.norm_weight.vector(slice.embed);
     block.norm_bias = arguments.norm_bias.vector(slice.embed);
-    block.query_weight = arguments.qkv_weight.matrix(slice.query_rows, slice.embed);
-    block.key_weight = arguments.qkv_weight.matrix(slice.key_rows, slice.embed);
-    block.value_weight = arguments.qkv_weight.matrix(slice.value_rows, slice.embed);
+    const bool touching = slice.touch(slice.head_dim), values_touching = slice.touch(slice.value_dim);
+    block.query_weight = arguments.qkv_weight.matrix(slice.query_rows, slice.embed, touching);
+    block.key_weight = arguments.qkv_weight.matrix(slice.key_rows, slice.embed, touching);
+    block.value_weight = arguments.qkv_weight.matrix(slice.value_rows, slice.embed, values_touching);
     block.query_bias = arguments.qkv_bias.vector(slice.query_rows);
     block.key_bias = arguments.qkv_bias.vector(slice.key_rows);
     block.value_bias = arguments.qkv_bias.vector(slice.value_rows);
-    block.proj_weight = arguments.proj_weight.matrix(slice.embed, slice.proj_columns);
+    block.proj_weight = arguments.proj_weight.matrix(slice.embed, slice.proj_columns, values_touching);
     block.proj_bias = arguments.proj_bias.vector(slice.embed);
     block.layer_scale = arguments.layer_scale.vector(slice.embed);
-    block.branch_scale = check_branch_scale(arguments.branch_scale, x.size(0));
+    block.branch_scale = check_branch_scale(arguments.branch_scale, x.batch);
     arguments.qkv = std::max(arguments.qkv, slice.heads * (2 * slice.head_dim + slice.value_dim));
     arguments.attended = std::max(arguments.attended, slice.heads * slice.value_dim);
     arguments.heads = std::max(arguments.heads, slice.heads);
@@ -372,7 +392,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
 constexpr int64_t kMlpIntegers = 4;
 
 struct MlpArguments {
-  Tensor x;
+  Stream x;
   Parameter norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale;
   OptionalTensor branch_scale;
   Integers slices;
@@ -385,28 +405,28 @@ struct MlpArguments {
 Interval hidden_of(const int64_t* slice) { return {slice[3] == 0 ? 0 : slice[2], slice[3]}; }
 
 std::vector<MlpBlock> describe(const MlpArguments& arguments) {
-  const Tensor& x = arguments.x;
+  const Stream& x = arguments.x;
   const int64_t count = check_slices(arguments.slices, kMlpIntegers);
-  check_x(x, "x", largest(arguments.slices, kMlpIntegers, 1));
-  const int64_t D = arguments.norm_weight.tensor->dim() == 1 ? arguments.norm_weight.tensor->size(0) : kAny;
+  const Tokens data = x.data(largest(arguments.slices, kMlpIntegers, 1));
+  const int64_t D = arguments.norm_weight.dim() == 1 ? arguments.norm_weight.size(0) : kAny;
   arguments.norm_weight.check_both({D});
   arguments.norm_bias.check_both({D});
   arguments.fc1_weight.check_both({kAny, D});
-  const int64_t hidden = arguments.fc1_weight.tensor->size(0);
+  const int64_t hidden = arguments.fc1_weight.size(0);
   arguments.fc1_bias.check_both({hidden});
   arguments.fc2_weight.check_both({D, hidden});
   arguments.fc2_bias.check_both({D});
   arguments.layer_scale.check_both({D});
 
   std::vector<MlpBlock> result;
-  check_subnet(arguments.subnet, count, x.size(0));
+  check_subnet(arguments.subnet, count, x.batch);
   for (int64_t i = 0; i < count; i++) {
     const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kMlpIntegers)];
     const Interval embed = embed_of(slice), rows = hidden_of(slice);
     MlpBlock block{};
-    block.batch = x.size(0), block.tokens = x.size(1), block.embed = embed.length, block.hidden = rows.length;
+    block.batch = x.batch, block.tokens = x.tokens, block.embed = embed.length, block.hidden = rows.length;
     block.eps = static_cast<float>(arguments.eps);
-    block.x = tokens_of(x);
+    block.x = data;
     block.norm_weight = arguments.norm_weight.vector(embed);
     block.norm_bias = arguments.norm_bias.vector(embed);
     block.fc1_weight = arguments.fc1_weight.matrix(rows, embed);
@@ -414,7 +434,7 @@ std::vector<MlpBlock> describe(const MlpArguments& arguments) {
     block.fc2_weight = arguments.fc2_weight.matrix(embed, rows);
     block.fc2_bias = arguments.fc2_bias.vector(embed);
     block.layer_scale = arguments.layer_scale.vector(embed);
-    block.branch_scale = check_branch_scale(arguments.branch_scale, x.size(0));
+    block.branch_scale = check_branch_scale(arguments.branch_scale, x.batch);
     result.push_back(block);
   }
   return result;
@@ -511,7 +531,7 @@ constexpr int64_t kHeadIntegers = 4;
 Interval classes_of(const int64_t* slice) { return {slice[2], slice[3]}; }
 
 struct HeadArguments {
-  Tensor x;
+  Stream x;
   Parameter norm_weight, norm_bias, weight, bias;
   int64_t pool_start, pool_stop;
   Integers slices;
@@ -523,12 +543,12 @@ struct HeadArguments {
 };
 
 std::vector<Head> describe(const HeadArguments& arguments) {
-  const Tensor& x = arguments.x;
+  const Stream& x = arguments.x;
   const int64_t count = check_slices(arguments.slices, kHeadIntegers);
-  check_x(x, "x", largest(arguments.slices, kHeadIntegers, 1));
+  const Tokens data = x.data(largest(arguments.slices, kHeadIntegers, 1));
   const int64_t start = arguments.pool_start, stop = arguments.pool_stop;
-  HYDRAVIT_CHECK(0 <= start && start < stop && stop <= x.size(1),
-                 "pool_start, pool_stop: 0 <= start < stop <= ", x.size(1), " tokens expected, ", start, " and ", stop,
+  HYDRAVIT_CHECK(0 <= start && start < stop && stop <= x.tokens,
+                 "pool_start, pool_stop: 0 <= start < stop <= ", x.tokens, " tokens expected, ", start, " and ", stop,
                  " given");
   HYDRAVIT_CHECK(arguments.norm_weight.present() == arguments.norm_bias.present(),
                  "norm_bias: given with norm_weight or not at all expected, one of the two given");
@@ -537,24 +557,24 @@ std::vector<Head> describe(const HeadArguments& arguments) {
   arguments.norm_weight.check_both({kAny});
   arguments.weight.check_both({kAny, kAny});
   int64_t D = kAny;
-  if (arguments.weight.present()) D = arguments.weight.tensor->size(1);
+  if (arguments.weight.present()) D = arguments.weight.size(1);
   if (arguments.norm_weight.present()) {
     arguments.norm_weight.check_both({D});
-    arguments.norm_bias.check_both({arguments.norm_weight.tensor->size(0)});
+    arguments.norm_bias.check_both({arguments.norm_weight.size(0)});
   }
-  arguments.bias.check_both({arguments.weight.present() ? arguments.weight.tensor->size(0) : 0});
+  arguments.bias.check_both({arguments.weight.present() ? arguments.weight.size(0) : 0});
 
   std::vector<Head> result;
-  check_subnet(arguments.subnet, count, x.size(0));
+  check_subnet(arguments.subnet, count, x.batch);
   for (int64_t i = 0; i < count; i++) {
     const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kHeadIntegers)];
     const Interval embed = embed_of(slice), classes = classes_of(slice);
     HYDRAVIT_CHECK(!arguments.weight.present() || classes.length > 0, "slices: at least 1 class expected, 0 given");
     Head block{};
-    block.batch = x.size(0), block.pool_start = start, block.pool_stop = stop;
+    block.batch = x.batch, block.pool_start = start, block.pool_stop = stop;
     block.embed = embed.length, block.classes = arguments.weight.present() ? classes.length : 0;
     block.eps = static_cast<float>(arguments.eps);
-    block.x = tokens_of(x);
+    block.x = data;
     block.norm_weight = arguments.norm_weight.vector(embed);
     block.norm_bias = arguments.norm_bias.vector(embed);
     block.weight = arguments.weight.matrix(classes, embed);
@@ -636,6 +656,151 @@ Tensor head_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& 
   return dx;
 }
 
+// ---- The whole network ----
+
+// Where the parameters of a packed network begin: in the order of hydravit_kernels/packed.py, -1 for one that is
+// absent.
+class PackedParameters {
+ public:
+  PackedParameters(const Tensor& packed, const Integers& offsets) : packed_(packed), offsets_(offsets) {
+    check(packed, "packed", {kAny});
+  }
+  Parameter vector(const char* name, Integers shape) { return next(name, std::move(shape), false); }
+  Parameter weight(const char* name, Integers shape) { return next(name, std::move(shape), true); }
+  size_t left() const { return offsets_.size() - used_; }
+
+ private:
+  Parameter next(const char* name, Integers shape, bool panels) {
+    HYDRAVIT_CHECK(left() > 0, "offsets: one for ", name, " expected, none given");
+    const int64_t offset = offsets_[used_++];
+    if (offset == -1) return {name, nullptr, {}, false};
+    int64_t size = panels ? (shape[0] + kPanel - 1) / kPanel * kPanel : shape[0];
+    for (size_t axis = 1; axis < shape.size(); axis++) size *= shape[axis];
+    check_inside("packed", "elements", {offset, size}, packed_.size(0));
+    return {name, floats(packed_) + offset, std::move(shape), panels};
+  }
+
+  const Tensor& packed_;
+  const Integers& offsets_;
+  size_t used_ = 0;
+};
+
+Tensor network(const Tensor& images, const Tensor& packed, const Integers& offsets, int64_t embed, int64_t hidden,
+               int64_t patch_height, int64_t patch_width, int64_t cls_tokens, int64_t reg_tokens, int64_t positions,
+               int64_t class_rows, int64_t pool_start, int64_t pool_stop, int64_t depth, const Integers& stem_slices,
+               const Integers& attention_slices, const Integers& mlp_slices, const Integers& head_slices,
+               const std::vector<double>& scales, double eps, const OptionalTensor& subnet, bool pooled_only) {
+  check_shape(images, "images", {kAny, kAny, kAny, kAny});
+  HYDRAVIT_CHECK(depth > 0, "depth: at least 1 expected, ", depth, " given");
+  for (const int64_t size : {embed, hidden, patch_height, patch_width, cls_tokens, reg_tokens, positions, class_rows})
+    HYDRAVIT_CHECK(size >= 0 && size < int64_t{1} << 31, "sizes in [0, 2^31) expected, ", size, " given");
+  PackedParameters p(packed, offsets);
+  const int64_t widths = check_slices(stem_slices, kEmbedIntegers);
+  const auto of_block = [&](const auto& values, int64_t i) {
+    const int64_t count = static_cast<int64_t>(values.size()) / depth;
+    HYDRAVIT_CHECK(count > 0 && count % widths == 0 && count * depth == static_cast<int64_t>(values.size()),
+                   "slices: as many for each of ", depth, " blocks and ", widths, " widths expected, ", values.size(),
+                   " integers or scales given");
+    return std::decay_t<decltype(values)>(values.begin() + i * count, values.begin() + (i + 1) * count);
+  };
+
+  const StemArguments stem{images,
+                           p.weight("weight", {embed, images.size(1), patch_height, patch_width}),
+                           p.vector("bias", {embed}),
+                           p.vector("cls_token", {1, cls_tokens, embed}),
+                           p.vector("reg_token", {1, reg_tokens, embed}),
+                           p.vector("pos_embed", {1, positions, embed}),
+                           stem_slices,
+                           subnet};
+  const std::vector<Stem> stems = describe(stem);
+  const Stream stream(stem.batch(), stem.tokens());
+  std::vector<std::vector<AttentionBlock>> attention(static_cast<size_t>(widths));
+  std::vector<std::vector<MlpBlock>> mlp(static_cast<size_t>(widths));
+  for (int64_t i = 0; i < depth; i++) {
+    AttentionArguments attention_arguments{stream,
+                                           p.vector("norm1.weight", {embed}),
+                                           p.vector("norm1.bias", {embed}),
+                                           p.weight("qkv.weight", {3 * embed, embed}),
+                                           p.vector("qkv.bias", {3 * embed}),
+                                           p.weight("proj.weight", {embed, embed}),
+                                           p.vector("proj.bias", {embed}),
+                                           p.vector("ls1.gamma", {embed}),
+                                           {},
+                                           of_block(attention_slices, i),
+                                           of_block(scales, i),
+                                           eps,
+                                           subnet};
+    const MlpArguments mlp_arguments{stream,
+                                     p.vector("norm2.weight", {embed}),
+                                     p.vector("norm2.bias", {embed}),
+                                     p.weight("fc1.weight", {hidden, embed}),
+                                     p.vector("fc1.bias", {hidden}),
+                                     p.weight("fc2.weight", {embed, hidden}),
+                                     p.vector("fc2.bias", {embed}),
+                                     p.vector("ls2.gamma", {embed}),
+                                     {},
+                                     of_block(mlp_slices, i),
+                                     eps,
+                                     subnet};
+    const std::vector<AttentionBlock> attention_blocks = describe(attention_arguments);
+    const std::vector<MlpBlock> mlp_blocks = describe(mlp_arguments);
+    for (size_t width = 0; width < static_cast<size_t>(widths); width++) {
+      attention[width].push_back(attention_blocks.at(width));
+      mlp[width].push_back(mlp_blocks.at(width));
+    }
+  }
+  const HeadArguments head{stream,
+                           p.vector("norm_weight", {embed}),
+                           p.vector("norm_bias", {embed}),
+                           p.weight("head.weight", {class_rows, embed}),
+                           p.vector("head.bias", {class_rows}),
+                           pool_start,
+                           pool_stop,
+                           head_slices,
+                           eps,
+                           subnet};
+  const std::vector<Head> heads = describe(head);
+  HYDRAVIT_CHECK(p.left() == 0, "offsets: ", p.left(), " too many given");
+
+  std::vector<Network> networks;
+  for (size_t i = 0; i < static_cast<size_t>(widths); i++) {
+    for (size_t block = 0; block < static_cast<size_t>(depth); block++)
+      HYDRAVIT_CHECK(attention[i][block].embed == stems[i].embed && mlp[i][block].embed == stems[i].embed &&
+                         heads.at(i).embed == stems[i].embed,
+                     "slices: one embed for the stem, every block and the head of a width expected");
+    networks.push_back({&stems[i], attention[i].data(), mlp[i].data(), &heads[i]});
+  }
+  const int64_t columns = head.width();
+  const Tensor y = torch::stable::new_empty(images, {stream.batch, columns});
+  NetworkCall call{};
+  call.batch = stream.batch, call.tokens = stream.tokens, call.depth = depth;
+  call.networks = networks.data();
+  call.width_of = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
+  call.pooled_only = pooled_only;
+  call.y = mutable_floats(y), call.y_row_stride = columns;
+  check_status(network_cpu(call, torch_threads()));
+  for_each_run(subnet, stream.batch, [&](int64_t image, int64_t count, int64_t width) {
+    const int64_t own =
+        class_rows > 0 ? heads[static_cast<size_t>(width)].classes : stems[static_cast<size_t>(width)].embed;
+    zero_beyond({call.y + image * columns, columns, columns}, count, 1, own, columns);
+  });
+  return y;
+}
+
+// weight (rows, ...) -> panels, of the size that hydravit.h names.
+void pack_weight(const Tensor& weight, Tensor panels) {
+  HYDRAVIT_CHECK(weight.dim() >= 2, "weight: at least 2 axes expected, shape ", text(shape_of(weight)), " given");
+  check_kind(weight, "weight", ScalarType::Float);
+  const int64_t rows = weight.size(0);
+  int64_t columns = 1;
+  for (int64_t axis = weight.dim() - 1; axis > 0; columns *= weight.size(axis--))
+    HYDRAVIT_CHECK(weight.size(axis) <= 1 || weight.stride(axis) == columns,
+                   "weight: contiguous rows expected, strides ", text(strides_of(weight)), " given");
+  check(panels, "panels", {(rows + kPanel - 1) / kPanel * kPanel * columns});
+  check_status(
+      pack_weight_cpu({floats(weight), weight.stride(0)}, rows, columns, mutable_floats(panels), torch_threads()));
+}
+
 // ---- Instruction set ----
 
 std::string cpu_isa_name() {
@@ -653,6 +818,8 @@ void set_cpu_isa_name(std::string isa) {
 }  // namespace hydravit
 
 STABLE_TORCH_LIBRARY_IMPL(hydravit, CPU, m) {
+  m.impl("network_native", TORCH_BOX(&hydravit::network));
+  m.impl("pack_weight_native", TORCH_BOX(&hydravit::pack_weight));
   m.impl("stem_native", TORCH_BOX(&hydravit::stem));
   m.impl("stem_backward_native", TORCH_BOX(&hydravit::stem_backward));
   m.impl("attention_block_native", TORCH_BOX(&hydravit::attention_block));

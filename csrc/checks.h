@@ -126,53 +126,87 @@ inline void check_inside(const char* name, const char* axis, const Interval& int
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 inline float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// A parameter and the buffer that its gradient is added to, either of which may be absent.
-struct Parameter {
-  const char* name;
-  const Tensor* tensor;
-  const Tensor* gradient;
-
-  Parameter(const char* name, const Tensor* tensor, const OptionalTensor* gradient)
-      : name(name), tensor(tensor), gradient(gradient != nullptr && gradient->has_value() ? &**gradient : nullptr) {}
+// A parameter as a tensor with, perhaps, the buffer that its gradient is added to; or as a part of a packed network,
+// with `panels` if it is a weight. Or absent.
+class Parameter {
+ public:
   Parameter(const char* name, const Tensor& tensor, const OptionalTensor* gradient = nullptr)
-      : Parameter(name, &tensor, gradient) {}
+      : name_(name), tensor_(&tensor), gradient_(given(gradient)) {}
   Parameter(const char* name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
-      : Parameter(name, tensor.has_value() ? &*tensor : nullptr, gradient) {}
+      : name_(name), tensor_(given(&tensor)), gradient_(given(gradient)) {}
+  Parameter(const char* name, const float* packed, Integers shape, bool panels)
+      : name_(name), packed_(packed), packed_shape_(std::move(shape)), panels_(panels) {}
 
-  bool present() const { return tensor != nullptr; }
+  bool present() const { return tensor_ != nullptr || packed_ != nullptr; }
+  const Tensor* gradient() const { return gradient_; }
+  const Tensor& tensor() const { return *tensor_; }
+  bool packed() const { return packed_ != nullptr; }
+  int64_t dim() const { return tensor_ == nullptr ? static_cast<int64_t>(packed_shape_.size()) : tensor_->dim(); }
+  int64_t size(int64_t axis) const {
+    return tensor_ == nullptr ? packed_shape_[static_cast<size_t>(axis)] : tensor_->size(axis);
+  }
+  Integers shape() const { return tensor_ == nullptr ? packed_shape_ : shape_of(*tensor_); }
 
   // Shape `expected` of the parameter, unit innermost stride of both, equal shapes.
   void check_both(const Integers& expected) const {
-    if (present()) check(*tensor, name, expected);
-    if (gradient == nullptr) return;
-    const std::string gradient_name = std::string("grad_") + name;
-    HYDRAVIT_CHECK(present(), gradient_name, ": None expected, as ", name, " is None; a tensor given");
-    check(*gradient, gradient_name.c_str(), shape_of(*tensor));
+    if (tensor_ != nullptr) check(*tensor_, name_, expected);
+    if (packed_ != nullptr) {
+      bool right = expected.size() == packed_shape_.size();
+      for (size_t i = 0; right && i < expected.size(); i++)
+        right = expected[i] == kAny || expected[i] == packed_shape_[i];
+      HYDRAVIT_CHECK(right, "packed ", name_, ": shape ", text(expected), " expected, ", text(packed_shape_), " given");
+    }
+    if (gradient_ == nullptr) return;
+    const std::string gradient_name = std::string("grad_") + name_;
+    HYDRAVIT_CHECK(present(), gradient_name, ": None expected, as ", name_, " is None; a tensor given");
+    check(*gradient_, gradient_name.c_str(), shape_of(*tensor_));
   }
 
   // (D,)
   const float* vector(const Interval& slice) const {
     if (!present()) return nullptr;
-    check_inside(name, "elements", slice, tensor->size(0));
-    return floats(*tensor) + slice.offset;
+    check_inside(name_, "elements", slice, size(0));
+    return (packed_ != nullptr ? packed_ : floats(*tensor_)) + slice.offset;
   }
   float* vector_gradient(const Interval& slice) const {
-    return gradient == nullptr ? nullptr : mutable_floats(*gradient) + slice.offset;
+    return gradient_ == nullptr ? nullptr : mutable_floats(*gradient_) + slice.offset;
   }
 
-  // The last two axes are rows and columns.
-  Weight matrix(const Interval& rows, const Interval& columns) const {
+  // The last two axes are rows and columns. `touching`: whether the rows and columns of the slice lie side by side.
+  Weight matrix(const Interval& rows, const Interval& columns, bool touching = true) const {
     if (!present()) return {nullptr, 0};
-    const int64_t axis = tensor->dim() - 2;
-    check_inside(name, "rows", rows, tensor->size(axis));
-    check_inside(name, "columns", columns, tensor->size(axis + 1));
-    return {floats(*tensor) + rows.offset * tensor->stride(axis) + columns.offset, tensor->stride(axis)};
+    const int64_t axis = dim() - 2;
+    check_inside(name_, "rows", rows, size(axis));
+    check_inside(name_, "columns", columns, size(axis + 1));
+    if (panels_) return panels_of(rows, columns.offset, size(axis + 1), touching);
+    const int64_t stride = packed_ != nullptr ? size(axis + 1) : tensor_->stride(axis);
+    return {(packed_ != nullptr ? packed_ : floats(*tensor_)) + rows.offset * stride + columns.offset, stride};
+  }
+  // The same of a packed weight with `width` columns.
+  Weight panels_of(const Interval& rows, int64_t column, int64_t width, bool touching = true) const {
+    HYDRAVIT_CHECK(rows.length == 0 || (touching && rows.offset % kPanel == 0), "packed ", name_,
+                   ": rows that lie side by side from a multiple of ", kPanel, " on expected, ", rows.length, " from ",
+                   rows.offset, touching ? "" : ", apart,", " given");
+    return {nullptr, 0, packed_ + rows.offset / kPanel * kPanel * width + kPanel * column, kPanel * width};
   }
   MutableWeight matrix_gradient(const Interval& rows, const Interval& columns) const {
-    if (gradient == nullptr) return {nullptr, 0};
-    const int64_t axis = gradient->dim() - 2;
-    return {mutable_floats(*gradient) + rows.offset * gradient->stride(axis) + columns.offset, gradient->stride(axis)};
+    if (gradient_ == nullptr) return {nullptr, 0};
+    const int64_t axis = gradient_->dim() - 2;
+    return {mutable_floats(*gradient_) + rows.offset * gradient_->stride(axis) + columns.offset,
+            gradient_->stride(axis)};
   }
+
+ private:
+  static const Tensor* given(const OptionalTensor* tensor) {
+    return tensor != nullptr && tensor->has_value() ? &**tensor : nullptr;
+  }
+
+  const char* name_;
+  const Tensor* tensor_ = nullptr;
+  const Tensor* gradient_ = nullptr;
+  const float* packed_ = nullptr;
+  Integers packed_shape_;
+  bool panels_ = false;
 };
 
 // (B, N, channels) or an output that is empty when it is not wanted.

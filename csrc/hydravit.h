@@ -37,10 +37,17 @@ struct MutableTokens {
   int64_t token_stride;
 };
 
-// A weight matrix (or its gradient) whose rows lie `row_stride` apart.
+// Channels of one panel of a packed weight: element (row, column) lies at panels[row / kPanel * panel_stride +
+// column * kPanel + row % kPanel]. So the first columns of the first rows, at any width, are read without a gap, and
+// one packed copy serves all widths.
+constexpr int64_t kPanel = 32;
+
+// A weight matrix (or its gradient) whose rows lie `row_stride` apart; the same rows as panels where they were packed.
 struct Weight {
   const float* data;
   int64_t row_stride;
+  const float* panels = nullptr;
+  int64_t panel_stride = 0;
 };
 struct MutableWeight {
   float* data;  // nullable
@@ -123,11 +130,12 @@ struct MlpBlockGradients {
 
 // ---- Head: mean over tokens [pool_start, pool_stop), then norm, then classifier, the last two where given ----
 struct Head {
-  int64_t batch, pool_start, pool_stop, embed, classes;
+  int64_t batch, pool_start, pool_stop, embed;
+  int64_t classes;  // 0: no classifier, y is the pooled, normalised x
   float eps;
   Tokens x;                              // (B, N, Dk)
   const float *norm_weight, *norm_bias;  // (Dk), nullable (both or none): no norm
-  Weight weight;                         // (classes, Dk); data nullable: y is the pooled, normalised x
+  Weight weight;                         // (classes, Dk)
   const float* bias;                     // (classes), nullable
   float* y;                              // (B, classes) or (B, Dk), rows `y_row_stride` apart; unused by backward
   int64_t y_row_stride;
@@ -141,7 +149,27 @@ struct HeadGradients {
   MutableWeight weight;
 };
 
+// ---- The whole network, for inference ----
+// The blocks' x, y and saved activations are unused: the stream stays in the workspace.
+struct Network {
+  const Stem* stem;
+  const AttentionBlock* attention;  // `depth` of them
+  const MlpBlock* mlp;              // `depth` of them
+  const Head* head;
+};
+struct NetworkCall {
+  int64_t batch, tokens, depth;
+  const Network* networks;  // one for each width
+  const int64_t* width_of;  // (B), an index into `networks`; nullable: all images use the first
+  bool pooled_only;         // the last block computes only what the head pools; the same bits, less work
+  float* y;                 // (B, classes) or (B, Dk), rows `y_row_stride` apart
+  int64_t y_row_stride;
+};
+
 // ---- CPU launchers; the instruction set is chosen at run time ----
+int network_cpu(const NetworkCall& call, const Threads& threads);
+// weight (rows, columns) -> panels, one after the other: `columns` times `rows`, rounded up to whole panels, floats.
+int pack_weight_cpu(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads);
 int stem_cpu(const Stem& block, const Threads& threads);
 int stem_backward_cpu(const Stem& block, const StemGradients& gradients, const Threads& threads);
 int attention_block_cpu(const AttentionBlock& block, const Threads& threads);

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
+from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
+from hydravit.inference import PackedInference
 from hydravit.layers import Block, Classifier, PatchEmbed
 
 
@@ -54,6 +56,7 @@ class HydraViT(nn.Module):
         self._init_weights()
 
         self.slice_gradients = None  # set by hydravit.training.SliceGradients
+        self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
         self._resolve_geometries()
@@ -176,11 +179,20 @@ class HydraViT(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._select_backend(fn(self.pos_embed.new_empty(0)))  # before anything is moved: it may refuse
+        self.weights_changed()
         return super()._apply(fn, recurse)
+
+    def weights_changed(self) -> None:
+        """Say so after writes that torch cannot see (through ``.data`` or a NumPy view): packed weights are stale then.
+
+        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters are noticed anyway.
+        """
+        if self.packed_inference is not None:
+            self.packed_inference.drop()
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""
-        return {**self.__dict__, "slice_gradients": None}
+        return {**self.__dict__, "slice_gradients": None}  # and no packed weights: PackedInference sees to it
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -197,7 +209,11 @@ class HydraViT(nn.Module):
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
-        x, widths = self._trunk(images, heads)
+        images, widths = self._enter(images, heads)
+        if self.packed_inference is not None:
+            if (logits := self.packed_inference.run(self, images, widths)) is not None:
+                return logits
+        x = self._trunk(images, widths)
         return self._head(x, self.norm if self.config.pool == "token" else self.fc_norm, widths)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
@@ -205,7 +221,8 @@ class HydraViT(nn.Module):
 
         With one width per image ``Dk`` is the widest, and the channels beyond an image's own are zero.
         """
-        x, widths = self._trunk(images, heads)
+        images, widths = self._enter(images, heads)
+        x = self._trunk(images, widths)
         if self.config.pool == "avg":
             return x
         return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.subnet)
@@ -215,12 +232,13 @@ class HydraViT(nn.Module):
     ) -> Tensor:
         """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
         widths = self.widths(heads, features.shape[0])
-        features = self._check("features", features, (self.config.tokens, kernels.widest(widths.embed)))
+        features = check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)), self.pos_embed)
         return self._head(features, None if self.config.pool == "token" else self.fc_norm, widths, pre_logits)
 
     def attention_maps(self, images: Tensor, heads: int | Geometry | None = None) -> list[Tensor | None]:
         """Per layer what every token attends to, ``(B, heads, N, N)``; None where a layer's attention is skipped."""
-        x, widths = self._stem(images, heads)
+        images, widths = self._enter(images, heads)
+        x = self._stem(images, widths)
         if widths.subnet is not None:
             raise ValueError("attention_maps takes one width for the batch")
         maps = []
@@ -231,26 +249,38 @@ class HydraViT(nn.Module):
             x = self._block(i, x, widths)
         return maps
 
-    def _stem(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
-        images = self._check("images", images, (self.config.in_channels, *self.config.image_size))
+    def _enter(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
+        """What every forward begins with: checks, the widths, the backend."""
+        images = check_batch("images", images, (self.config.in_channels, *self.config.image_size), self.pos_embed)
         widths = self.widths(heads, images.shape[0])
-        if self._backend_for != (
-            self.pos_embed.device,
-            self.pos_embed.dtype,
-        ):  # assigned, or unsharded in another dtype
+        if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.geometries)
-        tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
-        parameters = (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
-        x = kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
-        return x, widths
+        return images, widths
 
-    def _trunk(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
-        x, widths = self._stem(images, heads)
+    def _stem_parameters(self) -> tuple[Tensor | None, ...]:
+        tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
+        return (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
+
+    def _head_parameters(self, norm: nn.LayerNorm | None, classifier: bool) -> tuple[Tensor | None, ...]:
+        of_norm = (None, None) if norm is None else (norm.weight, norm.bias)
+        return (*of_norm, *(self.head.head_parameters() if classifier else (None, None)))
+
+    @property
+    def pool_range(self) -> tuple[int, int]:
+        """The tokens that the head takes the mean of: the first of them and the first behind."""
+        return (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, self.config.tokens)
+
+    def _stem(self, images: Tensor, widths: Widths) -> Tensor:
+        parameters = self._stem_parameters()
+        return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
+
+    def _trunk(self, images: Tensor, widths: Widths) -> Tensor:
+        x = self._stem(images, widths)
         for i in range(len(self.blocks)):
             x = self._block(i, x, widths)
-        return x, widths
+        return x
 
     def _block(self, i: int, x: Tensor, widths: Widths) -> Tensor:
         attention = [geometry.attention[i] for geometry in widths.geometries]
@@ -258,12 +288,9 @@ class HydraViT(nn.Module):
         return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how)
 
     def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
-        pool = (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, x.shape[1])
-        norm_parameters = (None, None) if norm is None else (norm.weight, norm.bias)
-        classifier = (None, None) if pre_logits or self.num_classes == 0 else self.head.head_parameters()
-        parameters = (*norm_parameters, *classifier)
+        parameters = self._head_parameters(norm, not pre_logits and self.num_classes > 0)
         slices = [geometry.head for geometry in widths.geometries]
-        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._how(parameters))
+        return kernels.head(x, *parameters, self.pool_range, slices, widths.eps, widths.subnet, **self._how(parameters))
 
     def _how(self, parameters: tuple[Tensor | None, ...]) -> dict:
         """How the kernels run: on which backend, and where they put gradients."""
@@ -271,19 +298,3 @@ class HydraViT(nn.Module):
             return {"backend": self.backend}
         buffers = [None if p is None else self.slice_gradients.buffer(p) for p in parameters]
         return {"backend": self.backend, "buffers": buffers}
-
-    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Raise unless it is ``(B, *shape)``; autocast's low precision is undone, as the parameters are not cast."""
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
-            sizes = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
-        device, dtype = self.pos_embed.device, self.pos_embed.dtype
-        if tensor.device != device:
-            raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
-        if tensor.dtype != dtype:
-            if not tensor.dtype.is_floating_point or not torch.is_autocast_enabled(device.type):
-                raise TypeError(f"{name} are {tensor.dtype}, the model is {dtype}")
-            tensor = tensor.to(dtype)
-        return tensor

@@ -2,6 +2,7 @@
 
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
+from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.reference import attention_map, layer_norm
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
@@ -9,17 +10,24 @@ from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSl
 __all__ = [
     "AttentionSlice",
     "EmbedSlice",
+    "Fingerprint",
     "HeadSlice",
     "MlpSlice",
+    "NetworkSlices",
+    "Packed",
     "annotate",
     "attention_block",
     "attention_map",
     "available_backends",
     "check_backend",
+    "fingerprint",
     "head",
     "layer_norm",
     "mlp_block",
+    "network",
+    "pack",
     "select",
+    "slices_of_network",
     "stem",
     "widest",
 ]

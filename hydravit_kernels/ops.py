@@ -71,6 +71,16 @@ SCHEMAS = {
     + ") -> Tensor",
 }
 
+# The whole network without gradients, from `packed`, which holds the parameters at `offsets`; both as packed.py makes
+# them. Slices and scales: block after block, and within a block width after width. `pooled_only`: the last block
+# computes only what the head pools.
+NETWORK = (
+    "(Tensor images, Tensor packed, int[] offsets, int embed, int hidden, int patch_height, int patch_width, "
+    "int cls_tokens, int reg_tokens, int positions, int class_rows, int pool_start, int pool_stop, int depth, "
+    "SymInt[] stem_slices, SymInt[] attention_slices, SymInt[] mlp_slices, SymInt[] head_slices, float[] scales, "
+    "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
+)
+
 # Integers per slice in `slices`, in the order of the fields in `slices.py`.
 EMBED_INTS, ATTENTION_INTS, MLP_INTS, HEAD_INTS = 2, 10, 4, 4
 
@@ -147,7 +157,16 @@ def define(backend: str) -> None:
         torch.library.register_fake(f"hydravit::{name}_{backend}", FAKES[name], lib=LIBRARY)
 
 
+def _network(images, *arguments):
+    class_rows, slices = arguments[9], arguments[16]
+    return images.new_empty((images.shape[0], _largest(_column(slices, HEAD_INTS, 3 if class_rows else 1))))
+
+
 define("native")
+LIBRARY.define(f"network_native{NETWORK}")
+torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
+LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
+torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("set_cpu_isa(str isa) -> ()")

@@ -1,8 +1,11 @@
 // Attention block: y = x + branch_scale * layer_scale * (attended proj^T + b), attended = attention of the three
 // products of norm(x) with the query, key and value weights; images in chunks.
 //
-// The residual is added while the projection's tiles are in registers. Backward recomputes the normalised x, and the
+// Forward has two phases, between which all rows of an image are waited for: the three products; attention, projection
+// and residual. In each every thread takes some rows all the way. Backward recomputes the normalised x, and the
 // probabilities from the saved Q, K and log-sum-exp.
+#include "attention.h"
+
 #include "attention_heads.h"
 #include "kernels.h"
 #include "norm.h"
@@ -77,61 +80,120 @@ Axis rows_of(const AttentionBlock& block, const MutableTokens& tokens) {
   return token_rows(block.tokens, tokens.token_stride, tokens.image_stride);
 }
 
+Axis rows_of(const AttentionBlock& block, const Role& role) {
+  return segmented(role.weight.row_stride, role.dim, block.pitch * role.weight.row_stride);
+}
+
 // The projection with its bias; what becomes of the product is the caller's.
 void project(const Threads& threads, float* scratch, const AttentionBlock& block, int64_t rows,
              const MutableTokens& attended, Output out) {
   out.bias = block.proj_bias;
   gemm(threads, scratch, rows, block.embed, block.heads * block.value_dim,
-       {attended.data, rows_of(block, attended), {}},
-       {block.proj_weight.data, segmented(1, block.value_dim, block.pitch), {block.proj_weight.row_stride}}, out);
+       {attended.data, rows_of(block, attended), {}}, proj_of(block), out);
 }
 
 }  // namespace
 
+View proj_of(const AttentionBlock& block) {
+  const Weight& weight = block.proj_weight;
+  return {
+      weight.data, segmented(1, block.value_dim, block.pitch), {weight.row_stride}, weight.panels, weight.panel_stride};
+}
+
+void query_key_value_rows(const AttentionBlock& block, int64_t image, const Range& tokens, const Range& queries,
+                          float* scratch) {
+  const int64_t rows = tokens.end - tokens.begin, stride = padded_row(block.embed);
+  const Tokens x = rows_from(block.x, image, tokens.begin);
+  const MutableTokens qkv = rows_from(block.qkv, image, tokens.begin);
+  float* normalised = scratch;
+  float* panel = normalised + kBandRows * stride;
+  normalize_rows({rows, block.embed, block.eps, x.data, {x.token_stride}, block.norm_weight, block.norm_bias}, 0, rows,
+                 normalised, stride, nullptr);
+  for (const Role& role : Roles(block).role) {
+    Range wanted{0, rows};
+    if (role.column == 0)
+      wanted = {larger<int64_t>(0, queries.begin - tokens.begin), smaller(rows, queries.end - tokens.begin)};
+    if (wanted.begin >= wanted.end) continue;
+    Output out{qkv.data + wanted.begin * qkv.token_stride + role.column, {qkv.token_stride}, {}};
+    out.bias = role.bias;
+    out.bias_axis = segmented(1, role.dim, block.pitch);
+    multiply_rows(wanted.end - wanted.begin, block.heads * role.dim, block.embed, normalised + wanted.begin * stride,
+                  {stride}, transposed(role.weight, rows_of(block, role)), out, panel);
+  }
+}
+
+void attend_head(const AttentionBlock& block, int64_t image, int64_t head, const Range& tokens, float* scratch) {
+  attend(heads_of(block, 0, block.batch, block.qkv, block.attended), image, head, tokens, scratch);
+}
+
+void attend_rows(const AttentionBlock& block, int64_t image, const Range& tokens, float* scratch) {
+  for (int64_t head = 0; head < block.heads; head++) attend_head(block, image, head, tokens, scratch);
+}
+
+void project_rows(const AttentionBlock& block, int64_t image, const Range& tokens, float* scratch) {
+  const int64_t rows = tokens.end - tokens.begin;
+  const Tokens x = rows_from(block.x, image, tokens.begin);
+  const MutableTokens y = rows_from(block.y, image, tokens.begin);
+  const MutableTokens attended = rows_from(block.attended, image, tokens.begin);
+  if (block.heads == 0) {
+    for (int64_t row = 0; row < rows; row++)
+      std::memcpy(y.data + row * y.token_stride, x.data + row * x.token_stride, static_cast<size_t>(block.embed) * 4);
+    return;
+  }
+  Output out{y.data, {y.token_stride}, {}};
+  out.bias = block.proj_bias;
+  out.column_scale = block.layer_scale;
+  out.row_scale = block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
+  out.rows_per_scale = rows;
+  out.residual = x.data;
+  out.residual_rows = {x.token_stride};
+  multiply_rows(rows, block.embed, block.heads * block.value_dim, attended.data, {attended.token_stride},
+                proj_of(block), out, scratch);
+}
+
+int64_t attention_rows_scratch(const AttentionBlock& block) {
+  const int64_t products = kBandRows * padded_row(block.embed) + round_up(kSweepScratch, 16);
+  return block.heads == 0 ? products : larger(products, attend_scratch(block));
+}
+
 int attention_block(const AttentionBlock& block, const Threads& threads) {
   const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
-  const int64_t rows = block.heads == 0 ? 0 : step * tokens;
-  const Roles roles(block);
-  const int64_t values = block.heads * block.value_dim;
+  const int64_t values = block.heads * block.value_dim, columns = Roles(block).columns;
   const bool save = block.qkv.data != nullptr;
-  MutableTokens qkv{nullptr, tokens * roles.columns, roles.columns}, attended{nullptr, tokens * values, values};
-  float *normalised, *scratch, *heads_scratch;
+  const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (columns + values) + tokens * (columns - values));
+  const int64_t size = attention_rows_scratch(block);
+  MutableTokens qkv{nullptr, tokens * padded_row(columns), padded_row(columns)};
+  MutableTokens attended{nullptr, tokens * padded_row(values), padded_row(values)};
+  float* scratch;
   Workspace workspace;
-  workspace.add(&normalised, rows * block.embed);
-  workspace.add(&qkv.data, save ? 0 : rows * roles.columns);
-  workspace.add(&attended.data, save ? 0 : rows * values);
-  workspace.add(&scratch, gemm_scratch(threads));
-  workspace.add(&heads_scratch, attend_scratch(block, threads));
+  workspace.add(&qkv.data, save ? 0 : step * qkv.image_stride);
+  workspace.add(&attended.data, save ? 0 : step * attended.image_stride);
+  workspace.add(&scratch, jobs * size);
   if (!workspace.allocate()) return kOutOfMemory;
 
   for (int64_t image = 0; image < block.batch; image += step) {
-    const int64_t images = smaller(step, block.batch - image);
-    const Norm norm = norm_of(block, image, images);
-    const MutableTokens y = from_image(block.y, image);
-    if (block.heads == 0) {
-      copy_rows(threads, norm.rows, block.embed, norm.x, norm.x_rows, y.data, rows_of(block, y));
-      continue;
-    }
-    if (save) qkv = from_image(block.qkv, image), attended = from_image(block.attended, image);
-
-    normalize(threads, norm, normalised, nullptr);
-    for (const Role& role : roles.role) {
-      Output out{qkv.data + role.column, rows_of(block, qkv), {}};
-      const Axis weight_rows = segmented(role.weight.row_stride, role.dim, block.pitch * role.weight.row_stride);
-      out.bias = role.bias;
-      out.bias_axis = segmented(1, role.dim, block.pitch);
-      gemm(threads, scratch, norm.rows, block.heads * role.dim, block.embed, {normalised, {block.embed}, {}},
-           {role.weight.data, {}, weight_rows}, out);
-    }
-    attend(heads_of(block, image, images, qkv, attended), threads, heads_scratch);
-
-    Output out{y.data, rows_of(block, y), {}};
-    out.column_scale = block.layer_scale;
-    out.row_scale = branch_scale_of(block, image);
-    out.rows_per_scale = tokens;
-    out.residual = norm.x;
-    out.residual_rows = norm.x_rows;
-    project(threads, scratch, block, norm.rows, attended, out);
+    AttentionBlock chunk = block;
+    chunk.batch = smaller(step, block.batch - image);
+    chunk.x = rows_from(block.x, image, 0);
+    chunk.y = rows_from(block.y, image, 0);
+    chunk.qkv = save ? rows_from(block.qkv, image, 0) : qkv;
+    chunk.attended = save ? rows_from(block.attended, image, 0) : attended;
+    if (block.branch_scale != nullptr) chunk.branch_scale += image;
+    if (block.logsumexp != nullptr) chunk.logsumexp += image * block.logsumexp_image_stride;
+    const auto each_share = [&](const auto& body) {
+      parallel(threads, jobs, [&](int64_t job) {
+        for_each_share(job, jobs, chunk.batch, tokens, [&](const Share& share) { body(share, scratch + job * size); });
+      });
+    };
+    if (block.heads > 0)
+      each_share([&](const Share& share, float* own) {
+        for_each_band(share.tokens,
+                      [&](const Range& band) { query_key_value_rows(chunk, share.image, band, {0, tokens}, own); });
+      });
+    each_share([&](const Share& share, float* own) {
+      attend_rows(chunk, share.image, share.tokens, own);
+      for_each_band(share.tokens, [&](const Range& band) { project_rows(chunk, share.image, band, own); });
+    });
   }
   return kOk;
 }

@@ -1,6 +1,6 @@
-// Queries are taken kTileColumns at a time, one per vector lane: scores are kept transposed, (tokens, kTileColumns), so
-// that the softmax over tokens never crosses lanes, and a whole row of scores is there at once for any N. K and V of
-// the head are packed once per (image, head) and stay in cache.
+// K and V of the head are packed once per (image, head) and stay in cache; a whole row of scores is there at once for
+// any N. Forward takes queries a register tile at a time, one per row. Backward takes them kTileColumns at a time, one
+// per vector lane, with the scores transposed, (tokens, kTileColumns), so that no sum over tokens crosses lanes.
 #include "attention_heads.h"
 
 namespace hydravit::HYDRAVIT_ISA {
@@ -26,66 +26,47 @@ float* at(const MutableTokens& tokens, int64_t image, int64_t column) {
 // scores (tokens, kQueries) = keys (packed rows) times queries (one packed panel)
 void score(int64_t tokens, int64_t depth, const float* keys, const float* queries, float* scores) {
   for (int64_t token = 0; token < tokens; token += kTileRows)
-    tile_product(smaller<int64_t>(kTileRows, tokens - token),
-                 {depth, keys + token * depth, kTileRows, queries, scores + token * kQueries, kQueries, false});
+    tile_across(
+        smaller<int64_t>(kTileRows, tokens - token), kQueries,
+        {depth, keys + token * depth, kTileRows, queries, kTileColumns, scores + token * kQueries, kQueries, false});
 }
 
-// scores -> e^(scores * scale - max), lane by lane; the lanes' sums and maxima.
-void exponentiate(int64_t tokens, float scale, float* scores, float* sums, float* maxima) {
-  for (int half = 0; half < 2; half++) {
-    float* lanes = scores + half * kWidth;
-    Vec high = load(lanes) * scale;
-    for (int64_t token = 1; token < tokens; token++) high = vmax(high, load(lanes + token * kQueries) * scale);
-    const Vec total = sum_over(tokens, [&](int64_t token) {
-      const Vec value = exp(load(lanes + token * kQueries) * scale - high);
-      store(lanes + token * kQueries, value);
-      return value;
-    });
-    store(sums + half * kWidth, total);
-    store(maxima + half * kWidth, high);
-  }
-}
-
-struct ForwardBuffers {
-  float *keys, *values, *queries, *scores;
-};
+// The forward's buffers: K (head_dim, tokens) and V (tokens, value_dim) of the head in panels of kTileColumns, and the
+// scores of one tile of queries, (kTileRows, tokens).
 struct ForwardSizes {
-  int64_t keys, values, queries, scores, total;
+  int64_t keys, values, scores, total;
   ForwardSizes(int64_t tokens, int64_t head_dim, int64_t value_dim)
-      : keys(round_up(round_up(tokens, kTileRows) * head_dim + kPad, 16)),
+      : keys(round_up(padded(tokens) * head_dim + kPad, 16)),
         values(round_up(tokens * padded(value_dim) + kPad, 16)),
-        queries(round_up(kQueries * head_dim + kPad, 16)),
-        scores(tokens * kQueries),
-        total(round_up(keys + values + queries + scores, 16)) {}
+        scores(kTileRows * padded(tokens)),
+        total(keys + values + scores) {}
 };
 
-// Queries [query, query + count) of one head, its K and V being packed.
-void attend_queries(const Heads& heads, int64_t image, int64_t head, int64_t query, const ForwardBuffers& buffers) {
-  const int64_t tokens = heads.tokens, count = smaller<int64_t>(kQueries, tokens - query);
-  float sums[kQueries], maxima[kQueries], tile[kTileRows * kTileColumns];
-  pack_columns(at(heads.q, image, head * heads.head_dim), {heads.q.token_stride}, {}, query, count, 0, heads.head_dim,
-               buffers.queries);
-  score(tokens, heads.head_dim, buffers.keys, buffers.queries, buffers.scores);
-  exponentiate(tokens, heads.scale, buffers.scores, sums, maxima);
-  if (heads.logsumexp != nullptr) {
-    float* to = heads.logsumexp + image * heads.logsumexp_image_stride + head * tokens + query;
-    for (int64_t i = 0; i < count; i++) to[i] = maxima[i] + __builtin_logf(sums[i]);
+Vec lane_indices() {
+  Vec lanes;
+  for (int i = 0; i < kWidth; i++) lanes[i] = static_cast<float>(i);
+  return lanes;
+}
+
+// scores -> e^(scores * scale - max) in place; returns their sum.
+float exponentiate(int64_t tokens, float scale, float* scores, float* maximum) {
+  const int64_t whole = tokens / kWidth * kWidth, rest = tokens - whole;
+  const Vec tail = lane_indices() < static_cast<float>(rest) ? load(scores + whole) * scale : splat(-__builtin_inff());
+  Vec high = tail;
+  for (int64_t i = 0; i < whole; i += kWidth) high = vmax(high, load(scores + i) * scale);
+  *maximum = highest(high);
+  const Vec shift = splat(*maximum);
+  Vec total = sum_over(whole / kWidth, [&](int64_t i) {
+    const Vec value = exp(load(scores + i * kWidth) * scale - shift);
+    store(scores + i * kWidth, value);
+    return value;
+  });
+  if (rest > 0) {
+    const Vec value = exp(tail - shift);
+    store(scores + whole, value);
+    total += value;
   }
-  for (int64_t column = 0; column < heads.value_dim; column += kTileColumns) {
-    const int64_t columns = smaller<int64_t>(kTileColumns, heads.value_dim - column);
-    for (int64_t row = 0; row < count; row += kQueryRows) {
-      const int64_t rows = smaller<int64_t>(kQueryRows, count - row);
-      tile_product(
-          rows, {tokens, buffers.scores + row, kQueries, buffers.values + column * tokens, tile, kTileColumns, false});
-      for (int64_t i = 0; i < rows; i++) {
-        float* to = at(heads.attended, image, head * heads.value_dim + column) +
-                    (query + row + i) * heads.attended.token_stride;
-        const float factor = 1.0f / sums[row + i];
-        for (int64_t j = 0; j < columns; j += kWidth)
-          store(to + j, load(tile + i * kTileColumns + j) * factor, columns - j);
-      }
-    }
-  }
+  return sum(total);
 }
 
 struct BackwardSizes {
@@ -127,9 +108,9 @@ void add_products(int64_t tokens, int64_t queries, int64_t columns, const float*
                   bool accumulate, float* sums) {
   for (int64_t column = 0; column < columns; column += kTileColumns)
     for (int64_t token = 0; token < tokens; token += kTileRows)
-      tile_product_along(smaller<int64_t>(kTileRows, tokens - token),
-                         {queries, scores + token * kQueries, 1, rows + column * queries,
-                          sums + token * padded(columns) + column, padded(columns), accumulate});
+      tile_along(smaller<int64_t>(kTileRows, tokens - token), kTileColumns,
+                 {queries, scores + token * kQueries, kQueries, rows + column * queries, kTileColumns,
+                  sums + token * padded(columns) + column, padded(columns), accumulate});
 }
 
 // scores -> probabilities, and d probabilities -> d scores: p (dp - sum(p dp)) scale. The probabilities are normalised
@@ -184,8 +165,9 @@ void attend_queries_backward(const Heads& heads, const HeadsGradients& gradients
     for (int64_t row = 0; row < count; row += kQueryRows) {
       const int64_t rows = smaller<int64_t>(kQueryRows, count - row),
                     columns = smaller<int64_t>(kTileColumns, d - column);
-      tile_product(rows, {tokens, buffers.d_scores + row, kQueries, buffers.key_columns + column * tokens, tile,
-                          kTileColumns, false});
+      tile_across(rows, kTileColumns,
+                  {tokens, buffers.d_scores + row, kQueries, buffers.key_columns + column * tokens, kTileColumns, tile,
+                   kTileColumns, false});
       for (int64_t i = 0; i < rows; i++) {
         float* to = at(gradients.q, image, head * d + column) + (query + row + i) * gradients.q.token_stride;
         for (int64_t j = 0; j < columns; j += kWidth) store(to + j, load(tile + i * kTileColumns + j), columns - j);
@@ -215,35 +197,48 @@ void attend_head_backward(const Heads& heads, const HeadsGradients& gradients, i
 
 }  // namespace
 
-int64_t attend_scratch(const AttentionBlock& block, const Threads& threads) {
-  return block.heads == 0 ? 0 : threads.count * ForwardSizes(block.tokens, block.head_dim, block.value_dim).total;
+int64_t attend_scratch(const AttentionBlock& block) {
+  return ForwardSizes(block.tokens, block.head_dim, block.value_dim).total;
 }
 
-void attend(const Heads& heads, const Threads& threads, float* scratch) {
-  // One task per block of queries, so that a single image of few heads still uses every thread; a job's tasks follow
-  // each other and share the packed K and V of their head.
-  const int64_t blocks = divide_up(heads.tokens, kQueries), tasks = heads.images * heads.heads * blocks;
-  const int64_t jobs = smaller(threads.count, tasks);
-  const ForwardSizes sizes(heads.tokens, heads.head_dim, heads.value_dim);
-  parallel(threads, jobs, [&](int64_t job) {
-    float* keys = scratch + job * sizes.total;
-    float* values = keys + sizes.keys;
-    const ForwardBuffers buffers{keys, values, values + sizes.values, values + sizes.values + sizes.queries};
-    const Range range = part(tasks, job, jobs);
-    int64_t packed = -1;
-    for (int64_t task = range.begin; task < range.end; task++) {
-      const int64_t image = task / blocks / heads.heads, head = task / blocks % heads.heads;
-      if (task / blocks != packed) {
-        packed = task / blocks;
-        const Axis rows{heads.k.token_stride};
-        pack_rows(at(heads.k, image, head * heads.head_dim), rows, {}, 0, heads.tokens, 0, heads.head_dim,
-                  buffers.keys);
-        pack_columns(at(heads.v, image, head * heads.value_dim), {}, rows, 0, heads.value_dim, 0, heads.tokens,
-                     buffers.values);
-      }
-      attend_queries(heads, image, head, task % blocks * kQueries, buffers);
+void attend(const Heads& heads, int64_t image, int64_t head, const Range& queries, float* scratch) {
+  const int64_t tokens = heads.tokens, d = heads.head_dim, dv = heads.value_dim;
+  const ForwardSizes sizes(tokens, d, dv);
+  float* keys = scratch;
+  float* values = keys + sizes.keys;
+  float* scores = values + sizes.values;
+  const Axis token_axis{heads.k.token_stride};
+  pack_columns(at(heads.k, image, head * d), token_axis, {}, 0, tokens, 0, d, keys);
+  pack_columns(at(heads.v, image, head * dv), {}, token_axis, 0, dv, 0, tokens, values);
+
+  const float* q = at(heads.q, image, head * d);
+  float* attended = at(heads.attended, image, head * dv);
+  float sums[kTileRows], maxima[kTileRows], tile[kTileRows * kTileColumns];
+  for (int64_t query = queries.begin; query < queries.end;) {
+    const int64_t left = queries.end - query, rows = left / divide_up(left, kTileRows);
+    for (int64_t key = 0; key < tokens; key += kTileColumns)
+      tile_along(rows, tokens - key,
+                 {d, q + query * heads.q.token_stride, heads.q.token_stride, keys + key * d, kTileColumns, scores + key,
+                  padded(tokens), false});
+    for (int64_t i = 0; i < rows; i++)
+      sums[i] = exponentiate(tokens, heads.scale, scores + i * padded(tokens), &maxima[i]);
+    if (heads.logsumexp != nullptr) {
+      float* to = heads.logsumexp + image * heads.logsumexp_image_stride + head * tokens + query;
+      for (int64_t i = 0; i < rows; i++) to[i] = maxima[i] + __builtin_logf(sums[i]);
     }
-  });
+    for (int64_t column = 0; column < dv; column += kTileColumns) {
+      const int64_t columns = smaller<int64_t>(kTileColumns, dv - column);
+      tile_along(rows, columns,
+                 {tokens, scores, padded(tokens), values + column * tokens, kTileColumns, tile, kTileColumns, false});
+      for (int64_t i = 0; i < rows; i++) {
+        float* to = attended + column + (query + i) * heads.attended.token_stride;
+        const float factor = 1.0f / sums[i];
+        for (int64_t j = 0; j < columns; j += kWidth)
+          store(to + j, load(tile + i * kTileColumns + j) * factor, columns - j);
+      }
+    }
+    query += rows;
+  }
 }
 
 int64_t attend_backward_scratch(const AttentionBlock& block, const Threads& threads) {

@@ -15,8 +15,9 @@ struct Heads {
   float* logsumexp;        // (images, heads, tokens), images `logsumexp_image_stride` apart; forward: nullable
   int64_t logsumexp_image_stride;
 };
-int64_t attend_scratch(const AttentionBlock& block, const Threads& threads);
-void attend(const Heads& heads, const Threads& threads, float* scratch);
+// Some queries of one (image, head), by one thread; `scratch`: attend_scratch(block) floats.
+void attend(const Heads& heads, int64_t image, int64_t head, const Range& queries, float* scratch);
+int64_t attend_scratch(const AttentionBlock& block);
 
 // From the gradient of `attended`: the gradients of q, k and v, laid out like them.
 struct HeadsGradients {

@@ -24,6 +24,8 @@ namespace {
 struct Kernels {
   const char* name;
   bool (*supported)();
+  decltype(&portable::network) network;
+  decltype(&portable::pack_weight) pack_weight;
   decltype(&portable::stem) stem;
   decltype(&portable::stem_backward) stem_backward;
   decltype(&portable::attention_block) attention_block;
@@ -37,6 +39,8 @@ struct Kernels {
 #define HYDRAVIT_KERNELS(isa, supported) \
   {#isa,                                 \
    supported,                            \
+   isa::network,                         \
+   isa::pack_weight,                     \
    isa::stem,                            \
    isa::stem_backward,                   \
    isa::attention_block,                 \
@@ -126,6 +130,10 @@ int set_cpu_isa(const char* name) {
   return status;
 }
 
+int network_cpu(const NetworkCall& call, const Threads& threads) { return launch(&Kernels::network, call, threads); }
+int pack_weight_cpu(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
+  return launch(&Kernels::pack_weight, weight, rows, columns, panels, threads);
+}
 int stem_cpu(const Stem& block, const Threads& threads) { return launch(&Kernels::stem, block, threads); }
 int stem_backward_cpu(const Stem& block, const StemGradients& gradients, const Threads& threads) {
   return launch(&Kernels::stem_backward, block, gradients, threads);

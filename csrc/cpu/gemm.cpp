@@ -1,25 +1,14 @@
 #include "gemm.h"
 
 #include <array>
-#include <utility>
+
+#include "kernels.h"
 
 namespace hydravit::HYDRAVIT_ISA {
 
 namespace {
 
 // ---- Packing ----
-
-#if defined(__clang__)
-template <int... lanes>
-inline Vec shuffle(Vec a, Vec b) {
-  return __builtin_shufflevector(a, b, lanes...);
-}
-#else
-template <int... lanes>
-inline Vec shuffle(Vec a, Vec b) {
-  return __builtin_shuffle(a, b, IntVec{lanes...});
-}
-#endif
 
 // Lanes of `a` and `b` interleaved in groups of `group`: the even groups of both (odd = 0) or the odd ones (odd = 1).
 template <int group, int odd, int... lane>
@@ -58,9 +47,8 @@ void pack_panel(const float* data, const Axis& lanes, const Axis& depth, int64_t
                 "a whole-vector store must not reach into another vector's lanes");
   constexpr int kGroup = panel < kWidth ? panel : kWidth;
   const float* rows[panel];
-  const bool full = count == panel;
   const int64_t first = lanes.at(lane);
-  const bool neighbours = full && lanes.at(lane + panel - 1) - first == panel - 1;
+  const bool neighbours = count == panel && lanes.at(lane + panel - 1) - first == panel - 1;
 
   for (int64_t begin = depth_begin; begin < depth_end;) {
     int64_t end = depth_end;  // of the depth indices in one segment
@@ -71,14 +59,14 @@ void pack_panel(const float* data, const Axis& lanes, const Axis& depth, int64_t
     if (neighbours) {
       for (; k < length; k++) std::memcpy(to + k * panel, base + first + k * depth.stride, panel * sizeof(float));
     } else {
-      for (int64_t i = 0; i < count; i++) rows[i] = base + lanes.at(lane + i);
-      if (full && depth.stride == 1) {
+      for (int64_t i = 0; i < panel; i++) rows[i] = base + lanes.at(lane + smaller(i, count - 1));
+      if (depth.stride == 1) {
         for (; k + kWidth <= length; k += kWidth)
           for (int group = 0; group < panel; group += kGroup)
             transpose_block<kGroup, panel>(rows + group, k, to + k * panel + group);
       }
       for (; k < length; k++)
-        for (int64_t i = 0; i < panel; i++) to[k * panel + i] = i < count ? rows[i][k * depth.stride] : 0.0f;
+        for (int64_t i = 0; i < panel; i++) to[k * panel + i] = rows[i][k * depth.stride];
     }
     to += length * panel;
     begin = end;
@@ -96,95 +84,51 @@ void pack(const float* data, const Axis& lanes, const Axis& depth, int64_t lane,
 
 // ---- The register tile ----
 
-template <int rows, int row_step>
-void tile(const TileProduct& product) {
-  Vec sums[rows][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
-    sums[i][0] = Vec{};
-    sums[i][1] = Vec{};
-  }
-  const float* a = product.a;
-  const float* b = product.b;
-  for (int64_t k = 0; k < product.depth; k++) {
-    const Vec b0 = load(b), b1 = load(b + kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      const Vec value = splat(a[i * row_step]);
-      sums[i][0] = value * b0 + sums[i][0];
-      sums[i][1] = value * b1 + sums[i][1];
-    }
-    a += product.a_step;
-    b += kTileColumns;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
-    float* out = product.out + i * product.out_stride;
-    store(out, product.accumulate ? load(out) + sums[i][0] : sums[i][0]);
-    store(out + kWidth, product.accumulate ? load(out + kWidth) + sums[i][1] : sums[i][1]);
-  }
-}
-
-using Tile = void (*)(const TileProduct&);
-
-template <int row_step, int... i>
-constexpr std::array<Tile, kTileRows> tiles(std::integer_sequence<int, i...>) {
-  return {tile<i + 1, row_step>...};
-}
-constexpr auto kTiles = tiles<1>(std::make_integer_sequence<int, kTileRows>());
-constexpr auto kTilesAlong = tiles<kTileColumns>(std::make_integer_sequence<int, kTileRows>());
-
-// ---- Blocking ----
-
-// Rows of `a` packed at a time (level 2 cache), and the longest piece of the depth.
-constexpr int64_t kBlockRows = 24 * kTileRows;
-constexpr int64_t kBlockDepth = 512;
-// Depth of one chain of multiply-adds: the shorter, the smaller the rounding error of the sum of all chains.
-constexpr int64_t kChain = 64;
-constexpr int64_t kRowsScratch = kBlockRows * kBlockDepth + kWidth;
-constexpr int64_t kColumnsScratch = kTileColumns * kBlockDepth + kWidth;
-constexpr int64_t kTileScratch = kTileRows * kTileColumns;
-constexpr int64_t kJobScratch = (kRowsScratch + kColumnsScratch + kTileScratch + 15) / 16 * 16;
-
-// The vectors along the columns of one panel, gathered once for all its tiles.
-struct PanelVectors {
+// The vectors along the columns of one tile.
+struct ColumnVectors {
   float bias[kTileColumns], scale[kTileColumns];
 };
 
-void gather(const Output& out, int64_t column, int64_t count, PanelVectors& vectors) {
+// Where a tile's sums go: `out`, from `row` and `column` on.
+struct Finish {
+  const Output* out;
+  int64_t row, column;
+  bool first, last;  // piece of the depth
+  ColumnVectors vectors;
+};
+
+void gather(Finish& finish, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
-    if (out.bias != nullptr) vectors.bias[i] = out.bias[out.bias_axis.at(column + i)];
-    if (out.column_scale != nullptr) vectors.scale[i] = out.column_scale[column + i];
+    if (finish.out->bias != nullptr)
+      finish.vectors.bias[i] = finish.out->bias[finish.out->bias_axis.at(finish.column + i)];
+    if (finish.out->column_scale != nullptr) finish.vectors.scale[i] = finish.out->column_scale[finish.column + i];
   }
 }
 
-struct Place {
-  int64_t row, rows, column, columns;
-  bool first, last;  // piece of the depth
-};
-
-// One tile of sums -> the output, see `Output`. Before the last piece of the depth, `out` holds the sums so far.
-void finish(const Output& out, const float* sums, const Place& place, const PanelVectors& vectors) {
+// Any tile, from memory: sums (rows, kTileColumns).
+__attribute__((noinline)) void finish_from_memory(const Finish& finish, const float* sums, int64_t rows,
+                                                  int64_t columns) {
+  const Output& out = *finish.out;
   const bool scattered = out.columns.segment != 0 || out.columns.stride != 1;
-  for (int64_t i = 0; i < place.rows; i++) {
-    const int64_t row = place.row + i;
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t row = finish.row + i;
     float* to = out.data + out.rows.at(row);
     if (scattered) {
-      for (int64_t j = 0; j < place.columns; j++) {
-        float& element = to[out.columns.at(place.column + j)];
-        element = sums[i * kTileColumns + j] + (place.first && !out.accumulate ? 0.0f : element);
+      for (int64_t j = 0; j < columns; j++) {
+        float& element = to[out.columns.at(finish.column + j)];
+        element = sums[i * kTileColumns + j] + (finish.first && !out.accumulate ? 0.0f : element);
       }
       continue;
     }
-    for (int64_t j = 0; j < place.columns; j += kWidth) {
-      const int64_t count = place.columns - j, column = place.column + j;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int64_t count = columns - j, column = finish.column + j;
       Vec value = load(sums + i * kTileColumns + j);
-      if (!place.first || out.accumulate) value += load(to + column, count);
-      if (place.last) {
-        if (out.bias != nullptr) value += load(vectors.bias + j);
+      if (!finish.first || out.accumulate) value += load(to + column, count);
+      if (finish.last) {
+        if (out.bias != nullptr) value += load(finish.vectors.bias + j);
         if (out.gelu != nullptr) store(out.gelu + row * out.gelu_stride + column, gelu(value), count);
         if (out.gelu == out.data && out.gelu != nullptr) continue;
-        if (out.column_scale != nullptr) value *= load(vectors.scale + j);
+        if (out.column_scale != nullptr) value *= load(finish.vectors.scale + j);
         if (out.row_scale != nullptr) value *= splat(out.row_scale[row / out.rows_per_scale]);
         if (out.residual != nullptr) value += load(out.residual + out.residual_rows.at(row) + column, count);
       }
@@ -193,33 +137,146 @@ void finish(const Output& out, const float* sums, const Place& place, const Pane
   }
 }
 
+template <int rows, int vectors, class Body>
+inline void for_each(const Body& body) {
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; j++) body(i, j);
+}
+
+// The same from registers, for whole vectors of contiguous columns: one decision per tile, not per vector.
+template <int rows, int vectors>
+inline void finish_from_registers(const Finish& finish, Vec (&sums)[rows][vectors]) {
+  const Output& out = *finish.out;
+  float* to[rows];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) to[i] = out.data + out.rows.at(finish.row + i) + finish.column;
+  if (!finish.first || out.accumulate)
+    for_each<rows, vectors>([&](int i, int j) { sums[i][j] += load(to[i] + j * kWidth); });
+  if (finish.last) {
+    if (out.bias != nullptr)
+      for_each<rows, vectors>([&](int i, int j) { sums[i][j] += load(finish.vectors.bias + j * kWidth); });
+    if (out.column_scale != nullptr)
+      for_each<rows, vectors>([&](int i, int j) { sums[i][j] *= load(finish.vectors.scale + j * kWidth); });
+    if (out.row_scale != nullptr)
+      for_each<rows, vectors>(
+          [&](int i, int j) { sums[i][j] *= splat(out.row_scale[(finish.row + i) / out.rows_per_scale]); });
+    if (out.residual != nullptr)
+      for_each<rows, vectors>([&](int i, int j) {
+        sums[i][j] += load(out.residual + out.residual_rows.at(finish.row + i) + finish.column + j * kWidth);
+      });
+  }
+  for_each<rows, vectors>([&](int i, int j) { store(to[i] + j * kWidth, sums[i][j]); });
+}
+
+template <int rows, int vectors, bool along>
+void compute(const Tile& tile, const Finish* finish, int64_t columns) {
+  Vec sums[rows][vectors];
+  for_each<rows, vectors>([&](int i, int j) { sums[i][j] = Vec{}; });
+  const float* a = tile.a;
+  const float* b = tile.b;
+  for (int64_t k = 0; k < tile.depth; k++) {
+    Vec right[vectors];
+    for (int j = 0; j < vectors; j++) right[j] = load(b + j * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      const Vec left = splat(along ? a[i * tile.a_step] : a[i]);
+      for (int j = 0; j < vectors; j++) sums[i][j] = left * right[j] + sums[i][j];
+    }
+    a += along ? 1 : tile.a_step;
+    b += tile.b_step;
+  }
+  if (finish == nullptr) {
+    for_each<rows, vectors>([&](int i, int j) {
+      float* to = tile.out + i * tile.out_stride + j * kWidth;
+      store(to, tile.accumulate ? load(to) + sums[i][j] : sums[i][j]);
+    });
+  } else if (columns == vectors * kWidth && finish->out->gelu == nullptr && finish->out->columns.segment == 0 &&
+             finish->out->columns.stride == 1) {
+    finish_from_registers<rows, vectors>(*finish, sums);
+  } else {
+    float memory[rows * kTileColumns];
+    for_each<rows, vectors>([&](int i, int j) { store(memory + i * kTileColumns + j * kWidth, sums[i][j]); });
+    finish_from_memory(*finish, memory, rows, columns);
+  }
+}
+
+using Compute = void (*)(const Tile&, const Finish*, int64_t columns);
+
+template <int vectors, bool along, int... i>
+constexpr std::array<Compute, kTileRows> heights(std::integer_sequence<int, i...>) {
+  return {compute<i + 1, vectors, along>...};
+}
+// By columns: one vector or two; then by rows.
+template <bool along>
+constexpr std::array<std::array<Compute, kTileRows>, 2> kComputes = {
+    heights<1, along>(std::make_integer_sequence<int, kTileRows>()),
+    heights<2, along>(std::make_integer_sequence<int, kTileRows>())};
+
+// ---- Blocking ----
+
+// Rows of `a` that are swept at a time: one piece of them stays in the level 2 cache.
+constexpr int64_t kBlockRows = 24 * kTileRows;
+constexpr int64_t kRowsScratch = round_up(kBlockRows * kPiece + kWidth, 16);
+constexpr int64_t kJobScratch = kRowsScratch + round_up(kSweepScratch, 16);
+
+// Rows read in place (`packed` false) or from panels of kTileRows rows.
+struct Left {
+  const float* data;
+  Axis rows;
+  bool packed;
+};
+
+void sweep(Range rows, Range columns, const Piece& piece, const Left& a, const View& b, const Output& out,
+           float* scratch) {
+  const int64_t depth = piece.depth.end - piece.depth.begin;
+  Finish finish{&out, 0, 0, piece.first, piece.last, {}};
+  Tile tile{};
+  tile.depth = depth;
+  for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
+    const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
+    if (b.panels != nullptr) {
+      tile.b = b.panels + column / kPanel * b.panel_stride + piece.depth.begin * kPanel + column % kPanel;
+      tile.b_step = kPanel;
+    } else {
+      pack_columns(b.data, b.columns, b.rows, column, count, piece.depth.begin, piece.depth.end, scratch);
+      tile.b = scratch, tile.b_step = kTileColumns;
+    }
+    finish.column = column;
+    if (piece.last) gather(finish, count);
+    const int64_t vectors = count <= kWidth ? 0 : 1;
+    for (int64_t row = rows.begin; row < rows.end;) {
+      // Rows that are evenly spaced, in tiles as equal as can be.
+      int64_t end = rows.end;
+      if (!a.packed && a.rows.segment != 0) end = smaller(end, (row / a.rows.segment + 1) * a.rows.segment);
+      const int64_t tiles = divide_up(end - row, kTileRows);
+      const int64_t height = a.packed ? smaller<int64_t>(kTileRows, end - row) : (end - row) / tiles;
+      finish.row = row;
+      tile.a = a.packed ? a.data + (row - rows.begin) * depth : a.data + a.rows.at(row);
+      tile.a_step = a.packed ? kTileRows : a.rows.stride;
+      (a.packed ? kComputes<false> : kComputes<true>)[vectors][height - 1](tile, & finish, count);
+      row += height;
+    }
+  }
+}
+
 // One job's part of the product, with memory of its own.
 void multiply(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out, float* scratch) {
-  float* packed_rows = scratch;
-  float* packed_columns = packed_rows + kRowsScratch;
-  float* sums = packed_columns + kColumnsScratch;
-  const int64_t pieces = divide_up(k, kBlockDepth), piece = divide_up(k, pieces);
+  const bool in_place = a.columns.segment == 0 && a.columns.stride == 1;
   const int64_t blocks = divide_up(rows.end - rows.begin, kBlockRows);
   const int64_t block = round_up(divide_up(rows.end - rows.begin, blocks), kTileRows);
-  PanelVectors vectors;
-
   for (int64_t row = rows.begin; row < rows.end; row += block) {
-    const int64_t row_count = smaller(block, rows.end - row);
-    for (int64_t depth = 0; depth < k; depth += piece) {
-      const int64_t depth_end = smaller(k, depth + piece), length = depth_end - depth;
-      pack_rows(a.data, a.rows, a.columns, row, row_count, depth, depth_end, packed_rows);
-      for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
-        const int64_t column_count = smaller<int64_t>(kTileColumns, columns.end - column);
-        pack_columns(b.data, b.columns, b.rows, column, column_count, depth, depth_end, packed_columns);
-        gather(out, column, column_count, vectors);
-        for (int64_t i = 0; i < row_count; i += kTileRows) {
-          const int64_t tile_rows = smaller<int64_t>(kTileRows, row_count - i);
-          for (int64_t k0 = 0; k0 < length; k0 += kChain)
-            tile_product(tile_rows, {smaller(kChain, length - k0), packed_rows + i * length + k0 * kTileRows, kTileRows,
-                                     packed_columns + k0 * kTileColumns, sums, kTileColumns, k0 > 0});
-          finish(out, sums, {row + i, tile_rows, column, column_count, depth == 0, depth_end == k}, vectors);
-        }
+    const Range band{row, smaller(rows.end, row + block)};
+    for (int64_t i = 0; i < pieces_of(k); i++) {
+      const Piece piece = piece_of(k, i);
+      Left left{a.data + piece.depth.begin, a.rows, false};
+      if (!in_place) {
+        pack_rows(a.data, a.rows, a.columns, band.begin, band.end - band.begin, piece.depth.begin, piece.depth.end,
+                  scratch);
+        left = {scratch, {}, true};
       }
+      sweep(band, columns, piece, left, b, out, scratch + kRowsScratch);
     }
   }
 }
@@ -236,9 +293,17 @@ void pack_columns(const float* data, const Axis& lanes, const Axis& depth, int64
   pack<kTileColumns>(data, lanes, depth, lane, count, depth_begin, depth_end, to);
 }
 
-void tile_product(int64_t rows, const TileProduct& product) { kTiles[rows - 1](product); }
+void tile_across(int64_t rows, int64_t columns, const Tile& tile) {
+  kComputes<false>[columns <= kWidth ? 0 : 1][rows - 1](tile, nullptr, columns);
+}
+void tile_along(int64_t rows, int64_t columns, const Tile& tile) {
+  kComputes<true>[columns <= kWidth ? 0 : 1][rows - 1](tile, nullptr, columns);
+}
 
-void tile_product_along(int64_t rows, const TileProduct& product) { kTilesAlong[rows - 1](product); }
+void sweep(int64_t rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
+           const Output& out, float* scratch) {
+  sweep({0, rows}, columns, piece, {a, a_rows, false}, b, out, scratch);
+}
 
 int64_t gemm_scratch(const Threads& threads) { return threads.count * kJobScratch; }
 
@@ -263,6 +328,16 @@ void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t 
              {wide.begin * kTileColumns, smaller(n, wide.end * kTileColumns)}, k, a, b, out,
              scratch + job * kJobScratch);
   });
+}
+
+int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
+  const int64_t count = divide_up(rows, kPanel);
+  parallel_ranges(threads, count, columns * kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; panel++)
+      pack_panel<kPanel>(weight.data, {weight.row_stride}, {}, panel * kPanel, smaller(kPanel, rows - panel * kPanel),
+                         0, columns, panels + panel * kPanel * columns);
+  });
+  return kOk;
 }
 
 }  // namespace hydravit::HYDRAVIT_ISA

@@ -1,4 +1,6 @@
 // Head: mean over tokens [pool_start, pool_stop), layer norm and classifier where given.
+#include "head.h"
+
 #include "kernels.h"
 #include "norm.h"
 
@@ -26,33 +28,40 @@ Norm norm_of(const Head& block, const float* pooled) {
 
 }  // namespace
 
-int head(const Head& block, const Threads& threads) {
+void head(const Head& block, const Threads& threads, float* scratch) {
   const int64_t size = block.batch * block.embed;
-  const bool norm = block.norm_weight != nullptr, classify = block.weight.data != nullptr;
-  float *pooled, *normalised, *scratch;
-  Workspace workspace;
-  workspace.add(&pooled, size);
-  workspace.add(&normalised, norm ? size : 0);
-  workspace.add(&scratch, gemm_scratch(threads));
-  if (!workspace.allocate()) return kOutOfMemory;
-
+  float* pooled = scratch;
+  float* normalised = pooled + size;
   pool(threads, block, pooled);
   const float* features = pooled;
-  if (norm) normalize(threads, norm_of(block, pooled), normalised, nullptr), features = normalised;
-  if (!classify) {
+  if (block.norm_weight != nullptr)
+    normalize(threads, norm_of(block, pooled), normalised, nullptr), features = normalised;
+  if (block.classes == 0) {
     copy_rows(threads, block.batch, block.embed, features, {block.embed}, block.y, {block.y_row_stride});
-    return kOk;
+    return;
   }
   Output out{block.y, {block.y_row_stride}, {}};
   out.bias = block.bias;
-  gemm(threads, scratch, block.batch, block.classes, block.embed, {features, {block.embed}, {}},
-       {block.weight.data, {}, {block.weight.row_stride}}, out);
+  gemm(threads, normalised + size, block.batch, block.classes, block.embed, {features, {block.embed}, {}},
+       transposed(block.weight), out);
+}
+
+int64_t head_scratch(const Head& block, const Threads& threads) {
+  return 2 * block.batch * block.embed + gemm_scratch(threads);
+}
+
+int head(const Head& block, const Threads& threads) {
+  float* scratch;
+  Workspace workspace;
+  workspace.add(&scratch, head_scratch(block, threads));
+  if (!workspace.allocate()) return kOutOfMemory;
+  head(block, threads, scratch);
   return kOk;
 }
 
 int head_backward(const Head& block, const HeadGradients& gradients, const Threads& threads) {
   const int64_t size = block.batch * block.embed;
-  const bool norm = block.norm_weight != nullptr, classify = block.weight.data != nullptr;
+  const bool norm = block.norm_weight != nullptr, classify = block.classes > 0;
   float *pooled, *normalised, *statistics, *d_features, *d_pooled, *scratch;
   Workspace workspace;
   workspace.add(&pooled, size);

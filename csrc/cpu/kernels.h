@@ -3,15 +3,17 @@
 
 #include "../hydravit.h"
 
-#define HYDRAVIT_DECLARE_KERNELS                                                                             \
-  int stem(const Stem& block, const Threads& threads);                                                       \
-  int stem_backward(const Stem& block, const StemGradients& gradients, const Threads& threads);              \
-  int attention_block(const AttentionBlock& block, const Threads& threads);                                  \
-  int attention_block_backward(const AttentionBlock& block, const AttentionBlockGradients& gradients,        \
-                               const Threads& threads);                                                      \
-  int mlp_block(const MlpBlock& block, const Threads& threads);                                              \
-  int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads); \
-  int head(const Head& block, const Threads& threads);                                                       \
+#define HYDRAVIT_DECLARE_KERNELS                                                                               \
+  int network(const NetworkCall& call, const Threads& threads);                                                \
+  int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads); \
+  int stem(const Stem& block, const Threads& threads);                                                         \
+  int stem_backward(const Stem& block, const StemGradients& gradients, const Threads& threads);                \
+  int attention_block(const AttentionBlock& block, const Threads& threads);                                    \
+  int attention_block_backward(const AttentionBlock& block, const AttentionBlockGradients& gradients,          \
+                               const Threads& threads);                                                        \
+  int mlp_block(const MlpBlock& block, const Threads& threads);                                                \
+  int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads);   \
+  int head(const Head& block, const Threads& threads);                                                         \
   int head_backward(const Head& block, const HeadGradients& gradients, const Threads& threads);
 
 #ifdef HYDRAVIT_ISA

@@ -1,7 +1,10 @@
-// MLP block: y = x + branch_scale * layer_scale * (gelu(norm(x) fc1^T + b1) fc2^T + b2), images in chunks.
+// MLP block: y = x + branch_scale * layer_scale * (gelu(norm(x) fc1^T + b1) fc2^T + b2).
 //
-// GELU and the residual are applied while the products' tiles are in registers. Backward recomputes the normalised x
-// and GELU from x and the saved (B, N, hidden) input of GELU.
+// Forward needs no other row than its own: every thread takes some rows through the whole block. GELU and the residual
+// are applied to the products' tiles before they leave the cache. Backward takes images in chunks; it recomputes the
+// normalised x and GELU from x and the saved (B, N, hidden) input of GELU.
+#include "mlp.h"
+
 #include "kernels.h"
 #include "norm.h"
 
@@ -32,48 +35,66 @@ Chunk chunk_of(const MlpBlock& block, int64_t image, int64_t images) {
 void project(const Threads& threads, float* scratch, const MlpBlock& block, int64_t rows, const float* activated,
              Output out) {
   out.bias = block.fc2_bias;
-  gemm(threads, scratch, rows, block.embed, block.hidden, {activated, {block.hidden}, {}},
-       {block.fc2_weight.data, {}, {block.fc2_weight.row_stride}}, out);
+  gemm(threads, scratch, rows, block.embed, block.hidden, {activated, {block.hidden}, {}}, transposed(block.fc2_weight),
+       out);
 }
 
 }  // namespace
 
-int mlp_block(const MlpBlock& block, const Threads& threads) {
-  const Axis y_rows = token_rows(block.tokens, block.y.token_stride, block.y.image_stride);
-  const int64_t step = images_per_chunk(block.batch, block.tokens);
-  float *normalised, *activated, *scratch;
-  Workspace workspace;
-  workspace.add(&normalised, step * block.tokens * block.embed);
-  workspace.add(&activated, step * block.tokens * block.hidden);
-  workspace.add(&scratch, gemm_scratch(threads));
-  if (!workspace.allocate()) return kOutOfMemory;
-
-  for (int64_t image = 0; image < block.batch; image += step) {
-    const Chunk chunk = chunk_of(block, image, smaller(step, block.batch - image));
-    float* y = block.y.data + image * block.y.image_stride;
-    if (block.hidden == 0) {
-      copy_rows(threads, chunk.rows, block.embed, chunk.norm.x, chunk.norm.x_rows, y, y_rows);
-      continue;
-    }
-    normalize(threads, chunk.norm, normalised, nullptr);
-
-    Output hidden{activated, {block.hidden}, {}};
-    if (block.saved.data != nullptr)
-      hidden.data = block.saved.data + image * block.saved.image_stride, hidden.rows = chunk.saved_rows;
-    hidden.bias = block.fc1_bias;
-    hidden.gelu = activated;
-    hidden.gelu_stride = block.hidden;
-    gemm(threads, scratch, chunk.rows, block.hidden, block.embed, {normalised, {block.embed}, {}},
-         {block.fc1_weight.data, {}, {block.fc1_weight.row_stride}}, hidden);
-
-    Output out{y, y_rows, {}};
-    out.column_scale = block.layer_scale;
-    out.row_scale = chunk.branch_scale;
-    out.rows_per_scale = block.tokens;
-    out.residual = chunk.norm.x;
-    out.residual_rows = chunk.norm.x_rows;
-    project(threads, scratch, block, chunk.rows, activated, out);
+void mlp_rows(const MlpBlock& block, int64_t image, const Range& tokens, float* scratch) {
+  const int64_t rows = tokens.end - tokens.begin;
+  const Tokens x = rows_from(block.x, image, tokens.begin);
+  const MutableTokens y = rows_from(block.y, image, tokens.begin), saved = rows_from(block.saved, image, tokens.begin);
+  if (block.hidden == 0) {
+    for (int64_t row = 0; row < rows; row++)
+      std::memcpy(y.data + row * y.token_stride, x.data + row * x.token_stride, static_cast<size_t>(block.embed) * 4);
+    return;
   }
+  const int64_t normalised_stride = padded_row(block.embed), activated_stride = padded_row(kPiece);
+  float* normalised = scratch;
+  float* activated = normalised + kBandRows * normalised_stride;
+  float* panel = activated + kBandRows * activated_stride;
+  normalize_rows({rows, block.embed, block.eps, x.data, {x.token_stride}, block.norm_weight, block.norm_bias}, 0, rows,
+                 normalised, normalised_stride, nullptr);
+
+  Output out{y.data, {y.token_stride}, {}};
+  out.bias = block.fc2_bias;
+  out.column_scale = block.layer_scale;
+  out.row_scale = block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
+  out.rows_per_scale = rows;
+  out.residual = x.data;
+  out.residual_rows = {x.token_stride};
+  // Hidden channels a piece at a time, so that they stay in cache between the two products.
+  for (int64_t i = 0; i < pieces_of(block.hidden); i++) {
+    const Piece piece = piece_of(block.hidden, i);
+    const int64_t first = piece.depth.begin, count = piece.depth.end - first;
+    Output hidden{activated, {activated_stride}, {}};
+    if (saved.data != nullptr) hidden.data = saved.data + first, hidden.rows = {saved.token_stride};
+    if (block.fc1_bias != nullptr) hidden.bias = block.fc1_bias + first;
+    hidden.gelu = activated;
+    hidden.gelu_stride = activated_stride;
+    multiply_rows(rows, count, block.embed, normalised, {normalised_stride},
+                  transposed(rows_from(block.fc1_weight, first)), hidden, panel);
+    sweep(rows, {0, block.embed}, piece, activated, {activated_stride}, transposed(block.fc2_weight), out, panel);
+  }
+}
+
+int64_t mlp_rows_scratch(const MlpBlock& block) {
+  return kBandRows * (padded_row(block.embed) + padded_row(kPiece)) + round_up(kSweepScratch, 16);
+}
+
+int mlp_block(const MlpBlock& block, const Threads& threads) {
+  const int64_t jobs = jobs_for(threads, block.batch * block.tokens, block.embed * block.hidden);
+  const int64_t size = mlp_rows_scratch(block);
+  float* scratch;
+  Workspace workspace;
+  workspace.add(&scratch, jobs * size);
+  if (!workspace.allocate()) return kOutOfMemory;
+  parallel(threads, jobs, [&](int64_t job) {
+    for_each_share(job, jobs, block.batch, block.tokens, [&](const Share& share) {
+      for_each_band(share.tokens, [&](const Range& band) { mlp_rows(block, share.image, band, scratch + job * size); });
+    });
+  });
   return kOk;
 }
 

@@ -18,19 +18,23 @@ RowStatistics statistics_of(const float* x, int64_t channels, float eps) {
 
 }  // namespace
 
+void normalize_rows(const Norm& norm, int64_t begin, int64_t end, float* y, int64_t y_stride, float* statistics) {
+  for (int64_t row = begin; row < end; row++) {
+    const float* x = norm.x + norm.x_rows.at(row);
+    float* to = y + (row - begin) * y_stride;
+    const RowStatistics s = statistics_of(x, norm.channels, norm.eps);
+    for (int64_t c = 0; c < norm.channels; c += kWidth) {
+      const int64_t count = norm.channels - c;
+      const Vec normalised = (load(x + c, count) - s.mean) * s.scale;
+      store(to + c, normalised * load(norm.weight + c, count) + load(norm.bias + c, count), count);
+    }
+    if (statistics != nullptr) statistics[2 * row] = s.mean, statistics[2 * row + 1] = s.scale;
+  }
+}
+
 void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics) {
   parallel_ranges(threads, norm.rows, 4 * norm.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-      const float* x = norm.x + norm.x_rows.at(row);
-      const RowStatistics s = statistics_of(x, norm.channels, norm.eps);
-      for (int64_t c = 0; c < norm.channels; c += kWidth) {
-        const int64_t count = norm.channels - c;
-        const Vec normalised = (load(x + c, count) - s.mean) * s.scale;
-        store(y + row * norm.channels + c, normalised * load(norm.weight + c, count) + load(norm.bias + c, count),
-              count);
-      }
-      if (statistics != nullptr) statistics[2 * row] = s.mean, statistics[2 * row + 1] = s.scale;
-    }
+    normalize_rows(norm, begin, end, y + begin * norm.channels, norm.channels, statistics);
   });
 }
 

@@ -20,7 +20,9 @@ struct Norm {
   const float *weight, *bias;  // (channels)
 };
 
-// y (rows, channels), contiguous; `statistics` (rows, 2) nullable.
+// Rows [begin, end) -> y, the first of them first, rows `y_stride` apart; `statistics` (rows, 2) nullable. One thread.
+void normalize_rows(const Norm& norm, int64_t begin, int64_t end, float* y, int64_t y_stride, float* statistics);
+// y (rows, channels), contiguous.
 void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics);
 
 // dx = residual + the gradient through the norm (residual nullable).

@@ -38,6 +38,60 @@ void parallel_ranges(const Threads& threads, int64_t total, int64_t cost, const 
   });
 }
 
+// How many jobs are worth their threads for `rows` rows of `cost` multiply-adds each.
+static inline int64_t jobs_for(const Threads& threads, int64_t rows, int64_t cost) {
+  constexpr int64_t kWorthAThread = 1 << 18;
+  return larger<int64_t>(1, smaller(smaller(threads.count, rows), rows * cost / kWorthAThread));
+}
+
+// Tokens of one image from one on.
+static inline Tokens rows_from(const Tokens& x, int64_t image, int64_t token) {
+  return {x.data + image * x.image_stride + token * x.token_stride, x.image_stride, x.token_stride};
+}
+static inline MutableTokens rows_from(const MutableTokens& x, int64_t image, int64_t token) {
+  if (x.data == nullptr) return x;
+  return {x.data + image * x.image_stride + token * x.token_stride, x.image_stride, x.token_stride};
+}
+
+// Rows of one image, the work of one thread.
+struct Share {
+  int64_t image;
+  Range tokens;
+};
+
+// body(share) for every image's part of job `job`: the tokens of all images in one line, `weight(image)` each, are cut
+// into `jobs` parts of equal weight.
+template <class Weight, class Body>
+void for_each_share(int64_t job, int64_t jobs, int64_t images, int64_t tokens, const Weight& weight, const Body& body) {
+  int64_t total = 0;
+  for (int64_t image = 0; image < images; image++) total += weight(image) * tokens;
+  const Range own = part(total, job, jobs);
+  int64_t start = 0;
+  for (int64_t image = 0; image < images; image++) {
+    const auto cut = [&](int64_t at) {
+      return smaller(tokens, larger<int64_t>(0, at - start + weight(image) / 2) / weight(image));
+    };
+    const Range rows{cut(own.begin), cut(own.end)};
+    if (rows.begin < rows.end) body(Share{image, rows});
+    start += weight(image) * tokens;
+  }
+}
+template <class Body>
+void for_each_share(int64_t job, int64_t jobs, int64_t images, int64_t tokens, const Body& body) {
+  for_each_share(job, jobs, images, tokens, [](int64_t) { return int64_t{1}; }, body);
+}
+
+// A share in as few equal bands as keep a band's activations in the level 2 cache.
+constexpr int64_t kBandRows = 112;
+template <class Body>
+void for_each_band(const Range& tokens, const Body& body) {
+  const int64_t count = tokens.end - tokens.begin, bands = divide_up(count, kBandRows);
+  for (int64_t i = 0; i < bands; i++) {
+    const Range band = part(count, i, bands);
+    body(Range{tokens.begin + band.begin, tokens.begin + band.end});
+  }
+}
+
 // The calling thread's memory: one aligned block that only ever grows, so that a call after the first of its size
 // allocates nothing. Name the buffers first, then allocate them together. Empty buffers are null.
 class Workspace {

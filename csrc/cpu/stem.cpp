@@ -1,7 +1,9 @@
 // Stem: patches times the patch embedding, plus bias and position embedding, behind the prefix tokens.
 //
-// The patches of a chunk of images are gathered into rows (patch, channel * height * width) first: images may have any
-// strides, and the rows serve as an operand of the products of forward and backward alike.
+// Patches are gathered into rows (patch, channel * height * width) first: images may have any strides, and the rows
+// serve as an operand of the products of forward and backward alike.
+#include "stem.h"
+
 #include "kernels.h"
 #include "norm.h"
 
@@ -25,16 +27,24 @@ void for_each_run(const Stem& block, int64_t image, int64_t row, const Body& bod
       body(offset, image + row / patches_of(block), channel, top + y, left);
 }
 
-void gather_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, float* patches) {
+// Patches [begin, end) of the images from `image` on -> rows `stride` apart.
+void gather_rows(const Stem& block, int64_t image, int64_t begin, int64_t end, float* patches, int64_t stride) {
   const int64_t* strides = block.image_strides;
-  parallel_ranges(threads, rows, patch_size(block), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-      float* to = patches + row * patch_size(block);
-      for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
-        const float* from = block.images + b * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
+  for (int64_t row = begin; row < end; row++) {
+    float* to = patches + (row - begin) * stride;
+    for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
+      const float* from = block.images + b * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
+      if (strides[3] == 1)
+        std::memcpy(to + offset, from, static_cast<size_t>(block.patch_width) * sizeof(float));
+      else
         for (int64_t i = 0; i < block.patch_width; i++) to[offset + i] = from[i * strides[3]];
-      });
-    }
+    });
+  }
+}
+
+void gather_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, float* patches) {
+  parallel_ranges(threads, rows, patch_size(block), [&](int64_t begin, int64_t end) {
+    gather_rows(block, image, begin, end, patches + begin * patch_size(block), patch_size(block));
   });
 }
 
@@ -53,20 +63,15 @@ void scatter_patches(const Threads& threads, const Stem& block, int64_t image, i
   });
 }
 
-// The class and register tokens of all images, with their position embedding.
-void write_prefix(const Stem& block) {
-  for (int64_t token = 0; token < prefix_of(block); token++) {
-    const float* value = token < block.cls_tokens
-                             ? block.cls_token.data + token * block.cls_token.row_stride
-                             : block.reg_token.data + (token - block.cls_tokens) * block.reg_token.row_stride;
-    const float* position = block.pos_embed.data != nullptr && block.pos_on_prefix
-                                ? block.pos_embed.data + token * block.pos_embed.row_stride
-                                : nullptr;
-    for (int64_t image = 0; image < block.batch; image++) {
-      float* to = block.y.data + image * block.y.image_stride + token * block.y.token_stride;
-      for (int64_t c = 0; c < block.embed; c++) to[c] = value[c] + (position == nullptr ? 0.0f : position[c]);
-    }
-  }
+// A class or register token of one image, with its position embedding.
+void write_prefix(const Stem& block, int64_t token, float* to) {
+  const float* value = token < block.cls_tokens
+                           ? block.cls_token.data + token * block.cls_token.row_stride
+                           : block.reg_token.data + (token - block.cls_tokens) * block.reg_token.row_stride;
+  const float* position = block.pos_embed.data != nullptr && block.pos_on_prefix
+                              ? block.pos_embed.data + token * block.pos_embed.row_stride
+                              : nullptr;
+  for (int64_t c = 0; c < block.embed; c++) to[c] = value[c] + (position == nullptr ? 0.0f : position[c]);
 }
 
 // to[t] += the sum over images of grad[:, token + t], for `count` tokens.
@@ -88,30 +93,41 @@ void add_token_sums(const Threads& threads, const Stem& block, const Tokens& gra
 
 }  // namespace
 
-int stem(const Stem& block, const Threads& threads) {
-  const int64_t patches = patches_of(block), prefix = prefix_of(block), size = patch_size(block);
-  const int64_t step = images_per_chunk(block.batch, patches);
-  float *rows, *scratch;
-  Workspace workspace;
-  workspace.add(&rows, step * patches * size);
-  workspace.add(&scratch, gemm_scratch(threads));
-  if (!workspace.allocate()) return kOutOfMemory;
-
-  write_prefix(block);
-  for (int64_t image = 0; image < block.batch; image += step) {
-    const int64_t count = smaller(step, block.batch - image) * patches;
-    gather_patches(threads, block, image, count, rows);
-    Output out{block.y.data + image * block.y.image_stride + prefix * block.y.token_stride,
-               token_rows(patches, block.y.token_stride, block.y.image_stride),
-               {}};
-    out.bias = block.bias;
-    if (block.pos_embed.data != nullptr) {
-      out.residual = block.pos_embed.data + (block.pos_on_prefix ? prefix * block.pos_embed.row_stride : 0);
-      out.residual_rows = {block.pos_embed.row_stride, patches, 0};  // the same for every image
-    }
-    gemm(threads, scratch, count, block.embed, size, {rows, {size}, {}},
-         {block.weight.data, {}, {block.weight.row_stride}}, out);
+void stem_rows(const Stem& block, int64_t image, const Range& tokens, float* scratch) {
+  const int64_t prefix = prefix_of(block), size = patch_size(block), stride = padded_row(size);
+  const auto y = [&](int64_t token) { return rows_from(block.y, image, token).data; };
+  for (int64_t token = tokens.begin; token < smaller(prefix, tokens.end); token++) write_prefix(block, token, y(token));
+  const int64_t first = larger(prefix, tokens.begin), rows = tokens.end - first;
+  if (rows <= 0) return;
+  float* panel = scratch + kBandRows * stride;
+  gather_rows(block, image, first - prefix, tokens.end - prefix, scratch, stride);
+  Output out{y(first), {block.y.token_stride}, {}};
+  out.bias = block.bias;
+  if (block.pos_embed.data != nullptr) {
+    out.residual = block.pos_embed.data + (block.pos_on_prefix ? first : first - prefix) * block.pos_embed.row_stride;
+    out.residual_rows = {block.pos_embed.row_stride};
   }
+  multiply_rows(rows, block.embed, size, scratch, {stride}, transposed(block.weight), out, panel);
+}
+
+int64_t stem_rows_scratch(const Stem& block) {
+  return kBandRows * padded_row(patch_size(block)) + round_up(kSweepScratch, 16);
+}
+
+int stem(const Stem& block, const Threads& threads) {
+  const int64_t tokens = prefix_of(block) + patches_of(block);
+  const int64_t jobs = jobs_for(threads, block.batch * tokens, block.embed * patch_size(block));
+  const int64_t size = stem_rows_scratch(block);
+  float* scratch;
+  Workspace workspace;
+  workspace.add(&scratch, jobs * size);
+  if (!workspace.allocate()) return kOutOfMemory;
+  parallel(threads, jobs, [&](int64_t job) {
+    for_each_share(job, jobs, block.batch, tokens, [&](const Share& share) {
+      for_each_band(share.tokens,
+                    [&](const Range& band) { stem_rows(block, share.image, band, scratch + job * size); });
+    });
+  });
   return kOk;
 }
 

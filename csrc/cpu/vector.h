@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifndef HYDRAVIT_ISA
 #error "compile with -DHYDRAVIT_ISA=<name>: it names the namespace of this instruction set"
@@ -32,8 +33,8 @@ template <class T>
 static inline T larger(T a, T b) {
   return a < b ? b : a;
 }
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 static inline Vec splat(float value) { return value - Vec{}; }
 
@@ -58,14 +59,35 @@ static inline void store(float* to, Vec value, int64_t count) {
 
 static inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// Pairwise, always in the same order.
-static inline float sum(Vec value) {
-  float lanes[kWidth];
-  store(lanes, value);
-  for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
+#if defined(__clang__)
+template <int... lanes>
+static inline Vec shuffle(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, lanes...);
 }
+#else
+template <int... lanes>
+static inline Vec shuffle(Vec a, Vec b) {
+  return __builtin_shuffle(a, b, IntVec{lanes...});
+}
+#endif
+
+// Lane i and lane i ^ half exchanged.
+template <int half, int... lane>
+static inline Vec exchange(Vec value, std::integer_sequence<int, lane...>) {
+  return shuffle<(lane ^ half)...>(value, value);
+}
+
+// All lanes into one, pairwise, always in the same order.
+template <int half = kWidth / 2, class Combine>
+static inline float reduce(Vec value, const Combine& combine) {
+  value = combine(value, exchange<half>(value, std::make_integer_sequence<int, kWidth>()));
+  if constexpr (half > 1) return reduce<half / 2>(value, combine);
+  return value[0];
+}
+static inline float sum(Vec value) {
+  return reduce(value, [](Vec a, Vec b) { return a + b; });
+}
+static inline float highest(Vec value) { return reduce(value, vmax); }
 
 // The sum of term(i) for i in [0, count), in blocks so that long sums keep their precision.
 template <class Term>

@@ -1,0 +1,12 @@
+// The forward of the head in memory of the caller's.
+#pragma once
+
+#include "parallel.h"
+
+namespace hydravit::HYDRAVIT_ISA {
+
+// `scratch`: head_scratch(block, threads) floats.
+void head(const Head& block, const Threads& threads, float* scratch);
+int64_t head_scratch(const Head& block, const Threads& threads);
+
+}  // namespace hydravit::HYDRAVIT_ISA

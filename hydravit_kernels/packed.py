@@ -1,0 +1,153 @@
+"""Every parameter of a network in one tensor, laid out for inference by the native kernels on a CPU.
+
+A weight lies there in panels of ``PANEL`` output channels, input channel by input channel. The slice of a narrower
+width is the beginning of some panels, so this one copy serves every width that begins on a panel.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hydravit_kernels.ranges import annotate
+from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
+
+PANEL = 32  # kPanel of csrc/hydravit.h
+
+# The parameters in order, as the ops take them: of the stem, of every block (attention, then MLP), of the head.
+STEM, BLOCK, HEAD = 5, 14, 4
+_WEIGHTS = {"stem": (0,), "block": (2, 4, 9, 11), "head": (2,)}  # those that get panels
+
+
+class Packed(NamedTuple):
+    """``offsets``: where every parameter begins, -1 where it is absent; ``sizes``: of the full network, for the op."""
+
+    tensor: Tensor
+    offsets: list[int]
+    sizes: tuple[int, ...]
+    depth: int
+
+
+class NetworkSlices(NamedTuple):
+    """The slices of one call, block after block and within a block width after width, flat as the op takes them."""
+
+    stem: list[int]
+    attention: list[int]
+    mlp: list[int]
+    head: list[int]
+    scales: list[float]
+
+
+def pack(parameters: Sequence[Tensor | None]) -> Packed:
+    """Copy the float32 parameters of a network: ``5`` of the stem, ``14`` of every block, ``4`` of the head."""
+    depth, rest = divmod(len(parameters) - STEM - HEAD, BLOCK)
+    if depth < 1 or rest:
+        raise ValueError(f"parameters: {STEM} + {BLOCK} * depth + {HEAD} expected, {len(parameters)} given")
+    kinds = ["stem"] * STEM + ["block"] * (BLOCK * depth) + ["head"] * HEAD
+    index = [*range(STEM), *(list(range(BLOCK)) * depth), *range(HEAD)]
+    weights = [i in _WEIGHTS[kind] for kind, i in zip(kinds, index, strict=True)]
+
+    sizes = [_size(p, w) for p, w in zip(parameters, weights, strict=True)]
+    starts = itertools.accumulate(sizes, initial=0)
+    offsets = [-1 if p is None else start for p, start in zip(parameters, starts, strict=False)]
+    packed = torch.empty(sum(sizes))
+    for parameter, weight, offset, size in zip(parameters, weights, offsets, sizes, strict=True):
+        if parameter is None:
+            continue
+        place = packed[offset : offset + size]
+        if weight:
+            torch.ops.hydravit.pack_weight_native(parameter.detach(), place)
+        else:
+            place[: parameter.numel()].view(parameter.shape).copy_(parameter.detach())
+
+    stem, classifier = parameters[:STEM], parameters[-2]
+    tokens = [0 if token is None else token.shape[1] for token in stem[2:]]
+    fc1 = parameters[STEM + 9]
+    shape = (*fc1.shape[::-1], *stem[0].shape[2:], *tokens, 0 if classifier is None else classifier.shape[0])
+    return Packed(packed, offsets, shape, depth)
+
+
+def _size(parameter: Tensor | None, weight: bool) -> int:
+    """Floats; every parameter begins on a cache line."""
+    if parameter is None:
+        return 0
+    if not weight:
+        return -(-parameter.numel() // 16) * 16
+    rows = -(-parameter.shape[0] // PANEL) * PANEL
+    return rows * (parameter.numel() // parameter.shape[0])
+
+
+class Fingerprint(NamedTuple):
+    """What a packed copy was made of; one that equals it now is not stale, as far as torch can see."""
+
+    optimizer_steps: int
+    states: tuple[tuple[int, int], ...]
+
+
+_optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers change parameters without a trace in their version.
+register_optimizer_step_post_hook(_count_step)
+
+
+def fingerprint(parameters: Sequence[Tensor | None]) -> Fingerprint | None:
+    """None where changes go unseen: a tensor made under ``torch.inference_mode`` counts none."""
+    if any(p.is_inference() for p in parameters if p is not None):
+        return None
+    states = tuple((0, 0) if p is None else (p.data_ptr(), p._version) for p in parameters)
+    return Fingerprint(_optimizer_steps, states)
+
+
+def slices_of_network(
+    stem: Sequence[EmbedSlice],
+    attention: Sequence[Sequence[AttentionSlice]],
+    mlp: Sequence[Sequence[MlpSlice]],
+    head: Sequence[HeadSlice],
+) -> NetworkSlices | None:
+    """The slices of every width; of attention and MLP per width one for each block.
+
+    None if packed weights cannot serve: they do for rows that begin on a panel and lie side by side.
+    """
+    in_attention, in_mlp = ([s for block in zip(*widths, strict=True) for s in block] for widths in (attention, mlp))
+    for s in in_attention:
+        starts = (s.embed_offset, s.query_row, s.key_row, s.value_row)
+        apart = s.heads > 1 and not s.pitch == s.head_dim == s.value_dim
+        if s.heads and (apart or any(start % PANEL for start in starts)):
+            return None
+    starts = [s.embed_offset for s in stem] + [s.hidden_offset for s in in_mlp if s.hidden]
+    starts += [s.class_offset for s in head]
+    if any(start % PANEL for start in starts):
+        return None
+    scales = [s.scale for s in in_attention]
+    return NetworkSlices(flatten(stem), flatten(in_attention), flatten(in_mlp), flatten(head), scales)
+
+
+@annotate("network")
+def network(
+    images: Tensor,
+    packed: Packed,
+    slices: NetworkSlices,
+    pool: tuple[int, int],
+    eps: float,
+    subnet: Tensor | None = None,
+    *,
+    pooled_only: bool = True,
+) -> Tensor:
+    """All blocks in one call, without gradients: images ``(B, C, height, width)`` to logits ``(B, classes)``.
+
+    ``pool``, ``subnet`` and the result as in ``head``. ``pooled_only``: the last block computes only the tokens that
+    the head pools, which gives the same bits with less work; False computes all, for comparisons.
+    """
+    rest = (*pool, packed.depth, *slices, eps, subnet, pooled_only)
+    return torch.ops.hydravit.network_native.default(images, packed.tensor, packed.offsets, *packed.sizes, *rest)
