@@ -39,7 +39,7 @@ class _Ready(NamedTuple):
 
 def row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: str = "call", **values) -> dict:
     """A row of ``results.COLUMNS``; what is not given is None."""
-    floating, moved = needs(workload, alone=peer.bound)
+    floating, moved = needs(workload, alone=peer.bound, pooled_only=peer.pooled_only)
     return {
         **dict.fromkeys(COLUMNS),
         "task": workload.task,

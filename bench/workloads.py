@@ -101,20 +101,21 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False) -> Needs:
+def needs(workload: Workload, alone: bool = False, pooled_only: bool = False) -> Needs:
     """What one call of the workload (of several widths: one of each) cannot do without.
 
-    ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only.
+    ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: of
+    an inference whose last block computes only what the head pools.
     """
     config = resolve_config(workload.config)
-    parts = [_needs_of_width(workload, config, k, alone) for k in workload.heads]
+    parts = [_needs_of_width(workload, config, k, alone, pooled_only) for k in workload.heads]
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool) -> Needs:
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
-    params, macs = cost(config, geometry)
+    params, macs = cost(config, geometry, pooled_only and workload.task in ("inference", "switching"))
     batch, size = workload.batch, DTYPES[workload.dtype].itemsize
     images = batch * config.in_channels * config.image_size[0] * config.image_size[1]
     if workload.task == "training":

@@ -24,16 +24,21 @@ class PackedInference:
     The packed copy is as large as the parameters. It is made when a second call finds the parameters as the first did,
     so that turns with training, or ``torch.func.functional_call``, pack nothing in vain; and dropped as soon as a call
     finds them changed. Safe to use from several threads.
+
+    Args:
+        pooled_only: the last block computes only the tokens that the head pools. The logits are the same, bit for bit.
     """
 
-    def __init__(self):
+    def __init__(self, pooled_only: bool = True):
+        self.pooled_only = pooled_only
         self._lock = threading.Lock()
+        self._structure: _Structure | None = None
         self._seen: kernels.Fingerprint | None = None
         self._packed: tuple[kernels.Fingerprint, kernels.Packed] | None = None
         self._slices: dict[tuple[Geometry, ...], kernels.NetworkSlices | None] = {}
 
     def __reduce__(self):  # copies and pickles start without a packed copy
-        return PackedInference, ()
+        return PackedInference, (self.pooled_only,)
 
     def drop(self) -> None:
         with self._lock:
@@ -41,18 +46,24 @@ class PackedInference:
 
     def run(self, model: HydraViT, images: Tensor, widths: Widths) -> Tensor | None:
         """The logits; or None where this way is not possible, or not yet."""
-        if not _applies(model):
+        if model.backend != "native" or model.training or torch.compiler.is_compiling():
+            return None
+        structure = self._structure
+        if structure is None or not structure.holds():
+            structure = self._structure = _Structure(model)
+        if structure.seen_from_outside():
+            return None
+        parameters = structure.parameters()
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
             return None
         slices = self._slices_of(widths.geometries)
-        if slices is None:
-            return None
-        packed = self._fresh(model)
+        packed = None if slices is None else self._fresh(model, parameters)
         if packed is None:
             return None
-        return kernels.network(images, packed, slices, model.pool_range, widths.eps, widths.subnet)
+        how = (model.pool_range, widths.eps, widths.subnet)
+        return kernels.network(images, packed, slices, *how, pooled_only=self.pooled_only)
 
-    def _fresh(self, model: HydraViT) -> kernels.Packed | None:
-        parameters = _parameters(model)
+    def _fresh(self, model: HydraViT, parameters: list[Tensor | None]) -> kernels.Packed | None:
         now = kernels.fingerprint(parameters)
         kept = self._packed
         if kept is not None and kept[0] == now:
@@ -64,9 +75,8 @@ class PackedInference:
             if now is None or now != self._seen:
                 self._seen = now
                 return None
-            packed = kernels.pack(parameters)
-            self._packed = now, packed
-            return packed
+            self._packed = now, kernels.pack(_in_order(model))
+            return self._packed[1]
 
     def _slices_of(self, geometries: tuple[Geometry, ...]) -> kernels.NetworkSlices | None:
         if geometries not in self._slices:
@@ -77,21 +87,32 @@ class PackedInference:
         return self._slices[geometries]
 
 
-def _applies(model: HydraViT) -> bool:
-    """Not where a gradient is wanted, a graph is traced or a module's own forward could be seen or be another."""
-    if model.backend != "native" or model.training or torch.compiler.is_compiling():
-        return False
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in _parameters(model)):
-        return False
-    if _MODULE._global_forward_hooks or _MODULE._global_forward_pre_hooks:
-        return False
-    return all(type(b) is Block and not b._forward_hooks and not b._forward_pre_hooks for b in model.blocks)
+class _Structure:
+    """The modules of a model, kept so that a call can look at all parameters without walking through them."""
+
+    def __init__(self, model: HydraViT):
+        modules = list(model.modules())
+        self._parameters = [module._parameters for module in modules]
+        self._children = [(module._modules, list(module._modules.values())) for module in modules]
+        # The op calls no module: one whose forward could be seen, or be another, must not be passed over.
+        self._hooks = [_MODULE._global_forward_hooks, _MODULE._global_forward_pre_hooks]
+        for block in model.blocks:
+            self._hooks += (block._forward_hooks, block._forward_pre_hooks)
+        self._other_blocks = any(type(block) is not Block for block in model.blocks)
+
+    def holds(self) -> bool:
+        """Whether the modules are still these."""
+        return all(list(now.values()) == then for now, then in self._children)
+
+    def seen_from_outside(self) -> bool:
+        return self._other_blocks or any(self._hooks)
+
+    def parameters(self) -> list[Tensor | None]:
+        return [parameter for of_module in self._parameters for parameter in of_module.values()]
 
 
-def _parameters(model: HydraViT) -> list[Tensor | None]:
+def _in_order(model: HydraViT) -> list[Tensor | None]:
     """Every parameter in the order of ``hydravit_kernels.pack``."""
-    parameters = [*model._stem_parameters()]
-    for block in model.blocks:
-        parameters += (*block.attention_parameters(), *block.mlp_parameters())
+    of_blocks = [p for block in model.blocks for p in (*block.attention_parameters(), *block.mlp_parameters())]
     norm = model.norm if model.config.pool == "token" else model.fc_norm
-    return [*parameters, *model._head_parameters(norm, model.num_classes > 0)]
+    return [*model.stem_parameters(), *of_blocks, *model.head_parameters(norm, model.num_classes > 0)]

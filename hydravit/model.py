@@ -259,11 +259,11 @@ class HydraViT(nn.Module):
             self.slice_gradients.mark(widths.geometries)
         return images, widths
 
-    def _stem_parameters(self) -> tuple[Tensor | None, ...]:
+    def stem_parameters(self) -> tuple[Tensor | None, ...]:
         tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
         return (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
 
-    def _head_parameters(self, norm: nn.LayerNorm | None, classifier: bool) -> tuple[Tensor | None, ...]:
+    def head_parameters(self, norm: nn.LayerNorm | None, classifier: bool) -> tuple[Tensor | None, ...]:
         of_norm = (None, None) if norm is None else (norm.weight, norm.bias)
         return (*of_norm, *(self.head.head_parameters() if classifier else (None, None)))
 
@@ -273,7 +273,7 @@ class HydraViT(nn.Module):
         return (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, self.config.tokens)
 
     def _stem(self, images: Tensor, widths: Widths) -> Tensor:
-        parameters = self._stem_parameters()
+        parameters = self.stem_parameters()
         return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
 
     def _trunk(self, images: Tensor, widths: Widths) -> Tensor:
@@ -288,7 +288,7 @@ class HydraViT(nn.Module):
         return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how)
 
     def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
-        parameters = self._head_parameters(norm, not pre_logits and self.num_classes > 0)
+        parameters = self.head_parameters(norm, not pre_logits and self.num_classes > 0)
         slices = [geometry.head for geometry in widths.geometries]
         return kernels.head(x, *parameters, self.pool_range, slices, widths.eps, widths.subnet, **self._how(parameters))
 

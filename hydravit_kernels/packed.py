@@ -86,7 +86,8 @@ class Fingerprint(NamedTuple):
     """What a packed copy was made of; one that equals it now is not stale, as far as torch can see."""
 
     optimizer_steps: int
-    states: tuple[tuple[int, int], ...]
+    pointers: list[int]
+    versions: list[int]
 
 
 _optimizer_steps = 0
@@ -103,10 +104,11 @@ register_optimizer_step_post_hook(_count_step)
 
 def fingerprint(parameters: Sequence[Tensor | None]) -> Fingerprint | None:
     """None where changes go unseen: a tensor made under ``torch.inference_mode`` counts none."""
-    if any(p.is_inference() for p in parameters if p is not None):
+    present = [p for p in parameters if p is not None]
+    try:
+        return Fingerprint(_optimizer_steps, [p.data_ptr() for p in present], [p._version for p in present])
+    except RuntimeError:  # "Inference tensors do not track version counter"
         return None
-    states = tuple((0, 0) if p is None else (p.data_ptr(), p._version) for p in parameters)
-    return Fingerprint(_optimizer_steps, states)
 
 
 def slices_of_network(

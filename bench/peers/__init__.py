@@ -35,7 +35,8 @@ class Step(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
+    """``pooled_only``: in inference its last block computes only what the head pools, so it executes fewer operations;
+    ``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
     ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
 
     Set-ups (``heads`` is always a sequence of widths):
@@ -52,6 +53,7 @@ class Peer(NamedTuple):
     name: str
     about: str
     ours: bool = False
+    pooled_only: bool = False
     bound: bool = False
     version: str = ""
     opaque: bool = False

@@ -1,4 +1,4 @@
-"""The backends of this repository: one peer each, and one more where gradients may be added in place."""
+"""The backends of this repository: a peer each, and more where work can be left out or done in place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.peers import Absent, Peer, Step
 from bench.peers.training import block_parameters, block_step, cut_block, train_steps, without_gradients
 from hydravit import HydraViT
 from hydravit.evaluation.latency import with_backend
+from hydravit.inference import PackedInference
 from hydravit.training import SliceGradients
 from hydravit_kernels import backends
 
@@ -25,8 +26,11 @@ def _on(model: HydraViT, backend: str) -> HydraViT:
         raise Absent(str(error)) from error
 
 
-def _inference(backend: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
+def _inference(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, heads: Sequence[int]):
     own = _on(model, backend)
+    own.packed_inference = PackedInference(pooled_only)
+    for _ in range(2):  # the second call packs the weights
+        without_gradients(partial(own, images, heads=heads[0]))()
     return {k: without_gradients(partial(own, images, heads=k)) for k in heads}
 
 
@@ -91,12 +95,20 @@ def _peers(backend: str) -> list[Peer]:
         backend,
         about,
         ours=True,
-        inference=partial(_inference, backend),
+        pooled_only=backend == "native",
+        inference=partial(_inference, backend, True),
         block=partial(_block, backend),
         training=partial(_training, backend, False),
     )
     if backend == "reference":
         return [plain]
+    all_tokens = Peer(
+        f"{backend}-all-tokens",
+        f"{about}, the last block computed for every token, as all others do",
+        ours=True,
+        inference=partial(_inference, backend, False),
+        without=f"same as {backend}",
+    )
     in_place = Peer(
         f"{backend}-inplace",
         f"{about}, gradients added in place (SliceGradients)",
@@ -106,7 +118,7 @@ def _peers(backend: str) -> list[Peer]:
         training=partial(_training, backend, True),
         without=f"same as {backend}",
     )
-    return [plain, in_place]
+    return [plain, all_tokens, in_place]
 
 
 PEERS = [peer for backend in backends.BACKENDS for peer in _peers(backend)]

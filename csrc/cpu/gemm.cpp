@@ -176,14 +176,25 @@ void compute(const Tile& tile, const Finish* finish, int64_t columns) {
   for_each<rows, vectors>([&](int i, int j) { sums[i][j] = Vec{}; });
   const float* a = tile.a;
   const float* b = tile.b;
-  for (int64_t k = 0; k < tile.depth; k++) {
+  const auto step = [&](int64_t k) {
     Vec right[vectors];
-    for (int j = 0; j < vectors; j++) right[j] = load(b + j * kWidth);
+    for (int j = 0; j < vectors; j++) right[j] = load(b + k * tile.b_step + j * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-      const Vec left = splat(along ? a[i * tile.a_step] : a[i]);
+      const Vec left = splat(along ? a[i * tile.a_step + k] : a[k * tile.a_step + i]);
       for (int j = 0; j < vectors; j++) sums[i][j] = left * right[j] + sums[i][j];
     }
+  };
+  constexpr int kUnroll = 4;
+  int64_t k = 0;
+  for (; k + kUnroll <= tile.depth; k += kUnroll) {
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnroll; u++) step(u);
+    a += kUnroll * (along ? 1 : tile.a_step);
+    b += kUnroll * tile.b_step;
+  }
+  for (; k < tile.depth; k++) {
+    step(0);
     a += along ? 1 : tile.a_step;
     b += tile.b_step;
   }

@@ -145,9 +145,28 @@ static inline Vec erf(Vec x) {
   return a > 0.927734375f ? outer : inner;
 }
 
+// x Phi(x) within 7e-7 everywhere and 5.3e-8 of the root mean square for normal x: where |x| < 5.4, Phi(x) - 1/2 is x
+// times a polynomial of degree 14 in x^2 (minimax, in powers of 2 x^2 / 5.4^2 - 1, which keeps it stable).
 static inline Vec gelu(Vec x) {
-  const Vec half = 0.5f * x;
-  return half + half * erf(x * 0.707106781f);
+  const Vec square = x * x;
+  const Vec u = square * 0.0685871f - 1.0f;
+  Vec p = splat(3.92819609e-4f);
+  p = p * u - 1.02823798e-3f;
+  p = p * u + 8.75034253e-4f;
+  p = p * u - 1.18680194e-3f;
+  p = p * u + 3.65883182e-3f;
+  p = p * u - 6.71489071e-3f;
+  p = p * u + 9.65122692e-3f;
+  p = p * u - 1.39635643e-2f;
+  p = p * u + 1.96451433e-2f;
+  p = p * u - 2.57463939e-2f;
+  p = p * u + 3.21165957e-2f;
+  p = p * u - 3.92068215e-2f;
+  p = p * u + 4.84995916e-2f;
+  p = p * u - 6.53280541e-2f;
+  p = p * u + 1.30928114e-1f;
+  const Vec inside = square * p + 0.5f * x;
+  return square > 29.16f ? vmax(x, Vec{}) : inside;
 }
 
 // d gelu(x) / dx = Phi(x) + x phi(x)

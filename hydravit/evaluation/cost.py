@@ -19,17 +19,23 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(config: HydraViTConfig, geometry: Geometry) -> Cost:
+def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: bool = False) -> Cost:
     """Parameters and multiply-accumulates of one subnetwork.
 
     The products of attention count (queries by keys, weights by values), as they are in the figures of the ViT
-    literature; norms, softmax, GELU, residuals and pooling do not.
+    literature; norms, softmax, GELU, residuals and pooling do not. ``pooled_only``: without what the last block
+    computes for tokens that the head does not pool.
     """
     tokens, embed = config.tokens, geometry.embed.embed
     macs = math.prod(config.grid) * embed * config.in_channels * config.patch_size**2
     macs += sum(attention_macs(tokens, attention) for attention in geometry.attention)
     macs += sum(mlp_macs(tokens, mlp) for mlp in geometry.mlp)
     macs += embed * geometry.head.classes
+    if pooled_only:
+        attention, mlp = geometry.attention[-1], geometry.mlp[-1]
+        keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
+        per_token = (embed + tokens) * (keys + values) + 2 * embed * mlp.hidden  # all but its key and value
+        macs -= (config.prefix_tokens if config.pool == "avg" else tokens - 1) * per_token
 
     slices = geometry.parameter_slices(config)
     params = 0
