@@ -126,13 +126,33 @@ __attribute__((noinline)) void finish_from_memory(const Finish& finish, const fl
       if (!finish.first || out.accumulate) value += load(to + column, count);
       if (finish.last) {
         if (out.bias != nullptr) value += load(finish.vectors.bias + j);
-        if (out.gelu != nullptr) store(out.gelu + row * out.gelu_stride + column, gelu(value), count);
-        if (out.gelu == out.data && out.gelu != nullptr) continue;
+        if (out.gelu != nullptr) {
+          if (out.gelu != out.data) store(to + column, value, count);
+          store(out.gelu + row * out.gelu_stride + column, gelu(value), count);
+          continue;
+        }
         if (out.column_scale != nullptr) value *= load(finish.vectors.scale + j);
         if (out.row_scale != nullptr) value *= splat(out.row_scale[row / out.rows_per_scale]);
         if (out.residual != nullptr) value += load(out.residual + out.residual_rows.at(row) + column, count);
       }
       store(to + column, value, count);
+    }
+  }
+}
+
+// The last piece with GELU, for a tile of whole vectors: out of the register tile's way, but in a loop of its own.
+__attribute__((noinline)) void finish_gelu(const Finish& finish, float* sums, int64_t rows, int64_t vectors) {
+  const Output& out = *finish.out;
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t row = finish.row + i;
+    float* to = out.data + out.rows.at(row) + finish.column;
+    float* activated = out.gelu + row * out.gelu_stride + finish.column;
+    for (int64_t j = 0; j < vectors; j++) {
+      Vec value = load(sums + i * kTileColumns + j * kWidth);
+      if (!finish.first) value += load(to + j * kWidth);
+      if (out.bias != nullptr) value += load(finish.vectors.bias + j * kWidth);
+      if (activated != to) store(to + j * kWidth, value);
+      store(activated + j * kWidth, gelu(value));
     }
   }
 }
@@ -203,14 +223,16 @@ void compute(const Tile& tile, const Finish* finish, int64_t columns) {
       float* to = tile.out + i * tile.out_stride + j * kWidth;
       store(to, tile.accumulate ? load(to) + sums[i][j] : sums[i][j]);
     });
-  } else if (columns == vectors * kWidth && finish->out->gelu == nullptr && finish->out->columns.segment == 0 &&
-             finish->out->columns.stride == 1) {
-    finish_from_registers<rows, vectors>(*finish, sums);
-  } else {
-    float memory[rows * kTileColumns];
-    for_each<rows, vectors>([&](int i, int j) { store(memory + i * kTileColumns + j * kWidth, sums[i][j]); });
-    finish_from_memory(*finish, memory, rows, columns);
+    return;
   }
+  const Output& out = *finish->out;
+  const bool whole = columns == vectors * kWidth && out.columns.segment == 0 && out.columns.stride == 1;
+  const bool activates = out.gelu != nullptr && finish->last;
+  if (whole && !activates) return finish_from_registers<rows, vectors>(*finish, sums);
+  float memory[rows * kTileColumns];
+  for_each<rows, vectors>([&](int i, int j) { store(memory + i * kTileColumns + j * kWidth, sums[i][j]); });
+  if (whole) return finish_gelu(*finish, memory, rows, vectors);
+  finish_from_memory(*finish, memory, rows, columns);
 }
 
 using Compute = void (*)(const Tile&, const Finish*, int64_t columns);
@@ -343,6 +365,7 @@ void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t 
 
 int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
   const int64_t count = divide_up(rows, kPanel);
+  prefer_huge_pages(panels, count * kPanel * columns);
   parallel_ranges(threads, count, columns * kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++)
       pack_panel<kPanel>(weight.data, {weight.row_stride}, {}, panel * kPanel, smaller(kPanel, rows - panel * kPanel),

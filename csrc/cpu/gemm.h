@@ -58,7 +58,8 @@ inline View transposed(const Weight& weight, const Axis& rows) {
 inline View transposed(const Weight& weight) { return transposed(weight, {weight.row_stride}); }
 
 // What becomes of a product P (m, n). With v = P + bias (by column):
-//   out = [out +] residual + row_scale * column_scale * v;   gelu_out = gelu(v), where wanted.
+//   out = [out +] residual + row_scale * column_scale * v;
+//   where `gelu` is given: out = v and gelu = gelu(v), or that alone if they are one. The others are then not.
 struct Output {
   float* data;
   Axis rows, columns;

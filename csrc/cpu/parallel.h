@@ -92,6 +92,10 @@ void for_each_band(const Range& tokens, const Body& body) {
   }
 }
 
+// Asks for pages of 2 MB around memory that was not touched yet, where the system has them: weights of hundreds of
+// megabytes are read at random panels, and small pages miss in the processor's table of addresses.
+void prefer_huge_pages(float* data, int64_t size);
+
 // The calling thread's memory: one aligned block that only ever grows, so that a call after the first of its size
 // allocates nothing. Name the buffers first, then allocate them together. Empty buffers are null.
 class Workspace {

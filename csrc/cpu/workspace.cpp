@@ -2,7 +2,26 @@
 
 #include "parallel.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace hydravit::HYDRAVIT_ISA {
+
+namespace {
+constexpr size_t kHugePage = size_t{1} << 21;
+}
+
+void prefer_huge_pages(float* data, int64_t size) {
+#ifdef MADV_HUGEPAGE
+  const size_t bytes = static_cast<size_t>(size) * sizeof(float), end = reinterpret_cast<size_t>(data) + bytes;
+  if (bytes < kHugePage) return;
+  const size_t begin = reinterpret_cast<size_t>(data) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(begin), (end - begin + kHugePage - 1) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#else
+  (void)data, (void)size;
+#endif
+}
 
 namespace {
 struct Block {
@@ -16,8 +35,10 @@ thread_local Block block;
 bool Workspace::allocate() {
   if (block.size < total_) {
     std::free(block.data);
-    constexpr size_t kAlignment = 64;
-    block.data = static_cast<float*>(std::aligned_alloc(kAlignment, static_cast<size_t>(total_) * sizeof(float)));
+    const size_t bytes = static_cast<size_t>(total_) * sizeof(float);
+    const size_t alignment = bytes < kHugePage ? 64 : kHugePage;
+    block.data = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
+    if (block.data != nullptr) prefer_huge_pages(block.data, total_);
     block.size = block.data == nullptr ? 0 : total_;
     if (block.data == nullptr) return false;
   }
