@@ -665,18 +665,27 @@ class PackedParameters {
   PackedParameters(const Tensor& packed, const Integers& offsets) : packed_(packed), offsets_(offsets) {
     check(packed, "packed", {kAny});
   }
-  Parameter vector(const char* name, Integers shape) { return next(name, std::move(shape), false); }
-  Parameter weight(const char* name, Integers shape) { return next(name, std::move(shape), true); }
+  Parameter vector(const char* name, Integers shape) { return required(name, next(name, std::move(shape), false)); }
+  Parameter weight(const char* name, Integers shape) { return required(name, next(name, std::move(shape), true)); }
+  Parameter optional_vector(const char* name, Integers shape) { return next(name, std::move(shape), false); }
+  Parameter optional_weight(const char* name, Integers shape) { return next(name, std::move(shape), true); }
   size_t left() const { return offsets_.size() - used_; }
 
  private:
+  static Parameter required(const char* name, Parameter parameter) {
+    HYDRAVIT_CHECK(parameter.present(), "offsets: ", name, " expected, -1 (absent) given");
+    return parameter;
+  }
   Parameter next(const char* name, Integers shape, bool panels) {
     HYDRAVIT_CHECK(left() > 0, "offsets: one for ", name, " expected, none given");
     const int64_t offset = offsets_[used_++];
     if (offset == -1) return {name, nullptr, {}, false};
     int64_t size = panels ? (shape[0] + kPanel - 1) / kPanel * kPanel : shape[0];
-    for (size_t axis = 1; axis < shape.size(); axis++) size *= shape[axis];
-    check_inside("packed", "elements", {offset, size}, packed_.size(0));
+    bool fits = true;
+    for (size_t axis = 1; axis < shape.size(); axis++) fits = fits && !__builtin_mul_overflow(size, shape[axis], &size);
+    HYDRAVIT_CHECK(fits, "packed ", name, ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
+    HYDRAVIT_CHECK(offset >= 0 && offset <= packed_.size(0) && size <= packed_.size(0) - offset, "offsets: ", name,
+                   " with ", size, " elements at ", offset, " expected inside [0, ", packed_.size(0), ")");
     return {name, floats(packed_) + offset, std::move(shape), panels};
   }
 
@@ -706,10 +715,10 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
 
   const StemArguments stem{images,
                            p.weight("weight", {embed, images.size(1), patch_height, patch_width}),
-                           p.vector("bias", {embed}),
-                           p.vector("cls_token", {1, cls_tokens, embed}),
-                           p.vector("reg_token", {1, reg_tokens, embed}),
-                           p.vector("pos_embed", {1, positions, embed}),
+                           p.optional_vector("bias", {embed}),
+                           p.optional_vector("cls_token", {1, cls_tokens, embed}),
+                           p.optional_vector("reg_token", {1, reg_tokens, embed}),
+                           p.optional_vector("pos_embed", {1, positions, embed}),
                            stem_slices,
                            subnet};
   const std::vector<Stem> stems = describe(stem);
@@ -721,10 +730,10 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
                                            p.vector("norm1.weight", {embed}),
                                            p.vector("norm1.bias", {embed}),
                                            p.weight("qkv.weight", {3 * embed, embed}),
-                                           p.vector("qkv.bias", {3 * embed}),
+                                           p.optional_vector("qkv.bias", {3 * embed}),
                                            p.weight("proj.weight", {embed, embed}),
-                                           p.vector("proj.bias", {embed}),
-                                           p.vector("ls1.gamma", {embed}),
+                                           p.optional_vector("proj.bias", {embed}),
+                                           p.optional_vector("ls1.gamma", {embed}),
                                            {},
                                            of_block(attention_slices, i),
                                            of_block(scales, i),
@@ -734,10 +743,10 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
                                      p.vector("norm2.weight", {embed}),
                                      p.vector("norm2.bias", {embed}),
                                      p.weight("fc1.weight", {hidden, embed}),
-                                     p.vector("fc1.bias", {hidden}),
+                                     p.optional_vector("fc1.bias", {hidden}),
                                      p.weight("fc2.weight", {embed, hidden}),
-                                     p.vector("fc2.bias", {embed}),
-                                     p.vector("ls2.gamma", {embed}),
+                                     p.optional_vector("fc2.bias", {embed}),
+                                     p.optional_vector("ls2.gamma", {embed}),
                                      {},
                                      of_block(mlp_slices, i),
                                      eps,
@@ -750,10 +759,10 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
     }
   }
   const HeadArguments head{stream,
-                           p.vector("norm_weight", {embed}),
-                           p.vector("norm_bias", {embed}),
-                           p.weight("head.weight", {class_rows, embed}),
-                           p.vector("head.bias", {class_rows}),
+                           p.optional_vector("norm_weight", {embed}),
+                           p.optional_vector("norm_bias", {embed}),
+                           p.optional_weight("head.weight", {class_rows, embed}),
+                           p.optional_vector("head.bias", {class_rows}),
                            pool_start,
                            pool_stop,
                            head_slices,

@@ -64,27 +64,29 @@ class PackedInference:
         return kernels.network(images, packed, slices, *how, pooled_only=self.pooled_only)
 
     def _fresh(self, model: HydraViT, parameters: list[Tensor | None]) -> kernels.Packed | None:
-        now = kernels.fingerprint(parameters)
         kept = self._packed
-        if kept is not None and kept[0] == now:
+        if kept is not None and kept[0].holds(parameters):
             return kept[1]
         with self._lock:
-            if self._packed is not None and self._packed[0] == now:  # another thread was faster
+            if self._packed is not None and self._packed[0].holds(parameters):  # another thread was faster
                 return self._packed[1]
             self._packed = None
-            if now is None or now != self._seen:
-                self._seen = now
+            if self._seen is None or not self._seen.holds(parameters):
+                self._seen = kernels.fingerprint(parameters)
                 return None
-            self._packed = now, kernels.pack(_in_order(model))
+            self._packed = self._seen, kernels.pack(_in_order(model))
             return self._packed[1]
 
     def _slices_of(self, geometries: tuple[Geometry, ...]) -> kernels.NetworkSlices | None:
-        if geometries not in self._slices:
-            if len(self._slices) >= 256:  # per-image widths make many different tables
-                self._slices.clear()
+        try:
+            return self._slices[geometries]
+        except KeyError:
             columns = zip(*((g.embed, g.attention, g.mlp, g.head) for g in geometries), strict=True)
-            self._slices[geometries] = kernels.slices_of_network(*columns)
-        return self._slices[geometries]
+            slices = kernels.slices_of_network(*columns)
+        if len(self._slices) >= 256:  # per-image widths make many different tables
+            self._slices.clear()  # perhaps also what another thread has just put there
+        self._slices[geometries] = slices
+        return slices
 
 
 class _Structure:
@@ -98,14 +100,14 @@ class _Structure:
         self._hooks = [_MODULE._global_forward_hooks, _MODULE._global_forward_pre_hooks]
         for block in model.blocks:
             self._hooks += (block._forward_hooks, block._forward_pre_hooks)
-        self._other_blocks = any(type(block) is not Block for block in model.blocks)
+        self._blocks = list(model.blocks)
 
     def holds(self) -> bool:
         """Whether the modules are still these."""
         return all(list(now.values()) == then for now, then in self._children)
 
     def seen_from_outside(self) -> bool:
-        return self._other_blocks or any(self._hooks)
+        return any(self._hooks) or any(type(b) is not Block or "forward" in b.__dict__ for b in self._blocks)
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]

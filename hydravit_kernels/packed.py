@@ -7,11 +7,13 @@ width is the beginning of some panels, so this one copy serves every width that 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hydravit_kernels.ranges import annotate
@@ -52,6 +54,7 @@ def pack(parameters: Sequence[Tensor | None]) -> Packed:
     index = [*range(STEM), *(list(range(BLOCK)) * depth), *range(HEAD)]
     weights = [i in _WEIGHTS[kind] for kind, i in zip(kinds, index, strict=True)]
 
+    _check_shapes(parameters)
     sizes = [_size(p, w) for p, w in zip(parameters, weights, strict=True)]
     starts = itertools.accumulate(sizes, initial=0)
     offsets = [-1 if p is None else start for p, start in zip(parameters, starts, strict=False)]
@@ -72,6 +75,28 @@ def pack(parameters: Sequence[Tensor | None]) -> Packed:
     return Packed(packed, offsets, shape, depth)
 
 
+def _check_shapes(parameters: Sequence[Tensor | None]) -> None:
+    """The op knows the sizes of the full network alone: of another shape, a parameter's neighbours would be read."""
+    stem, classifier = parameters[:STEM], parameters[-2]
+    embed, hidden = stem[0].shape[0], parameters[STEM + 9].shape[0]
+    vector, tokens = (embed,), [(1, 0 if t is None else t.shape[1], embed) for t in stem[2:]]
+    expected = [
+        ("weight", stem[0].shape), ("bias", vector), *zip(("cls_token", "reg_token", "pos_embed"), tokens, strict=True),
+        *[
+            ("norm1.weight", vector), ("norm1.bias", vector), ("qkv.weight", (3 * embed, embed)),
+            ("qkv.bias", (3 * embed,)), ("proj.weight", (embed, embed)), ("proj.bias", vector), ("ls1.gamma", vector),
+            ("norm2.weight", vector), ("norm2.bias", vector), ("fc1.weight", (hidden, embed)), ("fc1.bias", (hidden,)),
+            ("fc2.weight", (embed, hidden)), ("fc2.bias", vector), ("ls2.gamma", vector),
+        ] * ((len(parameters) - STEM - HEAD) // BLOCK),
+        ("norm_weight", vector), ("norm_bias", vector),
+    ]  # fmt: skip
+    rows = 0 if classifier is None else classifier.shape[0]
+    expected += [("head.weight", (rows, embed)), ("head.bias", (rows,))]
+    for (name, shape), parameter in zip(expected, parameters, strict=True):
+        if parameter is not None and parameter.shape != shape:
+            raise RuntimeError(f"{name}: shape {tuple(shape)} expected, {tuple(parameter.shape)} given")
+
+
 def _size(parameter: Tensor | None, weight: bool) -> int:
     """Floats; every parameter begins on a cache line."""
     if parameter is None:
@@ -82,12 +107,29 @@ def _size(parameter: Tensor | None, weight: bool) -> int:
     return rows * (parameter.numel() // parameter.shape[0])
 
 
-class Fingerprint(NamedTuple):
-    """What a packed copy was made of; one that equals it now is not stale, as far as torch can see."""
+class Fingerprint:
+    """What a packed copy was made of."""
 
-    optimizer_steps: int
-    pointers: list[int]
-    versions: list[int]
+    def __init__(self, parameters: Sequence[Tensor | None]):
+        self._optimizer_steps = _optimizer_steps
+        # By identity: another tensor may get the memory of one that is gone.
+        self._tensors = [_nothing if p is None else weakref.ref(p) for p in parameters]
+        self._states = _states(parameters)
+
+    def holds(self, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether these are the same, unchanged as far as torch can see."""
+        same = self._optimizer_steps == _optimizer_steps and len(self._tensors) == len(parameters)
+        same = same and all(tensor() is p for tensor, p in zip(self._tensors, parameters, strict=True))
+        return same and self._states == _states(parameters)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _states(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
+    present = [p for p in parameters if p is not None]
+    return [p.data_ptr() for p in present], [p._version for p in present]
 
 
 _optimizer_steps = 0
@@ -103,11 +145,14 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def fingerprint(parameters: Sequence[Tensor | None]) -> Fingerprint | None:
-    """None where changes go unseen: a tensor made under ``torch.inference_mode`` counts none."""
-    present = [p for p in parameters if p is not None]
+    """None where changes go unseen, as of tensors made under ``torch.inference_mode``, or where there is no memory to
+    copy, as of fake tensors and inside ``torch.func.vmap``.
+    """
+    if any(p is not None and type(p) not in (Tensor, Parameter) for p in parameters):
+        return None
     try:
-        return Fingerprint(_optimizer_steps, [p.data_ptr() for p in present], [p._version for p in present])
-    except RuntimeError:  # "Inference tensors do not track version counter"
+        return Fingerprint(parameters)
+    except RuntimeError:
         return None
 
 

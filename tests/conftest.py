@@ -26,3 +26,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    before = torch.ops.hydravit.cpu_isa()
+    try:
+        torch.ops.hydravit.set_cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    torch.ops.hydravit.set_cpu_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -22,3 +22,18 @@ def make(config=SMALL, **overrides):
 
 def images(config, batch=2):
     return torch.randn(batch, config.in_channels, *config.image_size)
+
+
+def poison(model, geometries):
+    """NaN in every element of every parameter that none of the geometries reads."""
+    for name, parameter in model.named_parameters():
+        read = torch.zeros(parameter.shape, dtype=torch.bool)
+        for geometry in geometries:
+            axes = geometry.parameter_slices(model.config)[name]
+            if all(axes):  # a skipped branch reads nothing
+                lists = [torch.cat([torch.arange(start, start + length) for start, length in axis]) for axis in axes]
+                lists += [torch.arange(size) for size in parameter.shape[len(axes) :]]
+                read[torch.meshgrid(*lists, indexing="ij")] = True
+        with torch.no_grad():
+            parameter[~read] = float("nan")
+    return model

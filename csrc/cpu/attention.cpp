@@ -209,7 +209,8 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
   const MutableWeight weight_gradients[3] = {gradients.query_weight, gradients.key_weight, gradients.value_weight};
   float* const bias_gradients[3] = {gradients.query_bias, gradients.key_bias, gradients.value_bias};
-  const bool needs_qkv = needs_normalised || weight_gradients[0].data != nullptr || bias_gradients[0] != nullptr;
+  bool needs_qkv = needs_normalised;
+  for (int i = 0; i < 3; i++) needs_qkv |= weight_gradients[i].data != nullptr || bias_gradients[i] != nullptr;
   MutableTokens d_qkv{nullptr, tokens * roles.columns, roles.columns}, d_attended{nullptr, tokens * values, values};
   float *normalised, *statistics, *z, *scratch, *heads_scratch;
   Workspace workspace;

@@ -17,6 +17,8 @@ namespace hydravit::HYDRAVIT_ISA {
 constexpr int kTileRows = 14;
 #elif defined(__AVX__)
 constexpr int kTileRows = 6;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 4;
 #endif

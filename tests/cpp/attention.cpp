@@ -1,0 +1,101 @@
+#include "check.h"
+
+namespace hydravit::tests {
+
+namespace {
+
+Arrays arrays_of(const AttentionBlock& block) {
+  std::mt19937 generator(1);
+  const int64_t batch = block.batch, n = block.tokens, embed = block.embed, k = block.heads;
+  const int64_t d = block.head_dim, dv = block.value_dim, pitch = block.pitch;
+  Arrays arrays = {{"norm_weight", vector(embed)},
+                   {"norm_bias", vector(embed)},
+                   {"query_weight", head_rows(k, d, pitch, embed)},
+                   {"key_weight", head_rows(k, d, pitch, embed)},
+                   {"value_weight", head_rows(k, dv, pitch, embed)},
+                   {"query_bias", head_vector(k, d, pitch)},
+                   {"key_bias", head_vector(k, d, pitch)},
+                   {"value_bias", head_vector(k, dv, pitch)},
+                   {"proj_weight", head_columns(embed, k, dv, pitch)},
+                   {"proj_bias", vector(embed)},
+                   {"layer_scale", vector(embed)}};
+  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
+  for (const char* name : {"x", "grad"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("branch_scale", vector(batch));
+  for (auto& [name, array] : arrays) array = random(array, generator);
+
+  for (const char* name : {"y", "d_x"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("qkv", tokens(batch, n, k * (2 * d + dv)));
+  arrays.emplace("attended", tokens(batch, n, k * dv));
+  arrays.emplace("logsumexp", Array({{batch, k * n + kGap}, {k, n}}, {{n, 1}}));
+  return arrays;
+}
+
+void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {
+  block.x = const_tokens(arrays, "x");
+  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
+  block.query_weight = const_weight(arrays, "query_weight"), block.query_bias = data(arrays, "query_bias");
+  block.key_weight = const_weight(arrays, "key_weight"), block.key_bias = data(arrays, "key_bias");
+  block.value_weight = const_weight(arrays, "value_weight"), block.value_bias = data(arrays, "value_bias");
+  block.proj_weight = const_weight(arrays, "proj_weight"), block.proj_bias = data(arrays, "proj_bias");
+  block.layer_scale = data(arrays, "layer_scale"), block.branch_scale = data(arrays, "branch_scale");
+
+  block.y = mutable_tokens(arrays, "y");
+  launch([&] { return attention_block_cpu(block, threads); });
+  const Array unsaved = arrays.at("y");
+  block.qkv = mutable_tokens(arrays, "qkv"), block.attended = mutable_tokens(arrays, "attended");
+  block.logsumexp = data(arrays, "logsumexp");
+  block.logsumexp_image_stride = arrays.at("logsumexp").row_axes[0].stride;
+  launch([&] { return attention_block_cpu(block, threads); });
+  expect_same(arrays.at("y"), unsaved, "y where the activations are not saved");
+
+  block.y = {nullptr, 0, 0};
+  AttentionBlockGradients gradients{};
+  gradients.grad = const_tokens(arrays, "grad"), gradients.x = mutable_tokens(arrays, "d_x");
+  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
+  gradients.query_weight = mutable_weight(arrays, "d_query_weight"),
+  gradients.query_bias = data(arrays, "d_query_bias");
+  gradients.key_weight = mutable_weight(arrays, "d_key_weight"), gradients.key_bias = data(arrays, "d_key_bias");
+  gradients.value_weight = mutable_weight(arrays, "d_value_weight"),
+  gradients.value_bias = data(arrays, "d_value_bias");
+  gradients.proj_weight = mutable_weight(arrays, "d_proj_weight"), gradients.proj_bias = data(arrays, "d_proj_bias");
+  gradients.layer_scale = data(arrays, "d_layer_scale");
+  launch([&] { return attention_block_backward_cpu(block, gradients, threads); });
+}
+
+}  // namespace
+
+std::vector<Test> attention_tests() {
+  struct Shape {
+    int64_t batch, tokens, embed, heads, head_dim, value_dim, pitch;
+  };
+  const Shape shapes[] = {
+      {1, 1, 3, 1, 5, 5, 5},       {3, 17, 32, 2, 16, 16, 24}, {1, 50, 48, 3, 16, 24, 24}, {3, 50, 80, 2, 24, 5, 40},
+      {2, 17, 32, 0, 16, 16, 16},  {1, 17, 400, 1, 8, 8, 8},  // more channels than one piece of the depth
+      {3, 197, 80, 2, 64, 64, 64}, {7, 197, 3, 1, 5, 3, 9},   // more images than one chunk
+  };
+  std::vector<Test> tests;
+  for (const Shape& s : shapes) {
+    AttentionBlock block{};
+    block.batch = s.batch, block.tokens = s.tokens, block.embed = s.embed, block.heads = s.heads;
+    block.head_dim = s.head_dim, block.value_dim = s.value_dim, block.pitch = s.pitch;
+    block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim)), block.eps = 1e-6f;
+    const std::string name =
+        named("attention", {s.batch, s.tokens, s.embed, s.heads, s.head_dim, s.value_dim, s.pitch});
+    const auto add = [&](const std::string& what, const Arrays& arrays) {
+      tests.emplace_back(
+          name + what, arrays, [=](auto& values) { attention_block(block, values); },
+          [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); });
+    };
+    const Arrays arrays = arrays_of(block);
+    add("", arrays);
+    if (s.tokens != 17) continue;
+    add(", nothing nullable",
+        without(arrays, {"query_bias", "key_bias", "value_bias", "proj_bias", "layer_scale", "branch_scale", "d_x"}));
+    for (const auto& [gradient, array] : arrays)
+      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+  }
+  return tests;
+}
+
+}  // namespace hydravit::tests

@@ -1,0 +1,71 @@
+#include "check.h"
+
+namespace hydravit::tests {
+
+namespace {
+
+Arrays arrays_of(const Head& block, int64_t token_count) {
+  std::mt19937 generator(4);
+  const int64_t outputs = block.classes == 0 ? block.embed : block.classes;
+  Arrays arrays = {{"norm_weight", vector(block.embed)},
+                   {"norm_bias", vector(block.embed)},
+                   {"weight", weight(block.classes, block.embed)},
+                   {"bias", vector(block.classes)}};
+  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
+  arrays.emplace("x", tokens(block.batch, token_count, block.embed));
+  arrays.emplace("grad", weight(block.batch, outputs));
+  for (auto& [name, array] : arrays) array = random(array, generator);
+
+  arrays.emplace("y", weight(block.batch, outputs));
+  arrays.emplace("d_x", tokens(block.batch, token_count, block.embed));
+  return arrays;
+}
+
+void run(Head block, int64_t token_count, Arrays& arrays, const Threads& threads) {
+  block.x = const_tokens(arrays, "x");
+  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
+  block.weight = const_weight(arrays, "weight"), block.bias = data(arrays, "bias");
+  block.y = data(arrays, "y"), block.y_row_stride = arrays.at("y").row_stride();
+  launch([&] { return head_cpu(block, threads); });
+
+  block.y = nullptr;
+  HeadGradients gradients{};
+  gradients.grad = data(arrays, "grad"), gradients.grad_row_stride = arrays.at("grad").row_stride();
+  gradients.tokens = token_count;
+  gradients.x = mutable_tokens(arrays, "d_x");
+  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
+  gradients.weight = mutable_weight(arrays, "d_weight"), gradients.bias = data(arrays, "d_bias");
+  launch([&] { return head_backward_cpu(block, gradients, threads); });
+}
+
+}  // namespace
+
+std::vector<Test> head_tests() {
+  struct Shape {
+    int64_t batch, tokens, pool_start, pool_stop, embed, classes;
+  };
+  const Shape shapes[] = {
+      {1, 1, 0, 1, 3, 1},       {3, 17, 0, 1, 32, 10},    {3, 50, 1, 50, 48, 0},
+      {1, 50, 2, 49, 80, 1000}, {3, 17, 1, 17, 400, 700},
+  };
+  std::vector<Test> tests;
+  for (const Shape& s : shapes) {
+    Head block{};
+    block.batch = s.batch, block.pool_start = s.pool_start, block.pool_stop = s.pool_stop;
+    block.embed = s.embed, block.classes = s.classes, block.eps = 1e-6f;
+    const std::string name = named("head", {s.batch, s.tokens, s.pool_start, s.pool_stop, s.embed, s.classes});
+    const auto add = [&](const std::string& what, const Arrays& arrays) {
+      tests.emplace_back(
+          name + what, arrays, [=](auto& values) { head(block, values); },
+          [=](Arrays& arrays, const Threads& threads) { run(block, s.tokens, arrays, threads); });
+    };
+    const Arrays arrays = arrays_of(block, s.tokens);
+    add("", arrays);
+    add(", nothing nullable", without(arrays, {"norm_weight", "norm_bias", "bias", "d_x"}));
+    for (const auto& [gradient, array] : arrays)
+      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+  }
+  return tests;
+}
+
+}  // namespace hydravit::tests

@@ -1,0 +1,121 @@
+// Every launcher of csrc/hydravit.h, on every instruction set of this CPU and with 1, 2 and 3 threads, against the same
+// computation in plain loops.
+#include <cstdio>
+#include <cstring>
+#include <thread>
+
+#include "check.h"
+
+// Memory begins as NaN: what a kernel reads before it writes shows.
+extern "C" const char* __asan_default_options() { return "malloc_fill_byte=255:max_malloc_fill_size=1073741824"; }
+
+namespace hydravit::tests {
+
+namespace {
+
+std::string running;
+int failures = 0;
+
+template <int count>
+void parallel_for(int64_t begin, int64_t end, int64_t, RangeBody body, void* context) {
+  const auto part = [&](int64_t i) { return begin + (end - begin) * i / count; };
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < count; i++) threads.emplace_back(body, part(i), part(i + 1), context);
+  body(part(0), part(1), context);
+  for (std::thread& thread : threads) thread.join();
+}
+const Threads kThreads[] = {{parallel_for<1>, 1}, {parallel_for<2>, 2}, {parallel_for<3>, 3}};
+
+template <class T>
+Values<T> values_of(const Arrays& arrays) {
+  Values<T> values;
+  for (const auto& [name, array] : arrays) {
+    const std::vector<float> floats = array.values();
+    values[name] = {size_of(array.row_axes), size_of(array.column_axes), std::vector<T>(floats.begin(), floats.end())};
+  }
+  return values;
+}
+
+double norm(const std::vector<double>& values) {
+  double squares = 0;
+  for (const double value : values) squares += value * value;
+  return std::sqrt(squares);
+}
+
+// At most twice the error of the plain loops in float, plus two units in the last place of the root mean square.
+void expect_within_budget(const std::string& name, const Array& actual, const std::vector<float>& plain,
+                          const std::vector<double>& exact) {
+  expect(actual.untouched_outside(), name + " was written outside of its slice");
+  std::vector<double> ours, theirs;
+  const std::vector<float> values = actual.values();
+  if (values.size() != exact.size()) return expect(false, name + " has no counterpart of its size");
+  for (size_t i = 0; i < exact.size(); i++) {
+    ours.push_back(values[i] - exact[i]);
+    theirs.push_back(plain[i] - exact[i]);
+  }
+  const double allowed = 2 * norm(theirs) + 2 * std::numeric_limits<float>::epsilon() * norm(exact);
+  char errors[64];
+  std::snprintf(errors, sizeof errors, "error %.3e in L2 norm, allowed %.3e", norm(ours), allowed);
+  expect(norm(ours) <= allowed, name + ": " + errors);  // a NaN is not
+}
+
+void check(const Test& test, const std::vector<const char*>& isas) {
+  Values<float> plain = values_of<float>(test.arrays);
+  Values<double> exact = values_of<double>(test.arrays);
+  test.plain(plain);
+  test.exact(exact);
+  for (const char* isa : isas) {
+    set_cpu_isa(isa);
+    Arrays first;
+    for (const Threads& threads : kThreads) {
+      running = test.name + ", " + isa + ", threads " + std::to_string(threads.count);
+      Arrays arrays = test.arrays;
+      test.run(arrays, threads);
+      if (threads.count == 1) {
+        for (const auto& [name, array] : arrays)
+          expect_within_budget(name, array, plain[name].values, exact[name].values);
+        first = std::move(arrays);
+        continue;
+      }
+      for (const auto& [name, array] : arrays) expect_same(array, first.at(name), name + " of one thread");
+    }
+  }
+}
+
+}  // namespace
+
+void expect(bool right, const std::string& what) {
+  if (right) return;
+  failures++;
+  std::printf("FAILED %s: %s\n", running.c_str(), what.c_str());
+}
+
+void expect_same(const Array& a, const Array& b, const std::string& what) {
+  expect(a.memory.size() == b.memory.size() &&
+             std::memcmp(a.memory.data(), b.memory.data(), a.memory.size() * sizeof(float)) == 0,
+         "not the same bits as " + what);
+}
+
+void launch(const std::function<int()>& launcher) {
+  int status = kOk;
+  std::thread([&] { status = launcher(); }).join();
+  expect(status == kOk, status_text(status));
+}
+
+}  // namespace hydravit::tests
+
+int main() {
+  using namespace hydravit;
+  using namespace hydravit::tests;
+  std::vector<const char*> isas;
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    const int status = set_cpu_isa(isa);
+    if (status == kOk) isas.push_back(isa);
+    std::printf("%s: %s\n", isa, status_text(status));
+  }
+  size_t count = 0;
+  for (const std::vector<Test>& tests : {stem_tests(), attention_tests(), mlp_tests(), head_tests(), network_tests()})
+    for (const Test& test : tests) check(test, isas), count++;
+  std::printf("%zu tests, %d failures\n", count, failures);
+  return failures == 0 && !isas.empty() ? 0 : 1;
+}

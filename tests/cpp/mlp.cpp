@@ -1,0 +1,86 @@
+#include "check.h"
+
+namespace hydravit::tests {
+
+namespace {
+
+Arrays arrays_of(const MlpBlock& block) {
+  std::mt19937 generator(2);
+  const int64_t batch = block.batch, n = block.tokens, embed = block.embed, hidden = block.hidden;
+  Arrays arrays = {{"norm_weight", vector(embed)},        {"norm_bias", vector(embed)},
+                   {"fc1_weight", weight(hidden, embed)}, {"fc1_bias", vector(hidden)},
+                   {"fc2_weight", weight(embed, hidden)}, {"fc2_bias", vector(embed)},
+                   {"layer_scale", vector(embed)}};
+  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
+  for (const char* name : {"x", "grad"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("branch_scale", vector(batch));
+  for (auto& [name, array] : arrays) array = random(array, generator);
+
+  for (const char* name : {"y", "d_x"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("saved", tokens(batch, n, hidden));
+  return arrays;
+}
+
+void run(MlpBlock block, Arrays& arrays, const Threads& threads) {
+  block.x = const_tokens(arrays, "x");
+  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
+  block.fc1_weight = const_weight(arrays, "fc1_weight"), block.fc1_bias = data(arrays, "fc1_bias");
+  block.fc2_weight = const_weight(arrays, "fc2_weight"), block.fc2_bias = data(arrays, "fc2_bias");
+  block.layer_scale = data(arrays, "layer_scale"), block.branch_scale = data(arrays, "branch_scale");
+
+  block.y = mutable_tokens(arrays, "y");
+  launch([&] { return mlp_block_cpu(block, threads); });
+  const Array unsaved = arrays.at("y");
+  block.saved = mutable_tokens(arrays, "saved");
+  launch([&] { return mlp_block_cpu(block, threads); });
+  expect_same(arrays.at("y"), unsaved, "y where the activations are not saved");
+
+  block.y = {nullptr, 0, 0};
+  MlpBlockGradients gradients{};
+  gradients.grad = const_tokens(arrays, "grad"), gradients.x = mutable_tokens(arrays, "d_x");
+  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
+  gradients.fc1_weight = mutable_weight(arrays, "d_fc1_weight"), gradients.fc1_bias = data(arrays, "d_fc1_bias");
+  gradients.fc2_weight = mutable_weight(arrays, "d_fc2_weight"), gradients.fc2_bias = data(arrays, "d_fc2_bias");
+  gradients.layer_scale = data(arrays, "d_layer_scale");
+  launch([&] { return mlp_block_backward_cpu(block, gradients, threads); });
+}
+
+}  // namespace
+
+std::vector<Test> mlp_tests() {
+  struct Shape {
+    int64_t batch, tokens, embed, hidden;
+  };
+  const Shape shapes[] = {
+      {1, 1, 3, 1},
+      {3, 17, 32, 5},
+      {1, 50, 48, 100},
+      {3, 50, 80, 64},
+      {2, 17, 32, 0},
+      {3, 197, 80, 320},
+      {1, 17, 400, 20},
+      {1, 17, 20, 801},  // more channels than one piece of the depth, in either
+                         // product
+      {7, 197, 3, 5},    // more images than one chunk
+  };
+  std::vector<Test> tests;
+  for (const Shape& s : shapes) {
+    MlpBlock block{};
+    block.batch = s.batch, block.tokens = s.tokens, block.embed = s.embed, block.hidden = s.hidden, block.eps = 1e-6f;
+    const std::string name = named("mlp", {s.batch, s.tokens, s.embed, s.hidden});
+    const auto add = [&](const std::string& what, const Arrays& arrays) {
+      tests.emplace_back(
+          name + what, arrays, [=](auto& values) { mlp_block(block, values); },
+          [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); });
+    };
+    const Arrays arrays = arrays_of(block);
+    add("", arrays);
+    if (s.tokens != 17) continue;
+    add(", nothing nullable", without(arrays, {"fc1_bias", "fc2_bias", "layer_scale", "branch_scale", "d_x"}));
+    for (const auto& [gradient, array] : arrays)
+      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+  }
+  return tests;
+}
+
+}  // namespace hydravit::tests

@@ -1,0 +1,37 @@
+"""The CPU kernels without torch: tests/cpp under sanitizers, and for another processor on an emulator."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command):
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def build(folder, *options):
+    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHYDRAVIT_TESTS=ON", *options)
+    run("cmake", "--build", folder)
+    return folder / "test_kernels"
+
+
+@pytest.mark.long
+def test_under_sanitizers(tmp_path):
+    assert "portable: ok" in run(build(tmp_path, "-DHYDRAVIT_SANITIZE=ON"))
+
+
+@pytest.mark.long
+def test_on_another_processor(tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    for program in (compiler, emulator):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}")
+    program = build(tmp_path, *target)
+    assert "portable: ok" in run(emulator, "-L", "/usr/aarch64-linux-gnu", program)
