@@ -205,11 +205,14 @@ void compute(const Tile& tile, const Finish* finish, int64_t columns) {
       for (int j = 0; j < vectors; j++) sums[i][j] = left * right[j] + sums[i][j];
     }
   };
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 4, kLine = 16;  // floats of a cache line
+  const float* prefetch = tile.prefetch == nullptr ? tile.b : tile.prefetch;
   int64_t k = 0;
   for (; k + kUnroll <= tile.depth; k += kUnroll) {
 #pragma GCC unroll 16
     for (int u = 0; u < kUnroll; u++) step(u);
+    __builtin_prefetch(prefetch);
+    prefetch += kLine;
     a += kUnroll * (along ? 1 : tile.a_step);
     b += kUnroll * tile.b_step;
   }
@@ -269,9 +272,12 @@ void sweep(Range rows, Range columns, const Piece& piece, const Left& a, const V
   tile.depth = depth;
   for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
     const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
+    const float* next = nullptr;  // panel: fetched bit by bit while this one is used
+    tile.prefetch = nullptr;
     if (b.panels != nullptr) {
       tile.b = b.panels + column / kPanel * b.panel_stride + piece.depth.begin * kPanel + column % kPanel;
       tile.b_step = kPanel;
+      if (column + kPanel < columns.end) next = tile.b + b.panel_stride;
     } else {
       pack_columns(b.data, b.columns, b.rows, column, count, piece.depth.begin, piece.depth.end, scratch);
       tile.b = scratch, tile.b_step = kTileColumns;
@@ -287,6 +293,7 @@ void sweep(Range rows, Range columns, const Piece& piece, const Left& a, const V
       const int64_t height = a.packed ? smaller<int64_t>(kTileRows, end - row) : (end - row) / tiles;
       finish.row = row;
       tile.a = a.packed ? a.data + (row - rows.begin) * depth : a.data + a.rows.at(row);
+      if (next != nullptr) tile.prefetch = next + (row - rows.begin) * depth * kPanel / (rows.end - rows.begin);
       tile.a_step = a.packed ? kTileRows : a.rows.stride;
       (a.packed ? kComputes<false> : kComputes<true>)[vectors][height - 1](tile, & finish, count);
       row += height;

@@ -133,6 +133,7 @@ struct Tile {
   float* out;
   int64_t out_stride;
   bool accumulate;
+  const float* prefetch = nullptr;  // what will be needed next: four floats are fetched per depth index; nullable
 };
 // a's rows are neighbours, its depth indices `a_step` apart (packed by pack_rows; columns of a row-major tile).
 void tile_across(int64_t rows, int64_t columns, const Tile& tile);
