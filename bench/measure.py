@@ -18,7 +18,7 @@ from bench.machine import precision
 from bench.memory import SECONDS, held_bytes
 from bench.peers import Absent, Peer, Step
 from bench.results import AGREEMENT, COLUMNS, baseline
-from bench.timer import SPREAD, Broken, Effort, Times, captured, interleave, quantiles, spread
+from bench.timer import SPREAD, Broken, Effort, Times, Witness, captured, interleave, quantiles, spread
 from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model, make_stream, needs
 from hydravit import HydraViT
 
@@ -63,7 +63,12 @@ def row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: s
 
 
 def measure(
-    workload: Workload, peers: Sequence[Peer], device: torch.device, effort: Effort, progress: Progress
+    workload: Workload,
+    peers: Sequence[Peer],
+    device: torch.device,
+    effort: Effort,
+    progress: Progress,
+    witness: Witness | None = None,
 ) -> list[dict]:
     """Rows of one timed workload: inference, a block, training or switching."""
     rows, ready = [], []
@@ -94,7 +99,7 @@ def measure(
                     ready.append(_graph(workload, peer, runs, reference, facts, device))
                 except Exception as error:
                     rows.append(_reason_row(workload, peer, error, "graph"))
-        times = _time(workload, ready, device, effort, progress, rows)
+        times = _time(workload, ready, device, effort, witness, progress, rows)
         if workload.task != "training":  # which has changed its weights
             _check_again(workload, ready, reference, rows)
     return rows + _timed_rows(workload, ready, times)
@@ -147,13 +152,19 @@ def _reason_row(workload: Workload, peer: Peer, error: Exception, launch: str = 
 
 
 def _time(
-    workload: Workload, ready: list[_Ready], device: torch.device, effort: Effort, progress: Progress, rows: list[dict]
+    workload: Workload,
+    ready: list[_Ready],
+    device: torch.device,
+    effort: Effort,
+    witness: Witness | None,
+    progress: Progress,
+    rows: list[dict],
 ) -> dict[tuple[str, str, str], Times]:
     """By peer, launch and variant. Who breaks gets a row and is left out."""
     while True:
         closures = {(e.peer.name, e.launch, variant): run for e in ready for variant, run in e.variants.items()}
         try:
-            return interleave(closures, device, effort, cold=workload.cold, progress=progress)
+            return interleave(closures, device, effort, cold=workload.cold, witness=witness, progress=progress)
         except Broken as broken:
             entry = next(e for e in ready if (e.peer.name, e.launch) == broken.name[:2])
             ready.remove(entry)
@@ -214,6 +225,7 @@ def _timed_rows(workload: Workload, ready: list[_Ready], times: dict[tuple[str, 
         reason = "" if launch == "call" or workload.task in _REPLAYS_COMPARED else "its replays were not compared"
         found = times[peer.name, launch, ""]
         values = {**facts, "samples": len(found.samples), "attempts": found.attempts}
+        values["witness_ms"] = found.witness
         cycles = 1
         if workload.task == "switching":
             cycles, steady = _CYCLES, times[peer.name, launch, "steady"].samples

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-# Two runs should agree on a ratio this well: p80/p20 of one that is less certain is called noisy.
+# Two runs should agree on a ratio this well. One whose p80/p20 is larger is called noisy; so is one that was measured
+# while the machine was slower by more than this than at its best in the run.
 AGREEMENT = 1.07
 
 # name: what it is. One row is one peer on one workload.
@@ -31,7 +32,8 @@ COLUMNS = {
     "wall_ms": "on a GPU: median of a call and the wait for it on the host's clock; the others are the GPU's own",
     "samples": "how many calls or groups of calls the percentiles are of",
     "attempts": "how often the workload was measured until its spread was small enough; the calmest attempt counts",
-    "noisy": "whether p80/p20 of the times is above 1.15 all the same, or that of the ratio above 1.07",
+    "noisy": "whether p80/p20 of times is above 1.15 all the same, that of the ratio above 1.07, or the witness slow",
+    "witness_ms": "median of a fixed piece of work in the same rounds; slow: more than 1.07 times its best of the run",
     "ratio": "median over rounds of this peer's time by that of ours: above 1, ours is faster; none for ours itself",
     "ratio_p20": "20th percentile of the same",
     "ratio_p80": "80th percentile of the same",

@@ -17,7 +17,7 @@ from bench import page, results, tables
 from bench.machine import Machine, keep_freed_memory
 from bench.measure import measure, measure_copies, measure_memory, row
 from bench.peers import Peer, peers
-from bench.timer import Effort
+from bench.timer import Effort, Witness
 from bench.workloads import DTYPES, PARTS, Workload, workloads
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
@@ -93,6 +93,7 @@ class _Plan:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.machine = Machine(self.device, dtypes)
+        self.witness = None if gpu else Witness()
         self.name = args.name or ("suite" if args.parts == _DEFAULT_PARTS else args.parts.replace(",", "-"))
         self.out = Path(args.out) if args.out else Path(__file__).with_name("results") / self.machine.slug
         self.out.mkdir(parents=True, exist_ok=True)
@@ -117,9 +118,11 @@ def run(plan: _Plan, rows: list[dict]) -> None:
 
 
 def _write(plan: _Plan, rows: list[dict]) -> list[Path]:
-    """All rows, with their shares of the limits that the machine has shown so far."""
+    """All rows, with their shares of the limits that the machine has shown so far, and noisy where it was slower."""
     for entry in rows:
         entry.update(_share(entry, plan.machine))
+        if plan.witness is not None and plan.witness.slow(entry["witness_ms"]):
+            entry["noisy"] = True
     return results.write(plan.out, plan.name, plan.machine.environment(), rows)
 
 
@@ -128,7 +131,7 @@ def _measure(workload: Workload, peers: Sequence[Peer], plan: _Plan, progress) -
         return measure_memory(workload, peers, plan.device, plan.effort.deadline, progress)
     if workload.task == "copies":
         return measure_copies(workload, peers, plan.device, progress)
-    return measure(workload, peers, plan.device, plan.effort, progress)
+    return measure(workload, peers, plan.device, plan.effort, progress, plan.witness)
 
 
 def _share(entry: dict, machine: Machine) -> dict:

@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import torch
 
+from bench.results import AGREEMENT
+
 # A measurement whose 80th percentile is above this multiple of its 20th is repeated, and in the end called noisy.
 SPREAD = 1.15
 
 _GROUP_MS = 30.0  # calls shorter than this are timed in groups of about this length
 _LONG_MS = 100.0  # where all calls are longer, none needs an untimed one before it
 _PAUSE_S = 0.005  # the threads of the peer before fall asleep
+_WITNESS = object()  # its name among the closures
 _FIFTHS = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
@@ -37,11 +40,37 @@ class Effort(NamedTuple):
 
 class Times(NamedTuple):
     """Milliseconds of a call. ``samples``: one per round, all closures in the same rounds. ``wall``: on a GPU, those
-    of one call and the wait for it, on the host's clock; elsewhere empty."""
+    of one call and the wait for it, on the host's clock; elsewhere empty. ``witness``: the median of the witness in
+    these rounds, None without one."""
 
     samples: list[float]
     wall: list[float]
     attempts: int
+    witness: float | None = None
+
+
+class Witness:
+    """A fixed piece of work on the CPU, a few milliseconds of products with weights larger than most caches, timed in
+    every round of a run: it tells when the machine was slower than at other times, steadily and for all."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self._x = torch.randn(64, 768, generator=generator)
+        self._weights = torch.randn(5, 768, 3072, generator=generator)
+        self.best = float("inf")  # the least median so far, ms
+
+    def __call__(self) -> None:
+        for weight in self._weights:
+            torch.mm(self._x, weight)
+
+    def note(self, samples: list[float]) -> float:
+        """Their median."""
+        _, median, _ = quantiles(samples)
+        self.best = min(self.best, median)
+        return median
+
+    def slow(self, median: float | None) -> bool:
+        return median is not None and median > AGREEMENT * self.best
 
 
 class Broken(Exception):
@@ -69,18 +98,21 @@ def interleave(
     effort: Effort,
     *,
     cold: bool = False,
+    witness: Witness | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[Hashable, Times]:
     """Times of every closure, under its name. ``cold``: with the processor's caches flushed before every call.
 
     A round samples each closure once: one call, or a group of short ones; every round in another order. An attempt is
-    all closures' rounds, so that all were measured in the same minutes; the calmest attempt (smallest sum of spreads)
-    is the result. Raises ``Broken`` if a closure raises.
+    all closures' rounds, so that all were measured in the same minutes; the calmest attempt (smallest sum of spreads,
+    of those in which the witness was not slow) is the result. Raises ``Broken`` if a closure raises.
     """
     if not closures:
         return {}
     sampler = _GpuSampler(device, cold) if device.type == "cuda" else _CpuSampler(cold)
     attempts = []
+    if witness is not None:
+        closures = {**closures, _WITNESS: witness}
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection would fall on whoever runs then
@@ -90,12 +122,17 @@ def interleave(
             with _named(name):
                 run()  # pages, thread pools, clocks
                 estimates[name] = sampler.estimate(run)
-        warm = not cold and min(estimates.values()) < _LONG_MS
+        warm = not cold and min(ms for name, ms in estimates.items() if name is not _WITNESS) < _LONG_MS
         calls = {name: 1 if cold else max(1, round(_GROUP_MS / estimate)) for name, estimate in estimates.items()}
         start = time.monotonic()
         while True:
-            attempts.append(_attempt(closures, calls, warm, sampler, effort, progress))
-            calm = max(spread(times.samples) for times in attempts[-1].values()) <= SPREAD
+            times = _attempt(closures, calls, warm, sampler, effort, progress)
+            if witness is not None:
+                median = witness.note(times.pop(_WITNESS).samples)
+                times = {name: found._replace(witness=median) for name, found in times.items()}
+            attempts.append(times)
+            slow, _ = _disturbance(times, witness)
+            calm = not slow and max(spread(found.samples) for found in times.values()) <= SPREAD
             done, now = len(attempts), time.monotonic()
             again = (now - start) * (done + 1) / done  # how long all would have taken with one more
             if calm or done >= effort.attempts or again > effort.patience or now > effort.deadline:
@@ -104,8 +141,14 @@ def interleave(
     finally:
         if was_enabled:
             gc.enable()
-    calmest = min(attempts, key=lambda attempt: sum(spread(times.samples) for times in attempt.values()))
+    calmest = min(attempts, key=lambda attempt: _disturbance(attempt, witness))
     return {name: times._replace(attempts=len(attempts)) for name, times in calmest.items()}
+
+
+def _disturbance(attempt: dict[Hashable, Times], witness: Witness | None) -> tuple[bool, float]:
+    """Whether the machine was slow, then the sum of spreads."""
+    slow = witness is not None and witness.slow(next(iter(attempt.values())).witness)
+    return slow, sum(spread(times.samples) for times in attempt.values())
 
 
 @contextlib.contextmanager

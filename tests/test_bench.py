@@ -21,7 +21,7 @@ from bench.measure import measure, measure_copies, measure_memory
 from bench.peers import Absent, Peer, ours
 from bench.peers.eager import PEERS as EAGER
 from bench.run import main
-from bench.timer import SPREAD, Effort, interleave, spread
+from bench.timer import SPREAD, Effort, Witness, interleave, spread
 from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
 from hydravit import HydraViTConfig
 from hydravit.evaluation.cost import costs
@@ -313,6 +313,29 @@ def test_held_memory():
     workload = workload._replace(heads=(6,))
     (late,) = measure_memory(workload, EAGER[:1], CPU, time.monotonic(), quiet)
     assert late["status"] == "skipped"
+
+
+class Scripted(Witness):
+    """Takes the next of ``ms`` in every attempt of three rounds, two calls each, after the two that estimate it."""
+
+    def __init__(self, *ms):
+        super().__init__()
+        self.best, self.calls, self.ms = 10.0, -2, ms
+
+    def __call__(self):
+        self.calls += 1
+        time.sleep(self.ms[max(0, min((self.calls - 1) // 6, len(self.ms) - 1))] / 1e3)
+
+
+def test_an_attempt_while_the_machine_was_slow_is_repeated_and_counts_only_if_all_were():
+    run = {"call": lambda: time.sleep(0.002)}
+    witness = Scripted(40, 10, 10)
+    times = interleave(run, CPU, Effort(3, 3, 0.0, 3), witness=witness)["call"]
+    assert times.attempts == 2 and not witness.slow(times.witness)
+    witness = Scripted(40)
+    times = interleave(run, CPU, Effort(3, 3, 0.0, 2), witness=witness)["call"]
+    assert times.attempts == 2 and witness.slow(times.witness)
+    assert not Witness().slow(None)
 
 
 def test_the_deadline_ends_rounds_and_attempts():
