@@ -164,15 +164,30 @@ int attention_block(const AttentionBlock& block, const Threads& threads) {
   const int64_t size = attention_rows_scratch(block);
   MutableTokens qkv{nullptr, tokens * padded_row(columns), padded_row(columns)};
   MutableTokens attended{nullptr, tokens * padded_row(values), padded_row(values)};
-  float* scratch;
+  const bool pack = block.heads > 0 && many_bands(block.batch * tokens, jobs);
+  const Roles roles(block);
+  float *scratch, *role_panels[3], *proj_panels;
   Workspace workspace;
   workspace.add(&qkv.data, save ? 0 : step * qkv.image_stride);
   workspace.add(&attended.data, save ? 0 : step * attended.image_stride);
   workspace.add(&scratch, jobs * size);
+  for (int i = 0; i < 3; i++)
+    workspace.add(&role_panels[i], pack ? panels_size(block.embed, block.heads * roles.role[i].dim) : 0);
+  workspace.add(&proj_panels, pack ? panels_size(values, block.embed) : 0);
   if (!workspace.allocate()) return kOutOfMemory;
+  AttentionBlock packed = block;
+  if (pack) {
+    Weight* const weights[3] = {&packed.query_weight, &packed.key_weight, &packed.value_weight};
+    for (int i = 0; i < 3; i++) {
+      const Role& role = roles.role[i];
+      use_packed(threads, block.embed, block.heads * role.dim, transposed(role.weight, rows_of(block, role)),
+                 role_panels[i], *weights[i]);
+    }
+    use_packed(threads, values, block.embed, proj_of(block), proj_panels, packed.proj_weight);
+  }
 
   for (int64_t image = 0; image < block.batch; image += step) {
-    AttentionBlock chunk = block;
+    AttentionBlock chunk = packed;
     chunk.batch = smaller(step, block.batch - image);
     chunk.x = rows_from(block.x, image, 0);
     chunk.y = rows_from(block.y, image, 0);

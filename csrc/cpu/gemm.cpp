@@ -254,69 +254,100 @@ constexpr std::array<std::array<Compute, kTileRows>, 2> kComputes = {
 
 // Rows of `a` that are swept at a time: one piece of them stays in the level 2 cache.
 constexpr int64_t kBlockRows = 24 * kTileRows;
-constexpr int64_t kRowsScratch = round_up(kBlockRows * kPiece + kWidth, 16);
-constexpr int64_t kJobScratch = kRowsScratch + round_up(kSweepScratch, 16);
+// Pieces and rows of a packed left operand, which take as much.
+constexpr int64_t kSpanPieces = 3, kSpanRows = kBlockRows / kSpanPieces;
+static_assert(kSpanRows % kTileRows == 0);
+constexpr int64_t kRowsScratch = round_up(kSpanRows * kSpanPieces * kPiece + kWidth, 16);
+constexpr int64_t kJobScratch = kRowsScratch + round_up(kTileColumns * kSpanPieces * kPiece + kWidth, 16);
 
-// Rows read in place (`packed` false) or from panels of kTileRows rows.
-struct Left {
-  const float* data;
-  Axis rows;
-  bool packed;
-};
+// Depth [begin, end) of the columns from `column` on, for a tile: panels where they are, or packed to `scratch`.
+void point(Tile& tile, const View& b, int64_t column, int64_t count, const Range& depth, float* scratch) {
+  if (b.panels != nullptr) {
+    tile.b = b.panels + column / kPanel * b.panel_stride + depth.begin * kPanel + column % kPanel;
+    tile.b_step = kPanel;
+  } else {
+    pack_columns(b.data, b.columns, b.rows, column, count, depth.begin, depth.end, scratch);
+    tile.b = scratch, tile.b_step = kTileColumns;
+  }
+}
 
-void sweep(Range rows, Range columns, const Piece& piece, const Left& a, const View& b, const Output& out,
-           float* scratch) {
-  const int64_t depth = piece.depth.end - piece.depth.begin;
+// `a` read in place, its data at the piece.
+void sweep(Range rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
+           const Output& out, float* scratch) {
   Finish finish{&out, 0, 0, piece.first, piece.last, {}};
   Tile tile{};
-  tile.depth = depth;
+  tile.depth = piece.depth.end - piece.depth.begin;
+  tile.a_step = a_rows.stride;
   for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
     const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
-    const float* next = nullptr;  // panel: fetched bit by bit while this one is used
-    tile.prefetch = nullptr;
-    if (b.panels != nullptr) {
-      tile.b = b.panels + column / kPanel * b.panel_stride + piece.depth.begin * kPanel + column % kPanel;
-      tile.b_step = kPanel;
-      if (column + kPanel < columns.end) next = tile.b + b.panel_stride;
-    } else {
-      pack_columns(b.data, b.columns, b.rows, column, count, piece.depth.begin, piece.depth.end, scratch);
-      tile.b = scratch, tile.b_step = kTileColumns;
-    }
+    point(tile, b, column, count, piece.depth, scratch);
+    // The next panel is fetched bit by bit while this one is used.
+    const bool fetch = b.panels != nullptr && column + kPanel < columns.end;
+    const float* next = fetch ? tile.b + b.panel_stride : nullptr;
     finish.column = column;
     if (piece.last) gather(finish, count);
-    const int64_t vectors = count <= kWidth ? 0 : 1;
-    for (int64_t row = rows.begin; row < rows.end;) {
+    for (int64_t row = rows.begin, height; row < rows.end; row += height) {
       // Rows that are evenly spaced, in tiles as equal as can be.
       int64_t end = rows.end;
-      if (!a.packed && a.rows.segment != 0) end = smaller(end, (row / a.rows.segment + 1) * a.rows.segment);
-      const int64_t tiles = divide_up(end - row, kTileRows);
-      const int64_t height = a.packed ? smaller<int64_t>(kTileRows, end - row) : (end - row) / tiles;
+      if (a_rows.segment != 0) end = smaller(end, (row / a_rows.segment + 1) * a_rows.segment);
+      height = (end - row) / divide_up(end - row, kTileRows);
       finish.row = row;
-      tile.a = a.packed ? a.data + (row - rows.begin) * depth : a.data + a.rows.at(row);
-      if (next != nullptr) tile.prefetch = next + (row - rows.begin) * depth * kPanel / (rows.end - rows.begin);
-      tile.a_step = a.packed ? kTileRows : a.rows.stride;
-      (a.packed ? kComputes<false> : kComputes<true>)[vectors][height - 1](tile, & finish, count);
-      row += height;
+      tile.a = a + a_rows.at(row);
+      tile.prefetch = fetch ? next + (row - rows.begin) * tile.depth * kPanel / (rows.end - rows.begin) : nullptr;
+      kComputes<true>[count <= kWidth ? 0 : 1][height - 1](tile, & finish, count);
+    }
+  }
+}
+
+// `a` packed, as it does not lie along its depth: the product is then the gradient of a weight, deep and with an output
+// in memory rather than in cache, which is gone through once for several pieces.
+void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out,
+                     float* scratch) {
+  float* packed_columns = scratch + kRowsScratch;
+  float sums[kTileRows * kTileColumns];
+  Tile tile{};
+  tile.a_step = kTileRows;
+  tile.out = sums, tile.out_stride = kTileColumns;
+  for (int64_t row = rows.begin; row < rows.end; row += kSpanRows) {
+    const int64_t row_count = smaller(kSpanRows, rows.end - row);
+    for (int64_t first = 0; first < pieces_of(k); first += kSpanPieces) {
+      const int64_t last = smaller(first + kSpanPieces, pieces_of(k));
+      const Range span{piece_of(k, first).depth.begin, piece_of(k, last - 1).depth.end};
+      pack_rows(a.data, a.rows, a.columns, row, row_count, span.begin, span.end, scratch);
+      Finish finish{&out, 0, 0, first == 0, last == pieces_of(k), {}};
+      for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
+        const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
+        point(tile, b, column, count, span, packed_columns);
+        finish.column = column;
+        if (finish.last) gather(finish, count);
+        for (int64_t i = 0; i < row_count; i += kTileRows) {
+          Tile part = tile;
+          for (int64_t j = first; j < last; j++) {
+            const Range depth = piece_of(k, j).depth;
+            part.depth = depth.end - depth.begin;
+            part.a = scratch + i * (span.end - span.begin) + (depth.begin - span.begin) * kTileRows;
+            part.b = tile.b + (depth.begin - span.begin) * tile.b_step;
+            part.accumulate = j > first;
+            tile_across(smaller<int64_t>(kTileRows, row_count - i), count, part);
+          }
+          finish.row = row + i;
+          finish_from_memory(finish, sums, smaller<int64_t>(kTileRows, row_count - i), count);
+        }
+      }
     }
   }
 }
 
 // One job's part of the product, with memory of its own.
 void multiply(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out, float* scratch) {
-  const bool in_place = a.columns.segment == 0 && a.columns.stride == 1;
+  if (a.columns.segment != 0 || a.columns.stride != 1) return multiply_packed(rows, columns, k, a, b, out, scratch);
   const int64_t blocks = divide_up(rows.end - rows.begin, kBlockRows);
-  const int64_t block = round_up(divide_up(rows.end - rows.begin, blocks), kTileRows);
-  for (int64_t row = rows.begin; row < rows.end; row += block) {
-    const Range band{row, smaller(rows.end, row + block)};
+  for (int64_t block = 0; block < blocks; block++) {
+    const Range part_of_rows = part(rows.end - rows.begin, block, blocks);
+    const Range band{rows.begin + part_of_rows.begin, rows.begin + part_of_rows.end};
     for (int64_t i = 0; i < pieces_of(k); i++) {
       const Piece piece = piece_of(k, i);
-      Left left{a.data + piece.depth.begin, a.rows, false};
-      if (!in_place) {
-        pack_rows(a.data, a.rows, a.columns, band.begin, band.end - band.begin, piece.depth.begin, piece.depth.end,
-                  scratch);
-        left = {scratch, {}, true};
-      }
-      sweep(band, columns, piece, left, b, out, scratch + kRowsScratch);
+      sweep(band, columns, piece, a.data + piece.depth.begin, a.rows, b, out, scratch);
     }
   }
 }
@@ -342,7 +373,7 @@ void tile_along(int64_t rows, int64_t columns, const Tile& tile) {
 
 void sweep(int64_t rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
            const Output& out, float* scratch) {
-  sweep({0, rows}, columns, piece, {a, a_rows, false}, b, out, scratch);
+  sweep({0, rows}, columns, piece, a, a_rows, b, out, scratch);
 }
 
 int64_t gemm_scratch(const Threads& threads) { return threads.count * kJobScratch; }
@@ -370,14 +401,17 @@ void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t 
   });
 }
 
-int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
-  const int64_t count = divide_up(rows, kPanel);
-  prefer_huge_pages(panels, count * kPanel * columns);
-  parallel_ranges(threads, count, columns * kPanel, [&](int64_t begin, int64_t end) {
+void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels) {
+  prefer_huge_pages(panels, panels_size(k, n));
+  parallel_ranges(threads, divide_up(n, kPanel), k * kPanel, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; panel++)
-      pack_panel<kPanel>(weight.data, {weight.row_stride}, {}, panel * kPanel, smaller(kPanel, rows - panel * kPanel),
-                         0, columns, panels + panel * kPanel * columns);
+      pack_panel<kPanel>(b.data, b.columns, b.rows, panel * kPanel, smaller(kPanel, n - panel * kPanel), 0, k,
+                         panels + panel * kPanel * k);
   });
+}
+
+int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
+  pack_right(threads, columns, rows, transposed(weight), panels);
   return kOk;
 }
 

@@ -77,6 +77,15 @@ struct Output {
   int64_t gelu_stride = 0;
 };
 
+// A right operand (k, n) -> panels, one after the other: panels_size(k, n) floats.
+void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels);
+inline int64_t panels_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
+// The same, and `weight` is read from there.
+inline void use_packed(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels, Weight& weight) {
+  pack_right(threads, k, n, b, panels);
+  weight.panels = panels, weight.panel_stride = kPanel * k;
+}
+
 // Rows of a buffer of our own: 16 floats longer than a power of two could be, or neighbouring rows would share cache
 // sets.
 inline int64_t padded_row(int64_t channels) { return round_up(channels, 16) + 16; }

@@ -86,13 +86,23 @@ int64_t mlp_rows_scratch(const MlpBlock& block) {
 int mlp_block(const MlpBlock& block, const Threads& threads) {
   const int64_t jobs = jobs_for(threads, block.batch * block.tokens, block.embed * block.hidden);
   const int64_t size = mlp_rows_scratch(block);
-  float* scratch;
+  const bool pack = many_bands(block.batch * block.tokens, jobs);
+  const int64_t fc1_size = panels_size(block.embed, block.hidden), fc2_size = panels_size(block.hidden, block.embed);
+  float *scratch, *fc1, *fc2;
   Workspace workspace;
   workspace.add(&scratch, jobs * size);
+  workspace.add(&fc1, pack ? fc1_size : 0);
+  workspace.add(&fc2, pack ? fc2_size : 0);
   if (!workspace.allocate()) return kOutOfMemory;
+  MlpBlock packed = block;
+  if (pack && block.hidden > 0) {
+    use_packed(threads, block.embed, block.hidden, transposed(block.fc1_weight), fc1, packed.fc1_weight);
+    use_packed(threads, block.hidden, block.embed, transposed(block.fc2_weight), fc2, packed.fc2_weight);
+  }
   parallel(threads, jobs, [&](int64_t job) {
     for_each_share(job, jobs, block.batch, block.tokens, [&](const Share& share) {
-      for_each_band(share.tokens, [&](const Range& band) { mlp_rows(block, share.image, band, scratch + job * size); });
+      for_each_band(share.tokens,
+                    [&](const Range& band) { mlp_rows(packed, share.image, band, scratch + job * size); });
     });
   });
   return kOk;
