@@ -11,7 +11,8 @@ from bench.tables import missing, number, percent, ratio, spans, verdict
 _NOISY = '<sup title="noisy">†</sup>'
 _LEGEND = (
     '\n<p class="legend">▲ ours is faster, ▼ ours is slower, = within the spread; † noisy: p80/p20 of the time '
-    "above 1.15, or of the ratio above 1.07; limit: P peak, B bandwidth</p>"
+    "above 1.15, or of the ratio above 1.07, or the machine more than 7 % slower than at its best; limit: P peak, "
+    "B bandwidth</p>"
 )
 _SIGNS = {"faster": "▲", "slower": "▼", "equal": "="}
 
