@@ -48,11 +48,6 @@ const float* branch_scale_of(const AttentionBlock& block, int64_t image) {
   return block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
 }
 
-MutableTokens from_image(const MutableTokens& tokens, int64_t image) {
-  if (tokens.data == nullptr) return tokens;
-  return {tokens.data + image * tokens.image_stride, tokens.image_stride, tokens.token_stride};
-}
-
 Tokens column_of(const MutableTokens& tokens, int64_t column) {
   return {tokens.data + column, tokens.image_stride, tokens.token_stride};
 }
@@ -136,9 +131,7 @@ void project_rows(const AttentionBlock& block, int64_t image, const Range& token
   const MutableTokens y = rows_from(block.y, image, tokens.begin);
   const MutableTokens attended = rows_from(block.attended, image, tokens.begin);
   if (block.heads == 0) {
-    for (int64_t row = 0; row < rows; row++)
-      std::memcpy(y.data + row * y.token_stride, x.data + row * x.token_stride, static_cast<size_t>(block.embed) * 4);
-    return;
+    return copy_rows(0, rows, block.embed, x.data, {x.token_stride}, y.data, {y.token_stride});
   }
   Output out{y.data, {y.token_stride}, {}};
   out.bias = block.proj_bias;
@@ -241,7 +234,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   for (int64_t image = 0; image < block.batch; image += step) {
     const int64_t images = smaller(step, block.batch - image);
     const Norm norm = norm_of(block, image, images);
-    const MutableTokens dx = from_image(gradients.x, image);
+    const MutableTokens dx = rows_from(gradients.x, image, 0);
     const float* grad = gradients.grad.data + image * gradients.grad.image_stride;
     const Axis grad_rows = token_rows(tokens, gradients.grad.token_stride, gradients.grad.image_stride);
     if (block.heads == 0) {
@@ -249,7 +242,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
       copy_rows(threads, norm.rows, block.embed, grad, grad_rows, dx.data, rows_of(block, dx));
       continue;
     }
-    const MutableTokens qkv = from_image(block.qkv, image), attended = from_image(block.attended, image);
+    const MutableTokens qkv = rows_from(block.qkv, image, 0), attended = rows_from(block.attended, image, 0);
     const Branch branch{norm.rows,        block.embed, tokens, grad, grad_rows, branch_scale_of(block, image),
                         block.layer_scale};
 

@@ -46,9 +46,7 @@ void mlp_rows(const MlpBlock& block, int64_t image, const Range& tokens, float* 
   const Tokens x = rows_from(block.x, image, tokens.begin);
   const MutableTokens y = rows_from(block.y, image, tokens.begin), saved = rows_from(block.saved, image, tokens.begin);
   if (block.hidden == 0) {
-    for (int64_t row = 0; row < rows; row++)
-      std::memcpy(y.data + row * y.token_stride, x.data + row * x.token_stride, static_cast<size_t>(block.embed) * 4);
-    return;
+    return copy_rows(0, rows, block.embed, x.data, {x.token_stride}, y.data, {y.token_stride});
   }
   const int64_t normalised_stride = padded_row(block.embed), activated_stride = padded_row(kPiece);
   float* normalised = scratch;

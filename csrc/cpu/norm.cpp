@@ -107,12 +107,16 @@ void add_layer_scale_gradient(const Threads& threads, const Branch& branch, cons
   });
 }
 
+void copy_rows(int64_t begin, int64_t end, int64_t channels, const float* from, const Axis& from_rows, float* to,
+               const Axis& to_rows) {
+  for (int64_t row = begin; row < end; row++)
+    std::memcpy(to + to_rows.at(row), from + from_rows.at(row), static_cast<size_t>(channels) * sizeof(float));
+}
+
 void copy_rows(const Threads& threads, int64_t rows, int64_t channels, const float* from, const Axis& from_rows,
                float* to, const Axis& to_rows) {
-  parallel_ranges(threads, rows, channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++)
-      std::memcpy(to + to_rows.at(row), from + from_rows.at(row), static_cast<size_t>(channels) * sizeof(float));
-  });
+  parallel_ranges(threads, rows, channels,
+                  [&](int64_t begin, int64_t end) { copy_rows(begin, end, channels, from, from_rows, to, to_rows); });
 }
 
 }  // namespace hydravit::HYDRAVIT_ISA

@@ -73,7 +73,9 @@ void scale_branch(const Threads& threads, const Branch& branch, float* z);
 // sums[c] += over rows, grad * branch_scale * out: the gradient of the layer scale, out (rows, channels) contiguous.
 void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, float* sums);
 
-// to (rows, channels) = from, of different strides.
+// to (rows, channels) = from, of different strides: rows [begin, end) by this thread, or all split over the threads.
+void copy_rows(int64_t begin, int64_t end, int64_t channels, const float* from, const Axis& from_rows, float* to,
+               const Axis& to_rows);
 void copy_rows(const Threads& threads, int64_t rows, int64_t channels, const float* from, const Axis& from_rows,
                float* to, const Axis& to_rows);
 

@@ -96,8 +96,7 @@ void for_each_band(const Range& tokens, const Body& body) {
 // megabytes are read at random panels, and small pages miss in the processor's table of addresses.
 void prefer_huge_pages(float* data, int64_t size);
 
-// Whether each job has so many bands that the weights are better packed once for all: alone, a band packs every panel
-// that it uses, a tenth of its work.
+// Whether each job has so many bands that the weights are better packed once for all: alone, every band packs them.
 static inline bool many_bands(int64_t rows, int64_t jobs) { return rows >= 3 * kBandRows * jobs; }
 
 // The calling thread's memory: one aligned block that only ever grows, so that a call after the first of its size
