@@ -12,7 +12,7 @@ from torch import Tensor
 import hydravit_kernels as kernels
 from bench.machine import precision
 from bench.peers import cut
-from bench.workloads import DTYPES, Workload, make_images, make_labels, make_stream
+from bench.workloads import DTYPES, Workload, images_of, make_images, make_labels, make_stream
 from hydravit import HydraViT
 
 # How many times less exact than eager PyTorch in the same dtype a peer may be, per norm; the kernels' own error budget.
@@ -93,7 +93,7 @@ def _outputs(
             return _gradients(workload, model, heads, device, dtype)
         if workload.task.startswith(("attention", "mlp")):
             return _block(workload, model, heads, device, dtype)
-        images = make_images(workload, device).to(dtype)
+        images = make_images(workload, device)[images_of(workload, heads)].to(dtype)
         with torch.inference_mode():
             return {"logits": torch.cat([model(part, heads=heads) for part in images.split(_CHUNK)])}
 

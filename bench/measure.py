@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,11 +20,11 @@ from bench.memory import SECONDS, held_bytes
 from bench.peers import Absent, Peer, Step
 from bench.results import AGREEMENT, COLUMNS, baseline
 from bench.timer import SPREAD, Broken, Effort, Times, Witness, captured, interleave, quantiles, spread
-from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model, make_stream, needs
+from bench.workloads import DTYPES, Workload, images_of, make_images, make_labels, make_model, make_stream, needs
 from hydravit import HydraViT
 
 _CYCLES = 2  # in switching, how often each width is called, one after the other or in turns
-_REPLAYS_COMPARED = ("inference", "switching")
+_REPLAYS_COMPARED = ("inference", "switching", "mixed")
 Progress = Callable[[str], None]
 
 
@@ -70,7 +71,7 @@ def measure(
     progress: Progress,
     witness: Witness | None = None,
 ) -> list[dict]:
-    """Rows of one timed workload: inference, a block, training or switching."""
+    """Rows of one timed workload: inference, a block, training, switching or mixed widths."""
     rows, ready = [], []
     with precision(workload.dtype):
         progress("reference")
@@ -93,7 +94,8 @@ def measure(
                 rows.append(_reason_row(workload, peer, error))
                 continue
             runs = {k: step.run for k, step in steps.items()}
-            ready.append(_Ready(peer, "call", outputs, _variants(workload, runs), facts))
+            alone = {str(k): step.alone for k, step in steps.items() if step.alone is not None}
+            ready.append(_Ready(peer, "call", outputs, {**_variants(workload, runs), **alone}, facts))
             if device.type == "cuda":
                 try:
                     ready.append(_graph(workload, peer, runs, reference, facts, device))
@@ -109,10 +111,14 @@ def _set_up(peer: Peer, workload: Workload, model: HydraViT) -> dict[int, Step]:
     """The peer's closures per width. Raises ``Absent``, or whatever the peer raises."""
     device = model.pos_embed.device
     kind, _, backward = workload.task.partition("_")
-    if kind in ("inference", "switching"):
+    if kind in ("inference", "switching", "mixed"):
         _offered(peer, peer.inference)
-        found = peer.inference(model, make_images(workload, device), workload.heads)
-        return {k: Step(run, lambda run=run: {"logits": run()}) for k, run in found.items()}
+        images = make_images(workload, device)
+        if kind == "mixed":
+            runs, alone = _set_up_mixed(peer, workload, model, images)
+        else:
+            runs, alone = peer.inference(model, images, workload.heads), {}
+        return {k: Step(run, partial(_logits, workload, k, run), alone.get(k)) for k, run in runs.items()}
     if kind in ("attention", "mlp"):
         _offered(peer, peer.block)
         x, grad = make_stream(workload, device)
@@ -120,6 +126,22 @@ def _set_up(peer: Peer, workload: Workload, model: HydraViT) -> dict[int, Step]:
     _offered(peer, peer.training)
     amp = DTYPES[workload.dtype] if workload.dtype in ("bf16", "fp16") else None
     return peer.training(model, make_images(workload, device), make_labels(workload, device), workload.heads, amp)
+
+
+def _set_up_mixed(peer: Peer, workload: Workload, model: HydraViT, images: Tensor) -> tuple[dict, dict]:
+    """Per width the closure that its images are in, perhaps the same for all, and the whole batch at that width."""
+    if peer.mixed is None:
+        parts = {k: images[images_of(workload, k)].contiguous() for k in workload.heads}
+        return {k: peer.inference(model, part, (k,))[k] for k, part in parts.items()}, {}
+    turns = itertools.islice(itertools.cycle(workload.heads), workload.batch)
+    run = peer.mixed(model, images, list(turns))
+    return dict.fromkeys(workload.heads, run), peer.inference(model, images, workload.heads)
+
+
+def _logits(workload: Workload, heads: int, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Those of the width's images; ``run`` gives them alone or with the others of the batch."""
+    logits = run()
+    return {"logits": logits[images_of(workload, heads)] if len(logits) == workload.batch else logits}
 
 
 def _check(reference: Reference, outputs: dict[int, Callable[[], dict[str, Tensor]]]) -> dict:
@@ -187,14 +209,15 @@ def _graph(
     if peer.uncapturable:
         raise Absent(peer.uncapturable)
     try:
-        replays = {k: captured(run, device) for k, run in runs.items()}
+        by_run = {run: captured(run, device) for run in dict.fromkeys(runs.values())}
+        replays = {k: by_run[run] for k, run in runs.items()}
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # a failed capture may leave its error behind
             torch.cuda.synchronize(device)
         raise Absent(f"cannot be captured: {_one_line(error)}") from error
     outputs = {}
     if workload.task in _REPLAYS_COMPARED:
-        outputs = {k: lambda replay=replay: {"logits": replay()} for k, replay in replays.items()}
+        outputs = {k: partial(_logits, workload, k, replay) for k, replay in replays.items()}
         with torch.inference_mode():
             for replay in replays.values():
                 replay().fill_(float("nan"))  # what the capture left there would pass
@@ -204,7 +227,7 @@ def _graph(
 
 def _variants(workload: Workload, runs: dict[int, Callable]) -> dict[str, Callable]:
     """What is timed: one call; of a mix, one step of every width; of switching, as many calls with and without."""
-    closures = list(runs.values())
+    closures = list(dict.fromkeys(runs.values()))  # one may serve all widths
     if workload.task == "switching":
         steady = [run for run in closures for _ in range(_CYCLES)]
         return {"": _sequence(closures * _CYCLES), "steady": _sequence(steady)}
@@ -232,6 +255,12 @@ def _timed_rows(workload: Workload, ready: list[_Ready], times: dict[tuple[str, 
             _, ratio, _ = quantiles([with_it / without for with_it, without in zip(found.samples, steady, strict=True)])
             # Steady, one call in so many switches all the same: the ratio is n (call + cost) / (n call + cost).
             values["switch_cost"] = _CYCLES * (ratio - 1.0) / (_CYCLES - ratio)
+        if workload.task == "mixed" and (peer.name, launch, str(workload.heads[0])) in times:
+            alone = torch.tensor([times[peer.name, launch, str(k)].samples for k in workload.heads])
+            images = [len(range(workload.batch)[images_of(workload, k)]) for k in workload.heads]
+            shares = (torch.tensor(images, dtype=alone.dtype) @ alone / workload.batch).tolist()
+            ratios = [ms / share for ms, share in zip(found.samples, shares, strict=True)]
+            values["switch_cost"] = quantiles(ratios)[1] - 1.0
         values["times_ms"] = [round(ms / cycles, 5) for ms in found.samples]  # in JSON only
         values["p20_ms"], values["p50_ms"], values["p80_ms"] = quantiles(values["times_ms"])
         values["wall_ms"] = quantiles(found.wall)[1] / cycles if found.wall else None

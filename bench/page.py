@@ -39,6 +39,9 @@ from bench.tables import about, machine, number, ratio, spans
 PARAMETERS = {"tiny": 5_717_416, "small": 22_050_664, "base": 86_567_656, "large": 304_326_632}
 _BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 _CONDITIONS = ("config", "dtype", "batch", "cache", "launch")
+_SWITCHING = "Calls with another width every time, beside as many calls of the same widths one after the other."
+_MIXED = """One batch whose images have the widths in turn. The extra cost is over their shares: the time of a whole
+batch of one width, by its number of images. Who cannot mix widths runs the images of each as a batch of their own."""
 _BLOCKS = ("attention", "mlp", "attention_backward", "mlp_backward")
 
 
@@ -111,7 +114,8 @@ class _File:
             self._curves(group)
         self._blocks()
         self._training()
-        self._switching()
+        self._differing("switching", "Switching the width", _SWITCHING)
+        self._differing("mixed", "Widths that differ within a batch", _MIXED)
         self._memory()
         self._copies()
         self._preparation()
@@ -261,11 +265,10 @@ class _File:
         for own in groups:
             self.document.add(matrix(self._title(own[0]), self._with_ours(own), self._base(own)), not_measured(own))
 
-    def _switching(self) -> None:
-        rows = self._of("switching")
+    def _differing(self, task: str, heading: str, text: str) -> None:
+        rows = self._of(task)
         if rows:
-            self.document.heading("Switching the width")
-            text = "Calls with another width every time, beside as many calls of the same widths one after the other."
+            self.document.heading(heading)
             self.document.add(f"<p>{text}</p>")
         for group in results.grouped(rows, *_CONDITIONS).values():
             base = self._base(group)
@@ -274,7 +277,7 @@ class _File:
                 cost = "–" if row["switch_cost"] is None else f"{100 * row['switch_cost']:+.1f} %"
                 cells = [cell(cost.replace("-", "−")), time_cell(row), ratio_cell(row)]
                 lines.append(line(row["peer"], cells, kind_of(row["peer"], group, base)))
-            head = ["peer", "cost of switching", "median of all widths, ms", f"time relative to {base}"]
+            head = ["peer", "extra cost", "median, ms", f"time relative to {base}"]
             self._listed(self._title(group[0]), head, lines, group)
 
     def _memory(self) -> None:

@@ -13,7 +13,7 @@ AGREEMENT = 1.07
 
 # name: what it is. One row is one peer on one workload.
 COLUMNS = {
-    "task": "inference, attention, mlp, attention_backward, mlp_backward, training, switching, memory or copies",
+    "task": "inference, attention, mlp, attention_backward, mlp_backward, training, switching, mixed, memory or copies",
     "config": "the full model",
     "heads": "the width, or several joined by commas",
     "batch": "images",
@@ -44,7 +44,7 @@ COLUMNS = {
     "share": "of the machine's limit: the least time that peak and bandwidth of this run allow, by the median",
     "limit": "which of the two it is: peak or bandwidth",
     "bytes": "memory: held to have every width ready, all included; copies: weight bytes that a call's operators copy",
-    "switch_cost": "switching: time with another width in every call by the time without, less 1",
+    "switch_cost": "switching, mixed: time with differing widths by the time of the same images without, less 1",
     "prepare_s": "compiling, exporting, packing; with a cache of earlier runs: loading",
     "peer_version": "of the peer's own tool",
 }

@@ -118,7 +118,7 @@ def summary(environment: dict, rows: list[dict]) -> str:
     else:
         lines += [f"ours: {ours}; ratio: a peer's time by ours, above 1 ours is faster; * noisy; = within the noise"]
         lines += _inference(rows, ours)
-        for task in ("switching", "memory", "copies", "training"):
+        for task in ("switching", "mixed", "memory", "copies", "training"):
             of_task = [row for row in rows if row["task"] == task]
             for group in results.grouped(of_task, "config", "dtype", "batch", "launch").values():
                 lines += _wrapped(_one_line(task, group))
@@ -175,6 +175,7 @@ def _one_line(task: str, rows: list[dict]) -> str:
             found.append(f"{_short(peer)} {' to '.join(dict.fromkeys(ends))}".replace(" ", "\u00a0"))
     labels = {
         "switching": "another width in every call costs",
+        "mixed": "a batch of differing widths, ms, and what it costs more than its images' shares",
         "memory": "memory to hold all widths, weights included",
         "copies": "weight bytes copied by a call",
         "training": "training step, ms",
@@ -186,6 +187,8 @@ def _one_line(task: str, rows: list[dict]) -> str:
 def _told(task: str, row: dict) -> str:
     if task == "switching":
         return "-" if row.get("switch_cost") is None else f"{round(100 * row['switch_cost']) + 0:+d} %"
+    if task == "mixed" and row.get("switch_cost") is not None:
+        return f"{_time(row)} ({round(100 * row['switch_cost']) + 0:+d} %)"
     if task in ("memory", "copies"):
         return "-" if row.get("bytes") is None else f"{number(row['bytes'] / 1e6)} MB"
     return _time(row) + (f" ({ratio(row['ratio'])})" if row.get("ratio") is not None else "")

@@ -19,6 +19,7 @@ from hydravit.geometry import Geometry, every_width
 PARTS = {
     "inference": "the whole network, every width and batch",
     "switching": "another width in every call, beside the same calls without switching",
+    "mixed": "one batch whose images differ in width, beside what they would cost in batches of one width",
     "memory": "what it takes to hold all widths ready; one process per peer",
     "copies": "weight bytes that a call copies",
     "cold": "one image, with the processor's caches flushed before every call",
@@ -28,6 +29,7 @@ PARTS = {
 TASKS = {
     "inference": ("inference",),
     "switching": ("switching",),
+    "mixed": ("mixed",),
     "memory": ("memory",),
     "copies": ("copies",),
     "cold": ("inference",),
@@ -43,9 +45,10 @@ class Workload(NamedTuple):
 
     Tasks: ``inference``, the whole network; ``attention`` and ``mlp``, one block forward, and with ``_backward``
     forward and backward; ``training``, forward, backward and AdamW on everything; ``switching``, inference with
-    another width in every call; ``memory``, all widths held ready; ``copies``, weight bytes copied by one call.
-    ``dtype`` is a key of ``DTYPES``; in training the parameters stay in float32 and the dtype is autocast's. ``cold``:
-    with the processor's caches flushed before every call.
+    another width in every call; ``mixed``, inference of a batch whose images have the widths in turn; ``memory``, all
+    widths held ready; ``copies``, weight bytes copied by one call. ``dtype`` is a key of ``DTYPES``; in training the
+    parameters stay in float32 and the dtype is autocast's. ``cold``: with the processor's caches flushed before every
+    call.
     """
 
     task: str
@@ -80,6 +83,10 @@ def workloads(
         for dtype in dtypes:
             if part in ("switching", "memory"):
                 result.append(Workload(part, every, 1, dtype, config))
+            elif part == "mixed":
+                result.extend(
+                    Workload(part, every, batch, dtype, config) for batch in batches if batch >= len(every) > 1
+                )
             elif part in ("copies", "cold"):
                 task, cold = TASKS[part][0], part == "cold"
                 result.extend(Workload(task, (k,), 1, dtype, config, cold) for k in order)
@@ -89,6 +96,13 @@ def workloads(
                     shapes.extend(("training", every, batch) for batch in batches)
                 result.extend(Workload(task, k, batch, dtype, config) for task, k, batch in shapes)
     return result
+
+
+def images_of(workload: Workload, heads: int) -> slice:
+    """Which images of a mixed batch have this width; of any other batch all."""
+    if workload.task != "mixed":
+        return slice(None)
+    return slice(workload.heads.index(heads), workload.batch, len(workload.heads))
 
 
 class Needs(NamedTuple):
@@ -101,24 +115,26 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False, pooled_only: bool = False) -> Needs:
+def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Needs:
     """What one call of the workload (of several widths: one of each) cannot do without.
 
-    ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: of
-    an inference whose last block computes only what the head pools.
+    ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: as
+    in ``bench.peers.Peer``.
     """
     config = resolve_config(workload.config)
     parts = [_needs_of_width(workload, config, k, alone, pooled_only) for k in workload.heads]
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool) -> Needs:
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: str) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
-    params, macs = cost(config, geometry, pooled_only and workload.task in ("inference", "switching"))
-    batch, size = workload.batch, DTYPES[workload.dtype].itemsize
+    training = workload.task == "training"
+    params, macs = cost(config, geometry, "mlp" if training and pooled_only else pooled_only)
+    batch = len(range(workload.batch)[images_of(workload, heads)])
+    size = DTYPES[workload.dtype].itemsize
     images = batch * config.in_channels * config.image_size[0] * config.image_size[1]
-    if workload.task == "training":
+    if training:
         stepped = params if alone else cost(config, geometries[config.max_heads]).params
         stem = math.prod(config.grid) * geometry.embed.embed * config.in_channels * config.patch_size**2
         # Forward, and backward for the input and the weights; images need no gradient. AdamW reads four

@@ -6,16 +6,14 @@ import threading
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hydravit_kernels as kernels
 from hydravit.geometry import Geometry, Widths
-from hydravit.layers import Block
+from hydravit.layers import hooks_of, is_ours
 
 if TYPE_CHECKING:
     from hydravit.model import HydraViT
-
-_MODULE = nn.modules.module  # where hooks on all modules are kept
 
 
 class PackedInference:
@@ -97,17 +95,16 @@ class _Structure:
         self._parameters = [module._parameters for module in modules]
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
         # The op calls no module: one whose forward could be seen, or be another, must not be passed over.
-        self._hooks = [_MODULE._global_forward_hooks, _MODULE._global_forward_pre_hooks]
-        for block in model.blocks:
-            self._hooks += (block._forward_hooks, block._forward_pre_hooks)
         self._blocks = list(model.blocks)
+        tables = {id(hooks): hooks for block in self._blocks for hooks in hooks_of(block)}
+        self._hooks = list(tables.values())
 
     def holds(self) -> bool:
         """Whether the modules are still these."""
         return all(list(now.values()) == then for now, then in self._children)
 
     def seen_from_outside(self) -> bool:
-        return any(self._hooks) or any(type(b) is not Block or "forward" in b.__dict__ for b in self._blocks)
+        return any(self._hooks) or not all(map(is_ours, self._blocks))
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 
+_MODULE = nn.modules.module  # where hooks on all modules are kept
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Attention(nn.Module):
     def __init__(self, embed: int, qkv_bias: bool, **factory):
@@ -83,12 +86,18 @@ class Block(nn.Module):
         eps: float,
         subnet: Tensor | None,
         how: Callable[[tuple[Tensor | None, ...]], dict],
+        pool: tuple[int, int] | None = None,
     ) -> Tensor:
-        """``x (B, N, Dk)`` through both branches; ``how(parameters)`` is the backend and where gradients go."""
+        """``x (B, N, Dk)`` through both branches; ``how(parameters)`` is the backend and where gradients go.
+
+        With ``pool`` only its tokens, the first and the first behind, go through the MLP, which mixes none, and return.
+        """
         if any(s.heads for s in attention):
             parameters = self.attention_parameters()
             common = (self.branch_scale(x), attention, eps, subnet)
             x = kernels.attention_block(x, *parameters, *common, **how(parameters))
+        if pool is not None:
+            x = x[:, pool[0] : pool[1]]
         if any(s.hidden for s in mlp):
             parameters = self.mlp_parameters()
             common = (self.branch_scale(x), mlp, eps, subnet)
@@ -101,3 +110,26 @@ class Block(nn.Module):
             return None
         keep = 1.0 - self.drop_path
         return x.new_empty(x.shape[0]).bernoulli_(keep).div_(keep)
+
+
+def hooks_of(block: nn.Module) -> list[dict]:
+    """The tables of all hooks that would be told of the block's input, output or their gradients."""
+    return [getattr(_MODULE, f"_global{name}") for name in _HOOKS] + [getattr(block, name) for name in _HOOKS]
+
+
+def is_ours(block: nn.Module) -> bool:
+    """Whether the block's forward is the one above, and no other."""
+    return type(block) is Block and "forward" not in block.__dict__
+
+
+def init_weights(model: nn.Module) -> None:
+    """As in timm: truncated normal of deviation 0.02, zero biases."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Classifier)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    for token in ("cls_token", "reg_token"):
+        if hasattr(model, token):
+            nn.init.normal_(getattr(model, token), std=1e-6)

@@ -12,7 +12,7 @@ from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.inference import PackedInference
-from hydravit.layers import Block, Classifier, PatchEmbed
+from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
 
 
 class HydraViT(nn.Module):
@@ -53,7 +53,7 @@ class HydraViT(nn.Module):
         norm = nn.LayerNorm(config.embed, config.norm_eps, **factory)
         self.add_module("norm" if config.pool == "token" else "fc_norm", norm)
         self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
-        self._init_weights()
+        init_weights(self)
 
         self.slice_gradients = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
@@ -66,18 +66,6 @@ class HydraViT(nn.Module):
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
-
-    def _init_weights(self) -> None:
-        """As in timm: truncated normal of deviation 0.02, zero biases."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, Classifier)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for token in ("cls_token", "reg_token"):
-            if hasattr(self, token):
-                nn.init.normal_(getattr(self, token), std=1e-6)
 
     @property
     def num_classes(self) -> int:
@@ -213,7 +201,7 @@ class HydraViT(nn.Module):
         if self.packed_inference is not None:
             if (logits := self.packed_inference.run(self, images, widths)) is not None:
                 return logits
-        x = self._trunk(images, widths)
+        x = self._trunk(images, widths, pooled_only=self.config.pool == "token")
         return self._head(x, self.norm if self.config.pool == "token" else self.fc_norm, widths)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
@@ -276,21 +264,24 @@ class HydraViT(nn.Module):
         parameters = self.stem_parameters()
         return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
 
-    def _trunk(self, images: Tensor, widths: Widths) -> Tensor:
-        x = self._stem(images, widths)
-        for i in range(len(self.blocks)):
-            x = self._block(i, x, widths)
+    def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
+        """All tokens; or those that the head pools, where nobody sees that the last MLP computed no others."""
+        x, last = self._stem(images, widths), self.blocks[-1]
+        for i, block in enumerate(self.blocks):
+            alone = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
+            x = self._block(i, x, widths, *((self.pool_range,) if alone else ()))
         return x
 
-    def _block(self, i: int, x: Tensor, widths: Widths) -> Tensor:
+    def _block(self, i: int, x: Tensor, widths: Widths, *pool: tuple[int, int]) -> Tensor:
         attention = [geometry.attention[i] for geometry in widths.geometries]
         mlp = [geometry.mlp[i] for geometry in widths.geometries]
-        return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how)
+        return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how, *pool)
 
     def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
         parameters = self.head_parameters(norm, not pre_logits and self.num_classes > 0)
         slices = [geometry.head for geometry in widths.geometries]
-        return kernels.head(x, *parameters, self.pool_range, slices, widths.eps, widths.subnet, **self._how(parameters))
+        pool = self.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # others are gone
+        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._how(parameters))
 
     def _how(self, parameters: tuple[Tensor | None, ...]) -> dict:
         """How the kernels run: on which backend, and where they put gradients."""

@@ -157,7 +157,8 @@ def test_every_peer_gets_a_row():
 
 
 @pytest.mark.parametrize(
-    "task, heads", [("switching", (1, 3)), ("attention", (3,)), ("mlp_backward", (3,)), ("training", (1, 3))]
+    "task, heads",
+    [("switching", (1, 3)), ("mixed", (1, 2)), ("attention", (3,)), ("mlp_backward", (3,)), ("training", (1, 3))],
 )
 def test_every_task_is_measured(task, heads):
     workload = Workload(task, heads, 2, config=SMALL)
@@ -279,6 +280,40 @@ def test_cold_calls_go_alone():
     times = interleave({"a": lambda: calls.append(time.sleep(0.002))}, CPU, Effort(3, 3, 0.0, 1), cold=True)
     assert len(times["a"].samples) == 3 and min(times["a"].samples) >= 2
     assert len(calls) == 2 + 3  # to warm up and to estimate, then one in every round
+
+
+def test_a_mixed_batch_is_compared_image_by_image_and_with_its_shares():
+    """10 ms per image and head: a batch of one width costs 30 or 90 ms, so the images' shares are 10, 30 and 10."""
+
+    def inference(model, images, heads):
+        closures = peer("views").inference(model, images, heads)
+
+        def call(k):
+            time.sleep(0.010 * k * len(images))
+            return closures[k]()
+
+        return {k: (lambda k=k: call(k)) for k in heads}
+
+    def mixed(model, images, heads):
+        assert heads == [1, 3, 1]
+        single = [peer("views").inference(model, images[i : i + 1], (k,))[k] for i, k in enumerate(heads)]
+
+        def run():
+            time.sleep(0.050 + 0.025)
+            return torch.cat([closure() for closure in single])
+
+        return run
+
+    def wrong(model, images, heads):
+        return peer("views").inference(model, images, (3,))[3]
+
+    workload = Workload("mixed", (1, 3), 3, config=SMALL)
+    entries = {"one pass": mixed, "in groups": None, "wrong": wrong}
+    entries = [Peer(name, "", inference=inference, mixed=closure) for name, closure in entries.items()]
+    found = {row["peer"]: row for row in measure(workload, entries, CPU, Effort(5, 5, 0.0, 3), quiet)}
+    assert found["one pass"]["switch_cost"] == pytest.approx(0.5, rel=0.15)
+    assert found["in groups"]["p50_ms"] == pytest.approx(50, rel=0.15) and found["in groups"]["switch_cost"] is None
+    assert found["wrong"]["status"] == "refused" and "k=1" in found["wrong"]["reason"]
 
 
 def test_switching_costs_what_it_costs():

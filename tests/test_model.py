@@ -250,6 +250,39 @@ def test_features_and_head_compose(backend):
             assert model.forward_head(features, heads, pre_logits=True).shape == (3, features.shape[-1])
 
 
+@pytest.mark.parametrize("variant", ["plain", "registers", "average pooling"])
+@pytest.mark.parametrize("heads", [2, torch.tensor([4, 1, 2])], ids=["2", "mixed"])
+def test_last_mlp_runs_for_the_class_token_alone_unless_somebody_looks(backend, variant, heads, monkeypatch):
+    model = make(backend, resolve_config(SMALL, **VARIANTS[variant])).train()
+    images, tokens = images_for(SMALL), model.config.tokens
+    seen, mlp_block = [], kernels.mlp_block
+
+    def spy(x, *arguments, **how):
+        seen.append(x.shape[1])
+        return mlp_block(x, *arguments, **how)
+
+    monkeypatch.setattr(kernels, "mlp_block", spy)
+
+    def step():
+        model.zero_grad()
+        logits = model(images, heads=heads)
+        logits.square().sum().backward()
+        return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    logits, gradients = step()
+    assert seen == [tokens, tokens if variant == "average pooling" else 1]
+    outputs = []
+    hook = model.blocks[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output.shape[1]))
+    watched_logits, watched_gradients = step()
+    hook.remove()
+    assert seen[2:] == [tokens, tokens] and outputs == [tokens]
+    assert_equal_numbers(logits, watched_logits.double(), "logits")
+    for name, gradient in gradients.items():
+        assert_equal_numbers(gradient, watched_gradients[name].double(), name)
+    model.forward_features(images, heads=heads)
+    assert seen[4:] == [tokens, tokens]
+
+
 def test_reset_classifier(backend):
     model, images = make(backend), images_for(SMALL)
     model.reset_classifier(7)

@@ -28,14 +28,17 @@ class Step(NamedTuple):
     and the parameters' gradients by the block's own names (``"attn.qkv.weight"``), cut to the width (``cut``).
     Training: ``run`` clears gradients, runs forward and backward of the mean cross entropy, and steps AdamW;
     ``outputs()`` has the gradients by the model's names, cut to the width, and does not step.
+    Mixed: ``alone()`` is the whole batch at this width, for comparison.
     """
 
     run: Callable[[], object]
     outputs: Callable[[], dict[str, Tensor]]
+    alone: Callable[[], object] | None = None
 
 
 class Peer(NamedTuple):
-    """``pooled_only``: in inference its last block computes only what the head pools, so it executes fewer operations;
+    """``pooled_only``: what computes only the tokens that the head pools, so that fewer operations are executed: the
+    last ``"mlp"``, or in inference the last ``"block"``, whose training then leaves out as much as the MLP's;
     ``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
     ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
 
@@ -44,6 +47,8 @@ class Peer(NamedTuple):
     * ``inference(model, images, heads)``: per width a closure that returns logits ``(B, classes)``, all held ready
       together; ``model`` is in evaluation mode on its device; closures run under ``torch.inference_mode`` or
       ``torch.no_grad`` by themselves.
+    * ``mixed(model, images, heads)``: a closure like those of inference; ``heads`` has a width per image. Who does not
+      offer it runs the images of each width as a batch of their own.
     * ``block(model, kind, heads, x, grad)``: a ``Step`` on block 0 at one width; ``kind`` is ``"attention"`` or
       ``"mlp"``; ``x (B, N, Dk)``; ``grad`` of the output's shape, or None for the forward alone, without gradients.
     * ``training(model, images, labels, heads, amp)``: per width a ``Step``; all share one optimizer. ``amp`` is
@@ -53,12 +58,13 @@ class Peer(NamedTuple):
     name: str
     about: str
     ours: bool = False
-    pooled_only: bool = False
+    pooled_only: str = ""
     bound: bool = False
     version: str = ""
     opaque: bool = False
     uncapturable: str = ""
     inference: Callable | None = None
+    mixed: Callable | None = None
     block: Callable | None = None
     training: Callable | None = None
     without: str = "does not apply"

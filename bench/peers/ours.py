@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import hydravit_kernels as kernels
@@ -32,6 +33,11 @@ def _inference(backend: str, pooled_only: bool, model: HydraViT, images: Tensor,
     for _ in range(2):  # the second call packs the weights
         without_gradients(partial(own, images, heads=heads[0]))()
     return {k: without_gradients(partial(own, images, heads=k)) for k in heads}
+
+
+def _mixed(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, heads: Sequence[int]):
+    widths = torch.tensor(heads)
+    return _inference(backend, pooled_only, model, images, [widths])[widths]
 
 
 def _block_forward(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, buffers=None) -> Tensor:
@@ -80,11 +86,20 @@ def _block_in_place(backend: str, model: HydraViT, kind: str, heads: int, x: Ten
 
 
 def _training(
-    backend: str, in_place: bool, model: HydraViT, images: Tensor, labels: Tensor, heads: Sequence[int], amp
+    backend: str,
+    in_place: bool,
+    pooled_only: bool,
+    model: HydraViT,
+    images: Tensor,
+    labels: Tensor,
+    heads: Sequence[int],
+    amp,
 ) -> dict[int, Step]:
     if amp is not None and backend != "reference":
         raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
     own = _on(copy.deepcopy(model).train(), backend)
+    if not pooled_only:
+        own.blocks[-1].register_forward_hook(lambda *_: None)  # somebody who would see that tokens are missing
     clear = SliceGradients(own).zero_ if in_place else None
     return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear)
 
@@ -95,10 +110,11 @@ def _peers(backend: str) -> list[Peer]:
         backend,
         about,
         ours=True,
-        pooled_only=backend == "native",
+        pooled_only="block" if backend == "native" else "mlp",
         inference=partial(_inference, backend, True),
+        mixed=partial(_mixed, backend, True),
         block=partial(_block, backend),
-        training=partial(_training, backend, False),
+        training=partial(_training, backend, False, True),
     )
     if backend == "reference":
         return [plain]
@@ -107,6 +123,8 @@ def _peers(backend: str) -> list[Peer]:
         f"{about}, the last block computed for every token, as all others do",
         ours=True,
         inference=partial(_inference, backend, False),
+        mixed=partial(_mixed, backend, False),
+        training=partial(_training, backend, False, False),
         without=f"same as {backend}",
     )
     in_place = Peer(
@@ -115,7 +133,7 @@ def _peers(backend: str) -> list[Peer]:
         uncapturable="which gradients a step clears depends on the step before",
         ours=True,
         block=partial(_block_in_place, backend),
-        training=partial(_training, backend, True),
+        training=partial(_training, backend, True, True),
         without=f"same as {backend}",
     )
     return [plain, all_tokens, in_place]

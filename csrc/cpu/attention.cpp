@@ -2,8 +2,8 @@
 // products of norm(x) with the query, key and value weights; images in chunks.
 //
 // Forward has two phases, between which all rows of an image are waited for: the three products; attention, projection
-// and residual. In each every thread takes some rows all the way. Backward recomputes the normalised x, and the
-// probabilities from the saved Q, K and log-sum-exp.
+// and residual. In each every thread takes some rows all the way. Backward has these phases in reverse and then sums
+// over rows; it recomputes the normalised x, and the probabilities from the saved Q, K and log-sum-exp.
 #include "attention.h"
 
 #include "attention_heads.h"
@@ -33,20 +33,6 @@ struct Roles {
     columns = 2 * d + block.heads * block.value_dim;
   }
 };
-
-Norm norm_of(const AttentionBlock& block, int64_t image, int64_t images) {
-  return {images * block.tokens,
-          block.embed,
-          block.eps,
-          block.x.data + image * block.x.image_stride,
-          token_rows(block.tokens, block.x.token_stride, block.x.image_stride),
-          block.norm_weight,
-          block.norm_bias};
-}
-
-const float* branch_scale_of(const AttentionBlock& block, int64_t image) {
-  return block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
-}
 
 Tokens column_of(const MutableTokens& tokens, int64_t column) {
   return {tokens.data + column, tokens.image_stride, tokens.token_stride};
@@ -79,12 +65,111 @@ Axis rows_of(const AttentionBlock& block, const Role& role) {
   return segmented(role.weight.row_stride, role.dim, block.pitch * role.weight.row_stride);
 }
 
-// The projection with its bias; what becomes of the product is the caller's.
-void project(const Threads& threads, float* scratch, const AttentionBlock& block, int64_t rows,
-             const MutableTokens& attended, Output out) {
-  out.bias = block.proj_bias;
-  gemm(threads, scratch, rows, block.embed, block.heads * block.value_dim,
-       {attended.data, rows_of(block, attended), {}}, proj_of(block), out);
+View of_role(const AttentionBlock& block, const Role& role) { return {role.weight.data, rows_of(block, role), {}}; }
+
+// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)).
+struct Backward {
+  AttentionBlock block;
+  AttentionBlockGradients gradients;
+  View proj, roles[3];  // right operands of the products with the gradients
+  bool needs_qkv, needs_normalised;
+  float *statistics, *z, *d_normalised;
+  float* normalised;  // in panels of these rows
+  int64_t panel_stride;
+  MutableTokens d_attended, d_qkv;
+
+  int64_t rows() const { return block.batch * block.tokens; }
+  Axis rows_of(const Tokens& tokens) const {
+    return token_rows(block.tokens, tokens.token_stride, tokens.image_stride);
+  }
+  Norm norm() const {
+    return {rows(), block.embed, block.eps, block.x.data, rows_of(block.x), block.norm_weight, block.norm_bias};
+  }
+  NormGradients norm_gradients() const {
+    const Tokens& grad = gradients.grad;
+    const MutableTokens& dx = gradients.x;
+    return {d_normalised,
+            padded_row(block.embed),
+            statistics,
+            grad.data,
+            rows_of(grad),
+            dx.data,
+            rows_of({dx.data, dx.image_stride, dx.token_stride})};
+  }
+  Branch branch() const {
+    return {
+        rows(),           block.embed, block.tokens, gradients.grad.data, rows_of(gradients.grad), block.branch_scale,
+        block.layer_scale};
+  }
+};
+
+// For at most kBandRows tokens of one image, by one thread: from the gradient of y to that of `attended`.
+void project_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
+  const AttentionBlock& block = chunk.block;
+  const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
+  const int64_t embed = padded_row(block.embed);
+  scale_branch_rows(chunk.branch(), chunk.z, embed, begin, end);
+  if (!chunk.needs_qkv) return;
+  const MutableTokens to = rows_from(chunk.d_attended, image, tokens.begin);
+  multiply_rows(end - begin, block.heads * block.value_dim, block.embed, chunk.z + begin * embed, {embed}, chunk.proj,
+                {to.data, {to.token_stride}, {}}, panel);
+}
+
+// The same from the gradients of Q, K and V to that of x.
+void query_key_value_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
+  const AttentionBlock& block = chunk.block;
+  const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
+  const int64_t embed = padded_row(block.embed);
+  normalize_rows(chunk.norm(), begin, end, chunk.normalised + begin * kPanel, kPanel, chunk.statistics,
+                 chunk.panel_stride);
+  if (!chunk.needs_normalised) return;
+  const MutableTokens d = rows_from(chunk.d_qkv, image, tokens.begin);
+  const Roles roles(block);
+  for (int i = 0; i < 3; i++) {
+    const Role& role = roles.role[i];
+    Output out{chunk.d_normalised + begin * embed, {embed}, {}};
+    out.accumulate = i > 0;
+    multiply_rows(end - begin, block.embed, block.heads * role.dim, d.data + role.column, {d.token_stride},
+                  chunk.roles[i], out, panel);
+  }
+  if (chunk.gradients.x.data != nullptr) normalize_backward_rows(chunk.norm(), chunk.norm_gradients(), begin, end);
+}
+
+// The sums over rows.
+void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
+  const AttentionBlock& block = chunk.block;
+  const AttentionBlockGradients& gradients = chunk.gradients;
+  const int64_t rows = chunk.rows(), embed = padded_row(block.embed), values = block.heads * block.value_dim;
+  const View z{chunk.z, {embed}, {}};
+  const View normalised{
+      chunk.normalised, {kPanel}, segmented(1, kPanel, chunk.panel_stride), chunk.normalised, chunk.panel_stride};
+  const View attended{block.attended.data, rows_of(block, block.attended), {}};
+  if (gradients.proj_bias != nullptr)
+    add_column_sums(threads, rows, block.embed, gradients.proj_bias, {}, z.data, z.rows);
+  if (gradients.proj_weight.data != nullptr)
+    gemm(threads, scratch, block.embed, values, rows, transposed(z), attended,
+         {gradients.proj_weight.data, {gradients.proj_weight.row_stride}, chunk.proj.columns, true});
+  const MutableWeight weights[3] = {gradients.query_weight, gradients.key_weight, gradients.value_weight};
+  float* const biases[3] = {gradients.query_bias, gradients.key_bias, gradients.value_bias};
+  const Roles roles(block);
+  for (int i = 0; i < 3; i++) {
+    const Role& role = roles.role[i];
+    const int64_t columns = block.heads * role.dim, stride = weights[i].row_stride;
+    const View d{chunk.d_qkv.data + role.column, {chunk.d_qkv.token_stride}, {}};
+    if (biases[i] != nullptr)
+      add_column_sums(threads, rows, columns, biases[i], segmented(1, role.dim, block.pitch), d.data, d.rows);
+    if (weights[i].data != nullptr)
+      gemm(threads, scratch, columns, block.embed, rows, transposed(d), normalised,
+           {weights[i].data, segmented(stride, role.dim, block.pitch * stride), {}, true});
+  }
+  add_norm_gradients(threads, chunk.norm(), chunk.norm_gradients(), gradients.norm_weight, gradients.norm_bias);
+  if (gradients.layer_scale != nullptr) {
+    float* out = chunk.d_normalised;  // no longer needed
+    Output branch{out, {embed}, {}};
+    branch.bias = block.proj_bias;
+    gemm(threads, scratch, rows, block.embed, values, attended, proj_of(block), branch);
+    add_layer_scale_gradient(threads, chunk.branch(), out, embed, gradients.layer_scale);
+  }
 }
 
 }  // namespace
@@ -209,93 +294,83 @@ int attention_block(const AttentionBlock& block, const Threads& threads) {
 int attention_block_backward(const AttentionBlock& block, const AttentionBlockGradients& gradients,
                              const Threads& threads) {
   const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
-  const int64_t rows = block.heads == 0 ? 0 : step * tokens;
   const Roles roles(block);
   const int64_t values = block.heads * block.value_dim;
+  Backward backward{};
   // What is wanted of the chain of gradients, from its end.
-  const bool needs_normalised =
+  backward.needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
-  const MutableWeight weight_gradients[3] = {gradients.query_weight, gradients.key_weight, gradients.value_weight};
-  float* const bias_gradients[3] = {gradients.query_bias, gradients.key_bias, gradients.value_bias};
-  bool needs_qkv = needs_normalised;
-  for (int i = 0; i < 3; i++) needs_qkv |= weight_gradients[i].data != nullptr || bias_gradients[i] != nullptr;
-  MutableTokens d_qkv{nullptr, tokens * roles.columns, roles.columns}, d_attended{nullptr, tokens * values, values};
-  float *normalised, *statistics, *z, *scratch, *heads_scratch;
+  backward.needs_qkv = backward.needs_normalised;
+  for (const MutableWeight& weight : {gradients.query_weight, gradients.key_weight, gradients.value_weight})
+    backward.needs_qkv |= weight.data != nullptr;
+  for (const float* bias : {gradients.query_bias, gradients.key_bias, gradients.value_bias})
+    backward.needs_qkv |= bias != nullptr;
+  backward.proj = transposed(proj_of(block));
+  for (int i = 0; i < 3; i++) backward.roles[i] = of_role(block, roles.role[i]);
+  backward.d_qkv = {nullptr, tokens * padded_row(roles.columns), padded_row(roles.columns)};
+  backward.d_attended = {nullptr, tokens * padded_row(values), padded_row(values)};
+
+  const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (roles.columns + values));
+  const bool pack = backward.needs_qkv && block.heads > 0 && many_bands(block.batch * tokens, jobs);
+  const int64_t images = block.heads == 0 ? 0 : step, rows = images * tokens, by_embed = rows * padded_row(block.embed);
+  backward.panel_stride = rows * kPanel;
+  float *panels, *scratch, *heads_scratch, *proj, *of_roles[3];
   Workspace workspace;
-  workspace.add(&normalised, rows * block.embed);
-  workspace.add(&statistics, rows * 2);
-  workspace.add(&z, rows * block.embed);
-  workspace.add(&d_qkv.data, rows * roles.columns);
-  workspace.add(&d_attended.data, rows * values);
+  workspace.add(&backward.normalised, panels_size(rows, block.embed));
+  workspace.add(&backward.statistics, rows * 2);
+  workspace.add(&backward.z, by_embed);
+  workspace.add(&backward.d_normalised, by_embed);
+  workspace.add(&backward.d_qkv.data, images * backward.d_qkv.image_stride);
+  workspace.add(&backward.d_attended.data, images * backward.d_attended.image_stride);
+  workspace.add(&panels, jobs * round_up(kSweepScratch, 16));
   workspace.add(&scratch, gemm_scratch(threads));
   workspace.add(&heads_scratch, attend_backward_scratch(block, threads));
+  workspace.add(&proj, pack ? panels_size(block.embed, values) : 0);
+  for (int i = 0; i < 3; i++)
+    workspace.add(&of_roles[i], pack ? panels_size(block.heads * roles.role[i].dim, block.embed) : 0);
   if (!workspace.allocate()) return kOutOfMemory;
+  if (pack) {
+    use_packed(threads, block.embed, values, proj, backward.proj);
+    for (int i = 0; i < 3; i++)
+      use_packed(threads, block.heads * roles.role[i].dim, block.embed, of_roles[i], backward.roles[i]);
+  }
 
   for (int64_t image = 0; image < block.batch; image += step) {
-    const int64_t images = smaller(step, block.batch - image);
-    const Norm norm = norm_of(block, image, images);
-    const MutableTokens dx = rows_from(gradients.x, image, 0);
-    const float* grad = gradients.grad.data + image * gradients.grad.image_stride;
-    const Axis grad_rows = token_rows(tokens, gradients.grad.token_stride, gradients.grad.image_stride);
+    AttentionBlock& chunk = backward.block = block;
+    backward.gradients = gradients;
+    chunk.batch = smaller(step, block.batch - image);
+    chunk.x = rows_from(block.x, image, 0);
+    chunk.qkv = rows_from(block.qkv, image, 0);
+    chunk.attended = rows_from(block.attended, image, 0);
+    if (block.branch_scale != nullptr) chunk.branch_scale += image;
+    if (block.logsumexp != nullptr) chunk.logsumexp += image * block.logsumexp_image_stride;
+    backward.gradients.grad = rows_from(gradients.grad, image, 0);
+    backward.gradients.x = rows_from(gradients.x, image, 0);
     if (block.heads == 0) {
-      if (dx.data == nullptr) return kOk;
-      copy_rows(threads, norm.rows, block.embed, grad, grad_rows, dx.data, rows_of(block, dx));
+      const NormGradients d = backward.norm_gradients();
+      if (d.x != nullptr) copy_rows(threads, backward.rows(), block.embed, d.residual, d.residual_rows, d.x, d.x_rows);
       continue;
     }
-    const MutableTokens qkv = rows_from(block.qkv, image, 0), attended = rows_from(block.attended, image, 0);
-    const Branch branch{norm.rows,        block.embed, tokens, grad, grad_rows, branch_scale_of(block, image),
-                        block.layer_scale};
-
-    // Projection.
-    if (gradients.layer_scale != nullptr) {
-      project(threads, scratch, block, norm.rows, attended, {z, {block.embed}, {}});
-      add_layer_scale_gradient(threads, branch, z, gradients.layer_scale);
+    const auto each_band = [&](const auto& body) {
+      parallel(threads, jobs, [&](int64_t job) {
+        for_each_share(job, jobs, chunk.batch, tokens, [&](const Share& share) {
+          for_each_band(share.tokens, [&](const Range& band) {
+            body(backward, share.image, band, panels + job * round_up(kSweepScratch, 16));
+          });
+        });
+      });
+    };
+    each_band(project_backward_rows);
+    if (backward.needs_qkv) {
+      const MutableTokens& d = backward.d_qkv;
+      const auto column = [&](int i) {
+        return MutableTokens{d.data + roles.role[i].column, d.image_stride, d.token_stride};
+      };
+      attend_backward(heads_of(chunk, 0, chunk.batch, chunk.qkv, chunk.attended),
+                      {column_of(backward.d_attended, 0), column(0), column(1), column(2)}, threads, heads_scratch);
+      each_band(query_key_value_backward_rows);
     }
-    scale_branch(threads, branch, z);
-    const View z_view{z, {block.embed}, {}};
-    const Axis proj_columns = segmented(1, block.value_dim, block.pitch);
-    if (gradients.proj_bias != nullptr)
-      add_column_sums(threads, norm.rows, block.embed, gradients.proj_bias, {}, z, {block.embed});
-    if (gradients.proj_weight.data != nullptr)
-      gemm(threads, scratch, block.embed, values, norm.rows, transposed(z_view),
-           {attended.data, rows_of(block, attended), {}},
-           {gradients.proj_weight.data, {gradients.proj_weight.row_stride}, proj_columns, true});
-    if (!needs_qkv) continue;
-    gemm(threads, scratch, norm.rows, values, block.embed, z_view,
-         {block.proj_weight.data, {block.proj_weight.row_stride}, proj_columns}, {d_attended.data, {values}, {}});
-
-    // Attention of the heads.
-    const MutableTokens d_roles[3] = {{d_qkv.data + roles.role[0].column, d_qkv.image_stride, d_qkv.token_stride},
-                                      {d_qkv.data + roles.role[1].column, d_qkv.image_stride, d_qkv.token_stride},
-                                      {d_qkv.data + roles.role[2].column, d_qkv.image_stride, d_qkv.token_stride}};
-    attend_backward(heads_of(block, image, images, qkv, attended),
-                    {column_of(d_attended, 0), d_roles[0], d_roles[1], d_roles[2]}, threads, heads_scratch);
-
-    // The three products of the normalised x.
-    normalize(threads, norm, normalised, statistics);
-    float* d_normalised = z;  // z is no longer needed
-    for (int i = 0; i < 3; i++) {
-      const Role& role = roles.role[i];
-      const int64_t columns = block.heads * role.dim;
-      const View d{d_roles[i].data, {roles.columns}, {}};
-      if (bias_gradients[i] != nullptr)
-        add_column_sums(threads, norm.rows, columns, bias_gradients[i], segmented(1, role.dim, block.pitch), d.data,
-                        d.rows);
-      if (weight_gradients[i].data != nullptr) {
-        const int64_t stride = weight_gradients[i].row_stride;
-        gemm(threads, scratch, columns, block.embed, norm.rows, transposed(d), {normalised, {block.embed}, {}},
-             {weight_gradients[i].data, segmented(stride, role.dim, block.pitch * stride), {}, true});
-      }
-      if (!needs_normalised) continue;
-      const int64_t stride = role.weight.row_stride;
-      gemm(threads, scratch, norm.rows, block.embed, columns, d,
-           {role.weight.data, segmented(stride, role.dim, block.pitch * stride), {}},
-           {d_normalised, {block.embed}, {}, i > 0});
-    }
-    if (!needs_normalised) continue;
-    normalize_backward(threads, norm,
-                       {d_normalised, statistics, grad, grad_rows, dx.data, rows_of(block, dx), gradients.norm_weight,
-                        gradients.norm_bias});
+    add_gradients(backward, threads, scratch);
   }
   return kOk;
 }

@@ -127,8 +127,13 @@ __attribute__((noinline)) void finish_from_memory(const Finish& finish, const fl
       if (finish.last) {
         if (out.bias != nullptr) value += load(finish.vectors.bias + j);
         if (out.gelu != nullptr) {
+          Vec hidden = value;
+          if (out.hidden != nullptr) {
+            hidden = load(out.hidden + out.hidden_rows.at(row) + column, count);
+            value *= gelu_derivative(hidden);
+          }
           if (out.gelu != out.data) store(to + column, value, count);
-          store(out.gelu + row * out.gelu_stride + column, gelu(value), count);
+          store(out.gelu + row * out.gelu_stride + in_panels(column, out.gelu_panel), gelu(hidden), count);
           continue;
         }
         if (out.column_scale != nullptr) value *= load(finish.vectors.scale + j);
@@ -146,11 +151,18 @@ __attribute__((noinline)) void finish_gelu(const Finish& finish, float* sums, in
   for (int64_t i = 0; i < rows; i++) {
     const int64_t row = finish.row + i;
     float* to = out.data + out.rows.at(row) + finish.column;
-    float* activated = out.gelu + row * out.gelu_stride + finish.column;
+    float* activated = out.gelu + row * out.gelu_stride + in_panels(finish.column, out.gelu_panel);
+    const float* hidden = out.hidden == nullptr ? nullptr : out.hidden + out.hidden_rows.at(row) + finish.column;
     for (int64_t j = 0; j < vectors; j++) {
       Vec value = load(sums + i * kTileColumns + j * kWidth);
       if (!finish.first) value += load(to + j * kWidth);
       if (out.bias != nullptr) value += load(finish.vectors.bias + j * kWidth);
+      if (hidden != nullptr) {
+        const Vec h = load(hidden + j * kWidth);
+        store(to + j * kWidth, value * gelu_derivative(h));
+        store(activated + j * kWidth, gelu(h));
+        continue;
+      }
       if (activated != to) store(to + j * kWidth, value);
       store(activated + j * kWidth, gelu(value));
     }
@@ -304,34 +316,32 @@ void sweep(Range rows, Range columns, const Piece& piece, const float* a, const 
 void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out,
                      float* scratch) {
   float* packed_columns = scratch + kRowsScratch;
-  float sums[kTileRows * kTileColumns];
   Tile tile{};
   tile.a_step = kTileRows;
-  tile.out = sums, tile.out_stride = kTileColumns;
   for (int64_t row = rows.begin; row < rows.end; row += kSpanRows) {
     const int64_t row_count = smaller(kSpanRows, rows.end - row);
     for (int64_t first = 0; first < pieces_of(k); first += kSpanPieces) {
       const int64_t last = smaller(first + kSpanPieces, pieces_of(k));
       const Range span{piece_of(k, first).depth.begin, piece_of(k, last - 1).depth.end};
       pack_rows(a.data, a.rows, a.columns, row, row_count, span.begin, span.end, scratch);
-      Finish finish{&out, 0, 0, first == 0, last == pieces_of(k), {}};
+      Finish finish{&out, 0, 0, false, false, {}};
       for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
         const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
         point(tile, b, column, count, span, packed_columns);
         finish.column = column;
-        if (finish.last) gather(finish, count);
+        if (last == pieces_of(k)) gather(finish, count);
         for (int64_t i = 0; i < row_count; i += kTileRows) {
-          Tile part = tile;
-          for (int64_t j = first; j < last; j++) {
-            const Range depth = piece_of(k, j).depth;
-            part.depth = depth.end - depth.begin;
-            part.a = scratch + i * (span.end - span.begin) + (depth.begin - span.begin) * kTileRows;
-            part.b = tile.b + (depth.begin - span.begin) * tile.b_step;
-            part.accumulate = j > first;
-            tile_across(smaller<int64_t>(kTileRows, row_count - i), count, part);
-          }
           finish.row = row + i;
-          finish_from_memory(finish, sums, smaller<int64_t>(kTileRows, row_count - i), count);
+          for (int64_t j = first; j < last; j++) {
+            const Piece piece = piece_of(k, j);
+            Tile part = tile;
+            part.depth = piece.depth.end - piece.depth.begin;
+            part.a = scratch + i * (span.end - span.begin) + (piece.depth.begin - span.begin) * kTileRows;
+            part.b = tile.b + (piece.depth.begin - span.begin) * tile.b_step;
+            finish.first = piece.first, finish.last = piece.last;
+            const int64_t height = smaller<int64_t>(kTileRows, row_count - i);
+            kComputes<false>[count <= kWidth ? 0 : 1][height - 1](part, & finish, count);
+          }
         }
       }
     }

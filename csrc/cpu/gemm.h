@@ -48,6 +48,11 @@ struct View {
   int64_t panel_stride = 0;
 };
 inline View transposed(const View& view) { return {view.data, view.columns, view.rows}; }
+// A right operand's columns from `column` on, a multiple of kPanel.
+inline View columns_from(const View& view, int64_t column) {
+  const float* panels = view.panels == nullptr ? nullptr : view.panels + column / kPanel * view.panel_stride;
+  return {view.data + view.columns.at(column), view.rows, view.columns, panels, view.panel_stride};
+}
 // A weight's rows from `row` on, a multiple of kPanel.
 inline Weight rows_from(const Weight& weight, int64_t row) {
   const float* panels = weight.panels == nullptr ? nullptr : weight.panels + row / kPanel * weight.panel_stride;
@@ -61,7 +66,8 @@ inline View transposed(const Weight& weight) { return transposed(weight, {weight
 
 // What becomes of a product P (m, n). With v = P + bias (by column):
 //   out = [out +] residual + row_scale * column_scale * v;
-//   where `gelu` is given: out = v and gelu = gelu(v), or that alone if they are one. The others are then not.
+//   where `gelu` is given: out = v and gelu = gelu(v), or that alone if they are one. The others are then not;
+//   where `hidden` is given as well: out = v * gelu'(hidden) and gelu = gelu(hidden).
 struct Output {
   float* data;
   Axis rows, columns;
@@ -73,17 +79,25 @@ struct Output {
   int64_t rows_per_scale = 1;
   const float* residual = nullptr;
   Axis residual_rows = {};
-  float* gelu = nullptr;  // rows `gelu_stride` apart; may be `data`
-  int64_t gelu_stride = 0;
+  float* gelu = nullptr;  // rows `gelu_stride` apart, kPanel columns `gelu_panel` apart; may be `data`
+  int64_t gelu_stride = 0, gelu_panel = kPanel;
+  const float* hidden = nullptr;
+  Axis hidden_rows = {};
 };
 
 // A right operand (k, n) -> panels, one after the other: panels_size(k, n) floats.
 void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels);
 inline int64_t panels_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
-// The same, and `weight` is read from there.
+// Where a column's first element lies in panels, or in anything whose every kPanel columns are `panel` apart.
+inline int64_t in_panels(int64_t column, int64_t panel) { return column / kPanel * panel + column % kPanel; }
+// The same, and `weight`, or `b` itself, is read from there.
 inline void use_packed(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels, Weight& weight) {
   pack_right(threads, k, n, b, panels);
   weight.panels = panels, weight.panel_stride = kPanel * k;
+}
+inline void use_packed(const Threads& threads, int64_t k, int64_t n, float* panels, View& b) {
+  pack_right(threads, k, n, b, panels);
+  b.panels = panels, b.panel_stride = kPanel * k;
 }
 
 // Rows of a buffer of our own: 16 floats longer than a power of two could be, or neighbouring rows would share cache

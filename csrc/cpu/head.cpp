@@ -88,12 +88,13 @@ int head_backward(const Head& block, const HeadGradients& gradients, const Threa
   } else {
     copy_rows(threads, block.batch, block.embed, grad.data, grad.rows, d_features, {block.embed});
   }
-  if (norm)
-    normalize_backward(
-        threads, norm_of(block, pooled),
-        {d_features, statistics, nullptr, {}, d_pooled, {block.embed}, gradients.norm_weight, gradients.norm_bias});
-  else
+  if (norm) {
+    const NormGradients d{d_features, block.embed, statistics, nullptr, {}, d_pooled, {block.embed}};
+    add_norm_gradients(threads, norm_of(block, pooled), d, gradients.norm_weight, gradients.norm_bias);
+    normalize_backward_rows(norm_of(block, pooled), d, 0, block.batch);
+  } else {
     d_pooled = d_features;
+  }
 
   if (gradients.x.data == nullptr) return kOk;
   const float count = static_cast<float>(block.pool_stop - block.pool_start);

@@ -1,8 +1,9 @@
 // MLP block: y = x + branch_scale * layer_scale * (gelu(norm(x) fc1^T + b1) fc2^T + b2).
 //
 // Forward needs no other row than its own: every thread takes some rows through the whole block. GELU and the residual
-// are applied to the products' tiles before they leave the cache. Backward takes images in chunks; it recomputes the
-// normalised x and GELU from x and the saved (B, N, hidden) input of GELU.
+// are applied to the products' tiles before they leave the cache. Backward does the same for the gradient of x, on
+// images in chunks, whose rows are then summed up in the gradients of the parameters; it recomputes the normalised x
+// and GELU from x and the saved (B, N, hidden) input of GELU.
 #include "mlp.h"
 
 #include "kernels.h"
@@ -12,31 +13,104 @@ namespace hydravit::HYDRAVIT_ISA {
 
 namespace {
 
-// The part of the block that works on images [image, image + images).
-struct Chunk {
-  int64_t image, images, rows;
-  Norm norm;
-  Axis saved_rows;
-  const float* branch_scale;
+// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)).
+struct Backward {
+  MlpBlock block;
+  MlpBlockGradients gradients;
+  View fc1, fc2;  // right operands of the products with the gradients
+  bool needs_hidden, needs_normalised;
+  float *statistics, *z, *d_hidden, *d_normalised;
+  float *normalised, *activated;  // in panels of these rows
+  int64_t panel_stride;
+
+  int64_t rows() const { return block.batch * block.tokens; }
+  Axis rows_of(const Tokens& tokens) const {
+    return token_rows(block.tokens, tokens.token_stride, tokens.image_stride);
+  }
+  Norm norm() const {
+    return {rows(), block.embed, block.eps, block.x.data, rows_of(block.x), block.norm_weight, block.norm_bias};
+  }
+  NormGradients norm_gradients() const {
+    const Tokens& grad = gradients.grad;
+    const MutableTokens& dx = gradients.x;
+    return {d_normalised,
+            padded_row(block.embed),
+            statistics,
+            grad.data,
+            rows_of(grad),
+            dx.data,
+            rows_of({dx.data, dx.image_stride, dx.token_stride})};
+  }
+  Branch branch() const {
+    return {
+        rows(),           block.embed, block.tokens, gradients.grad.data, rows_of(gradients.grad), block.branch_scale,
+        block.layer_scale};
+  }
 };
 
-Chunk chunk_of(const MlpBlock& block, int64_t image, int64_t images) {
-  const Axis x_rows = token_rows(block.tokens, block.x.token_stride, block.x.image_stride);
-  return {image,
-          images,
-          images * block.tokens,
-          {images * block.tokens, block.embed, block.eps, block.x.data + image * block.x.image_stride, x_rows,
-           block.norm_weight, block.norm_bias},
-          token_rows(block.tokens, block.saved.token_stride, block.saved.image_stride),
-          block.branch_scale == nullptr ? nullptr : block.branch_scale + image};
+// All but the sums over rows, for at most kBandRows tokens of one image, by one thread.
+void backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
+  const MlpBlock& block = chunk.block;
+  const int64_t begin = image * block.tokens + tokens.begin, rows = tokens.end - tokens.begin, end = begin + rows;
+  const int64_t embed = padded_row(block.embed), hidden = padded_row(block.hidden);
+  const MutableTokens saved = rows_from(block.saved, image, tokens.begin);
+  float* activated = chunk.activated + begin * kPanel;
+  scale_branch_rows(chunk.branch(), chunk.z, embed, begin, end);
+  if (!chunk.needs_hidden) {
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t c = 0; c < block.hidden; c += kWidth) {
+        const int64_t count = block.hidden - c;
+        store(activated + row * kPanel + in_panels(c, chunk.panel_stride),
+              gelu(load(saved.data + row * saved.token_stride + c, count)), count);
+      }
+    return;
+  }
+  normalize_rows(chunk.norm(), begin, end, chunk.normalised + begin * kPanel, kPanel, chunk.statistics,
+                 chunk.panel_stride);
+  for (int64_t i = 0; i < pieces_of(block.hidden); i++) {
+    const Piece piece = piece_of(block.hidden, i);
+    const int64_t first = piece.depth.begin;
+    float* d_hidden = chunk.d_hidden + begin * hidden + first;
+    Output out{d_hidden, {hidden}, {}};
+    out.hidden = saved.data + first, out.hidden_rows = {saved.token_stride};
+    out.gelu = activated + in_panels(first, chunk.panel_stride);
+    out.gelu_stride = kPanel, out.gelu_panel = chunk.panel_stride;
+    multiply_rows(rows, piece.depth.end - first, block.embed, chunk.z + begin * embed, {embed},
+                  columns_from(chunk.fc2, first), out, panel);
+    if (chunk.needs_normalised)
+      sweep(rows, {0, block.embed}, piece, d_hidden, {hidden}, chunk.fc1,
+            {chunk.d_normalised + begin * embed, {embed}, {}}, panel);
+  }
+  if (chunk.gradients.x.data != nullptr) normalize_backward_rows(chunk.norm(), chunk.norm_gradients(), begin, end);
 }
 
-// fc2 with its bias; what becomes of the product is the caller's.
-void project(const Threads& threads, float* scratch, const MlpBlock& block, int64_t rows, const float* activated,
-             Output out) {
-  out.bias = block.fc2_bias;
-  gemm(threads, scratch, rows, block.embed, block.hidden, {activated, {block.hidden}, {}}, transposed(block.fc2_weight),
-       out);
+// The sums over rows.
+void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
+  const MlpBlock& block = chunk.block;
+  const MlpBlockGradients& gradients = chunk.gradients;
+  const int64_t rows = chunk.rows(), embed = padded_row(block.embed), hidden = padded_row(block.hidden);
+  const View z{chunk.z, {embed}, {}}, d_hidden{chunk.d_hidden, {hidden}, {}};
+  const Axis of_panels = segmented(1, kPanel, chunk.panel_stride);
+  const View normalised{chunk.normalised, {kPanel}, of_panels, chunk.normalised, chunk.panel_stride};
+  const View activated{chunk.activated, {kPanel}, of_panels, chunk.activated, chunk.panel_stride};
+  if (gradients.fc2_bias != nullptr)
+    add_column_sums(threads, rows, block.embed, gradients.fc2_bias, {}, z.data, z.rows);
+  if (gradients.fc2_weight.data != nullptr)
+    gemm(threads, scratch, block.embed, block.hidden, rows, transposed(z), activated,
+         {gradients.fc2_weight.data, {gradients.fc2_weight.row_stride}, {}, true});
+  if (gradients.fc1_bias != nullptr)
+    add_column_sums(threads, rows, block.hidden, gradients.fc1_bias, {}, d_hidden.data, d_hidden.rows);
+  if (gradients.fc1_weight.data != nullptr)
+    gemm(threads, scratch, block.hidden, block.embed, rows, transposed(d_hidden), normalised,
+         {gradients.fc1_weight.data, {gradients.fc1_weight.row_stride}, {}, true});
+  add_norm_gradients(threads, chunk.norm(), chunk.norm_gradients(), gradients.norm_weight, gradients.norm_bias);
+  if (gradients.layer_scale != nullptr) {
+    float* out = chunk.d_normalised;  // no longer needed
+    Output branch{out, {embed}, {}};
+    branch.bias = block.fc2_bias;
+    gemm(threads, scratch, rows, block.embed, block.hidden, activated, transposed(block.fc2_weight), branch);
+    add_layer_scale_gradient(threads, chunk.branch(), out, embed, gradients.layer_scale);
+  }
 }
 
 }  // namespace
@@ -107,84 +181,60 @@ int mlp_block(const MlpBlock& block, const Threads& threads) {
 }
 
 int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads) {
-  const Axis grad_rows = token_rows(block.tokens, gradients.grad.token_stride, gradients.grad.image_stride);
-  const Axis dx_rows = token_rows(block.tokens, gradients.x.token_stride, gradients.x.image_stride);
-  const int64_t step = images_per_chunk(block.batch, block.tokens);
-  const int64_t rows = block.hidden == 0 ? 0 : step * block.tokens;
+  const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
+  Backward backward{};
   // What is wanted of the chain of gradients, from its end.
-  const bool needs_normalised =
+  backward.needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
-  const bool needs_hidden = needs_normalised || gradients.fc1_weight.data != nullptr || gradients.fc1_bias != nullptr;
-  const bool needs_activated = gradients.fc2_weight.data != nullptr || gradients.layer_scale != nullptr;
-  float *normalised, *statistics, *z, *d_hidden, *activated, *scratch;
+  backward.needs_hidden =
+      backward.needs_normalised || gradients.fc1_weight.data != nullptr || gradients.fc1_bias != nullptr;
+  backward.fc1 = {block.fc1_weight.data, {block.fc1_weight.row_stride}, {}};
+  backward.fc2 = {block.fc2_weight.data, {block.fc2_weight.row_stride}, {}};
+  const int64_t jobs = jobs_for(threads, step * tokens, 2 * block.embed * block.hidden);
+  const bool pack = backward.needs_hidden && many_bands(block.batch * tokens, jobs);
+  const int64_t rows = block.hidden == 0 ? 0 : step * tokens;
+  const int64_t by_embed = rows * padded_row(block.embed), by_hidden = rows * padded_row(block.hidden);
+  backward.panel_stride = rows * kPanel;
+  float *panels, *scratch, *fc1, *fc2;
   Workspace workspace;
-  workspace.add(&normalised, rows * block.embed);
-  workspace.add(&statistics, rows * 2);
-  workspace.add(&z, rows * block.embed);
-  workspace.add(&d_hidden, rows * block.hidden);
-  workspace.add(&activated, needs_activated ? rows * block.hidden : 0);
+  workspace.add(&backward.normalised, backward.needs_hidden ? panels_size(rows, block.embed) : 0);
+  workspace.add(&backward.statistics, backward.needs_hidden ? rows * 2 : 0);
+  workspace.add(&backward.z, by_embed);
+  workspace.add(&backward.activated, panels_size(rows, block.hidden));
+  workspace.add(&backward.d_hidden, backward.needs_hidden ? by_hidden : 0);
+  workspace.add(&backward.d_normalised, by_embed);
+  workspace.add(&panels, jobs * round_up(kSweepScratch, 16));
   workspace.add(&scratch, gemm_scratch(threads));
+  workspace.add(&fc1, pack ? panels_size(block.hidden, block.embed) : 0);
+  workspace.add(&fc2, pack ? panels_size(block.embed, block.hidden) : 0);
   if (!workspace.allocate()) return kOutOfMemory;
+  if (pack && block.hidden > 0) {
+    use_packed(threads, block.hidden, block.embed, fc1, backward.fc1);
+    use_packed(threads, block.embed, block.hidden, fc2, backward.fc2);
+  }
 
   for (int64_t image = 0; image < block.batch; image += step) {
-    const Chunk chunk = chunk_of(block, image, smaller(step, block.batch - image));
-    const float* grad = gradients.grad.data + image * gradients.grad.image_stride;
-    float* dx = gradients.x.data == nullptr ? nullptr : gradients.x.data + image * gradients.x.image_stride;
+    MlpBlock& chunk = backward.block = block;
+    backward.gradients = gradients;
+    chunk.batch = smaller(step, block.batch - image);
+    chunk.x = rows_from(block.x, image, 0);
+    chunk.saved = rows_from(block.saved, image, 0);
+    if (block.branch_scale != nullptr) chunk.branch_scale += image;
+    backward.gradients.grad = rows_from(gradients.grad, image, 0);
+    backward.gradients.x = rows_from(gradients.x, image, 0);
     if (block.hidden == 0) {
-      if (dx == nullptr) return kOk;
-      copy_rows(threads, chunk.rows, block.embed, grad, grad_rows, dx, dx_rows);
+      const NormGradients d = backward.norm_gradients();
+      if (d.x != nullptr) copy_rows(threads, backward.rows(), block.embed, d.residual, d.residual_rows, d.x, d.x_rows);
       continue;
     }
-    const Branch branch{chunk.rows, block.embed, block.tokens, grad, grad_rows, chunk.branch_scale, block.layer_scale};
-    const float* saved = block.saved.data + image * block.saved.image_stride;
-    normalize(threads, chunk.norm, normalised, statistics);
-    if (needs_activated)
-      parallel_ranges(threads, chunk.rows, 8 * block.hidden, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row++)
-          for (int64_t c = 0; c < block.hidden; c += kWidth) {
-            const Vec value = load(saved + chunk.saved_rows.at(row) + c, block.hidden - c);
-            store(activated + row * block.hidden + c, gelu(value), block.hidden - c);
-          }
+    parallel(threads, jobs, [&](int64_t job) {
+      for_each_share(job, jobs, chunk.batch, tokens, [&](const Share& share) {
+        for_each_band(share.tokens, [&](const Range& band) {
+          backward_rows(backward, share.image, band, panels + job * round_up(kSweepScratch, 16));
+        });
       });
-
-    if (gradients.layer_scale != nullptr) {
-      project(threads, scratch, block, chunk.rows, activated, {z, {block.embed}, {}});
-      add_layer_scale_gradient(threads, branch, z, gradients.layer_scale);
-    }
-    scale_branch(threads, branch, z);
-    const View z_view{z, {block.embed}, {}};
-    if (gradients.fc2_bias != nullptr)
-      add_column_sums(threads, chunk.rows, block.embed, gradients.fc2_bias, {}, z, {block.embed});
-    if (gradients.fc2_weight.data != nullptr)
-      gemm(threads, scratch, block.embed, block.hidden, chunk.rows, transposed(z_view), {activated, {block.hidden}, {}},
-           {gradients.fc2_weight.data, {gradients.fc2_weight.row_stride}, {}, true});
-
-    if (!needs_hidden) continue;
-    gemm(threads, scratch, chunk.rows, block.hidden, block.embed, z_view,
-         {block.fc2_weight.data, {block.fc2_weight.row_stride}, {}}, {d_hidden, {block.hidden}, {}});
-    parallel_ranges(threads, chunk.rows, 8 * block.hidden, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++)
-        for (int64_t c = 0; c < block.hidden; c += kWidth) {
-          float* d = d_hidden + row * block.hidden + c;
-          const int64_t count = block.hidden - c;
-          store(d, load(d, count) * gelu_derivative(load(saved + chunk.saved_rows.at(row) + c, count)), count);
-        }
     });
-
-    const View d_hidden_view{d_hidden, {block.hidden}, {}};
-    if (gradients.fc1_bias != nullptr)
-      add_column_sums(threads, chunk.rows, block.hidden, gradients.fc1_bias, {}, d_hidden, {block.hidden});
-    if (gradients.fc1_weight.data != nullptr)
-      gemm(threads, scratch, block.hidden, block.embed, chunk.rows, transposed(d_hidden_view),
-           {normalised, {block.embed}, {}}, {gradients.fc1_weight.data, {gradients.fc1_weight.row_stride}, {}, true});
-
-    if (!needs_normalised) continue;
-    float* d_normalised = z;  // z is no longer needed
-    gemm(threads, scratch, chunk.rows, block.embed, block.hidden, d_hidden_view,
-         {block.fc1_weight.data, {block.fc1_weight.row_stride}, {}}, {d_normalised, {block.embed}, {}});
-    normalize_backward(
-        threads, chunk.norm,
-        {d_normalised, statistics, grad, grad_rows, dx, dx_rows, gradients.norm_weight, gradients.norm_bias});
+    add_gradients(backward, threads, scratch);
   }
   return kOk;
 }

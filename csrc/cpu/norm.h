@@ -20,22 +20,28 @@ struct Norm {
   const float *weight, *bias;  // (channels)
 };
 
-// Rows [begin, end) -> y, the first of them first, rows `y_stride` apart; `statistics` (rows, 2) nullable. One thread.
-void normalize_rows(const Norm& norm, int64_t begin, int64_t end, float* y, int64_t y_stride, float* statistics);
+// Rows [begin, end) -> y, the first of them first, rows `y_stride` and every kPanel channels `y_panel` apart;
+// `statistics` (rows, 2) nullable. One thread.
+void normalize_rows(const Norm& norm, int64_t begin, int64_t end, float* y, int64_t y_stride, float* statistics,
+                    int64_t y_panel = kPanel);
 // y (rows, channels), contiguous.
 void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics);
 
 // dx = residual + the gradient through the norm (residual nullable).
 struct NormGradients {
-  const float* grad;        // of the normalised rows, contiguous
+  const float* grad;  // of the normalised rows, `grad_stride` apart
+  int64_t grad_stride;
   const float* statistics;  // (rows, 2)
   const float* residual;
   Axis residual_rows;
-  float* x;  // nullable
+  float* x;
   Axis x_rows;
-  float *weight, *bias;  // nullable, added to
 };
-void normalize_backward(const Threads& threads, const Norm& norm, const NormGradients& gradients);
+// Rows [begin, end), by this thread.
+void normalize_backward_rows(const Norm& norm, const NormGradients& gradients, int64_t begin, int64_t end);
+// The gradients of the norm's own weight and bias (nullable) are added to.
+void add_norm_gradients(const Threads& threads, const Norm& norm, const NormGradients& gradients, float* weight,
+                        float* bias);
 
 // sums[columns.at(c)] += the sum over rows of term(row, c, count), one vector of columns [c, c + count) at a time. In
 // an order that does not depend on the thread count, in blocks so that long sums keep their precision.
@@ -62,16 +68,18 @@ void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, flo
 void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
                      const float* matrix, const Axis& matrix_rows);
 
-// Residual branches: z = grad * branch_scale * layer_scale, contiguous (rows, channels); the scales are nullable.
+// Residual branches: z (rows, channels) = grad * branch_scale * layer_scale; the scales are nullable.
 struct Branch {
   int64_t rows, channels, tokens;
   const float* grad;
   Axis grad_rows;
   const float *branch_scale, *layer_scale;
 };
-void scale_branch(const Threads& threads, const Branch& branch, float* z);
-// sums[c] += over rows, grad * branch_scale * out: the gradient of the layer scale, out (rows, channels) contiguous.
-void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, float* sums);
+// Rows [begin, end), by this thread.
+void scale_branch_rows(const Branch& branch, float* z, int64_t z_stride, int64_t begin, int64_t end);
+// sums[c] += over rows, grad * branch_scale * out: the gradient of the layer scale.
+void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, int64_t out_stride,
+                              float* sums);
 
 // to (rows, channels) = from, of different strides: rows [begin, end) by this thread, or all split over the threads.
 void copy_rows(int64_t begin, int64_t end, int64_t channels, const float* from, const Axis& from_rows, float* to,

@@ -121,11 +121,11 @@ class Workspace {
   int64_t total_ = 0;
 };
 
-// Images that are worked on together: enough rows to amortise the packing of the weights, few enough to stay in cache.
-// Independent of the thread count, because sums over rows are taken chunk by chunk.
+// Images that are worked on together: enough rows to amortise what is done once for all of them, few enough to stay in
+// cache, and chunks as equal as can be. Independent of the thread count: sums over rows are taken chunk by chunk.
 static inline int64_t images_per_chunk(int64_t batch, int64_t tokens) {
   constexpr int64_t kRows = 1024;
-  return smaller(batch, larger<int64_t>(1, kRows / tokens));
+  return divide_up(batch, divide_up(batch, larger<int64_t>(1, kRows / tokens)));
 }
 
 }  // namespace hydravit::HYDRAVIT_ISA

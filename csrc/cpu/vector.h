@@ -123,33 +123,11 @@ static inline Vec exp(Vec x) {
   return x < low ? Vec{} : result;
 }
 
-// The error function within 1.2 ulp: a polynomial near zero, 1 - e^polynomial beyond.
-static inline Vec erf(Vec x) {
-  const Vec a = x < 0.0f ? -x : x;
-  const Vec s = x * x;
-  Vec outer = splat(-1.72853470e-5f) * a + 3.83197126e-4f;
-  outer = outer * s + (splat(-3.88396438e-3f) * a + 2.42546219e-2f);
-  outer = outer * a - 1.06777877e-1f;
-  outer = outer * a - 6.34846687e-1f;
-  outer = outer * a - 1.28717512e-1f;
-  outer = outer * a - a;
-  outer = 1.0f - exp(outer);
-  outer = x < 0.0f ? -outer : outer;
-  Vec inner = splat(-5.96761703e-4f);
-  inner = inner * s + 4.99119423e-3f;
-  inner = inner * s - 2.67681349e-2f;
-  inner = inner * s + 1.12819925e-1f;
-  inner = inner * s - 3.76125336e-1f;
-  inner = inner * s + 1.28379166e-1f;
-  inner = inner * x + x;
-  return a > 0.927734375f ? outer : inner;
-}
-
-// x Phi(x): where |x| < 5.4, Phi(x) - 1/2 is x times a polynomial of degree 14 in x^2 (minimax, in powers of
-// 2 x^2 / 5.4^2 - 1, which keeps it stable), half the operations of the error function.
-static inline Vec gelu(Vec x) {
-  const Vec square = x * x;
-  const Vec u = square * 0.0685871f - 1.0f;
+// (Phi(x) - 1/2) / x from x^2, where |x| < kNormalTail: a polynomial of degree 14 (minimax, in powers of
+// 2 x^2 / kNormalTail^2 - 1, which keeps it stable), half the operations of the error function.
+constexpr float kNormalTail = 5.4f;  // beyond, Phi is 0 or 1
+static inline Vec normal_slope(Vec square) {
+  const Vec u = square * (2.0f / (kNormalTail * kNormalTail)) - 1.0f;
   Vec p = splat(3.92819609e-4f);
   p = p * u - 1.02823798e-3f;
   p = p * u + 8.75034253e-4f;
@@ -165,14 +143,23 @@ static inline Vec gelu(Vec x) {
   p = p * u + 4.84995916e-2f;
   p = p * u - 6.53280541e-2f;
   p = p * u + 1.30928114e-1f;
-  const Vec inside = square * p + 0.5f * x;
-  return square > 29.16f ? vmax(x, Vec{}) : inside;
+  return p;
+}
+
+// x Phi(x)
+static inline Vec gelu(Vec x) {
+  const Vec square = x * x;
+  const Vec inside = square * normal_slope(square) + 0.5f * x;
+  return square > kNormalTail * kNormalTail ? vmax(x, Vec{}) : inside;
 }
 
 // d gelu(x) / dx = Phi(x) + x phi(x)
 static inline Vec gelu_derivative(Vec x) {
-  const Vec phi = 0.398942280f * exp(-0.5f * (x * x));
-  return 0.5f + 0.5f * erf(x * 0.707106781f) + x * phi;
+  const Vec square = x * x;
+  const Vec inside = x * normal_slope(square) + 0.5f;
+  const Vec tail = x > 0.0f ? splat(1.0f) : Vec{};
+  const Vec phi = 0.398942280f * exp(-0.5f * square);
+  return (square > kNormalTail * kNormalTail ? tail : inside) + x * phi;
 }
 
 }  // namespace hydravit::HYDRAVIT_ISA
