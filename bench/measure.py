@@ -286,7 +286,8 @@ def _add_ratios(rows: list[dict]) -> None:
 def measure_memory(
     workload: Workload, peers: Sequence[Peer], device: torch.device, deadline: float, progress: Progress
 ) -> list[dict]:
-    """Rows of the memory that each peer holds to have every width ready; nothing is begun after ``deadline``."""
+    """Rows of the memory that each peer holds to have every width ready, or needs in training; nothing is begun after
+    ``deadline``."""
     rows = []
     for peer in peers:
         left = min(deadline - time.monotonic(), SECONDS)

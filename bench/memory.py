@@ -1,7 +1,8 @@
-"""Memory that a peer holds to have every width ready, weights and everything else: one process per peer.
+"""Memory that a peer holds to have every width ready, or needs for a training step: one process per peer.
 
 What the process holds once every width is ready and was called, and the full model was let go, beyond what it held
-before there was a model. So the full weights count for a peer that reads them, and not for one that has its own.
+before there was a model. So the full weights count for a peer that reads them, and not for one that has its own. Of
+training the most that it holds at any time of its later steps: weights, gradients, optimizer and activations.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.peers import Absent, peers
-from bench.workloads import Workload, make_images, make_model
+from bench.peers import Absent, Peer, peers
+from bench.workloads import DTYPES, Workload, make_images, make_labels, make_model
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.evaluation.memory import resident_kib
 
@@ -49,6 +50,8 @@ def held_bytes(workload: Workload, peer: str, device: torch.device, seconds: flo
 
 def _measure(workload: Workload, name: str, device: torch.device) -> int:
     peer = next(peer for peer in peers() if peer.name == name)
+    if workload.task == "training_memory":
+        return _measure_training(workload, peer, device)
     if peer.inference is None:
         raise Absent(peer.without)
     images = make_images(workload, device)
@@ -63,6 +66,28 @@ def _measure(workload: Workload, name: str, device: torch.device) -> int:
         run()
     del model
     return _held(device) - before
+
+
+def _measure_training(workload: Workload, peer: Peer, device: torch.device) -> int:
+    if peer.training is None:
+        raise Absent(peer.without)
+    images, labels = make_images(workload, device), make_labels(workload, device)
+    amp = DTYPES[workload.dtype] if workload.dtype in ("bf16", "fp16") else None
+    before = _held(device)
+    model = make_model(workload, device)
+    (step,) = peer.training(model, images, labels, workload.heads, amp).values()
+    del model
+    step.run()  # makes what stays: gradients and the optimizer's state
+    _held(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    for _ in range(2):
+        step.run()
+    if device.type == "cuda":
+        return _held(device) - before - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
+    return resident_kib("VmHWM") * 1024 - before
 
 
 def _held(device: torch.device) -> int:

@@ -117,7 +117,8 @@ class _File:
         self._differing("switching", "Switching the width", _SWITCHING)
         self._differing("mixed", "Widths that differ within a batch", _MIXED)
         self._memory()
-        self._copies()
+        self._by_width("copies", "Weight bytes copied by a call")
+        self._by_width("training_memory", "The most memory that a training step needs, weights and optimizer included")
         self._preparation()
         if self.rows:
             self.document.heading("Who was measured")
@@ -304,10 +305,10 @@ class _File:
                 lines.append(line(row["peer"], cells, kind_of(row["peer"], group, base)))
             self._listed(f"Memory: {ready}", ["peer", "MB", "relative to the full model’s weights"], lines, group)
 
-    def _copies(self) -> None:
-        rows = self._of("copies")
+    def _by_width(self, task: str, heading: str) -> None:
+        rows = self._of(task)
         if rows:
-            self.document.heading("Weight bytes copied by a call")
+            self.document.heading(heading)
         for group in results.grouped(rows, *_CONDITIONS).values():
             base = self._base(group)
             found = {(row["peer"], row["heads"]): row["bytes"] for row in group if row["status"] == "measured"}

@@ -13,7 +13,8 @@ AGREEMENT = 1.07
 
 # name: what it is. One row is one peer on one workload.
 COLUMNS = {
-    "task": "inference, attention, mlp, attention_backward, mlp_backward, training, switching, mixed, memory or copies",
+    "task": "inference, attention, mlp, attention_backward, mlp_backward, training, training_memory, switching, "
+    "mixed, memory or copies",
     "config": "the full model",
     "heads": "the width, or several joined by commas",
     "batch": "images",
@@ -43,7 +44,8 @@ COLUMNS = {
     "mbyte": "10^6 bytes of compulsory traffic",
     "share": "of the machine's limit: the least time that peak and bandwidth of this run allow, by the median",
     "limit": "which of the two it is: peak or bandwidth",
-    "bytes": "memory: held to have every width ready, all included; copies: weight bytes that a call's operators copy",
+    "bytes": "memory: held to have every width ready, all included; training_memory: the most held "
+    "in a step, all included; copies: weight bytes that a call's operators copy",
     "switch_cost": "switching, mixed: time with differing widths by the time of the same images without, less 1",
     "prepare_s": "compiling, exporting, packing; with a cache of earlier runs: loading",
     "peer_version": "of the peer's own tool",

@@ -127,7 +127,7 @@ def _write(plan: _Plan, rows: list[dict]) -> list[Path]:
 
 
 def _measure(workload: Workload, peers: Sequence[Peer], plan: _Plan, progress) -> list[dict]:
-    if workload.task == "memory":
+    if workload.task in ("memory", "training_memory"):
         return measure_memory(workload, peers, plan.device, plan.effort.deadline, progress)
     if workload.task == "copies":
         return measure_copies(workload, peers, plan.device, progress)

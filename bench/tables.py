@@ -118,7 +118,7 @@ def summary(environment: dict, rows: list[dict]) -> str:
     else:
         lines += [f"ours: {ours}; ratio: a peer's time by ours, above 1 ours is faster; * noisy; = within the noise"]
         lines += _inference(rows, ours)
-        for task in ("switching", "mixed", "memory", "copies", "training"):
+        for task in ("switching", "mixed", "memory", "copies", "training", "training_memory"):
             of_task = [row for row in rows if row["task"] == task]
             for group in results.grouped(of_task, "config", "dtype", "batch", "launch").values():
                 lines += _wrapped(_one_line(task, group))
@@ -179,6 +179,7 @@ def _one_line(task: str, rows: list[dict]) -> str:
         "memory": "memory to hold all widths, weights included",
         "copies": "weight bytes copied by a call",
         "training": "training step, ms",
+        "training_memory": "most memory of a training step, all included",
     }
     conditions = about(rows[0], task=False, configs=True)
     return f"{labels[task]} ({conditions}): {'; '.join(found) or 'nothing measured'}"
@@ -189,7 +190,7 @@ def _told(task: str, row: dict) -> str:
         return "-" if row.get("switch_cost") is None else f"{round(100 * row['switch_cost']) + 0:+d} %"
     if task == "mixed" and row.get("switch_cost") is not None:
         return f"{_time(row)} ({round(100 * row['switch_cost']) + 0:+d} %)"
-    if task in ("memory", "copies"):
+    if task in ("memory", "training_memory", "copies"):
         return "-" if row.get("bytes") is None else f"{number(row['bytes'] / 1e6)} MB"
     return _time(row) + (f" ({ratio(row['ratio'])})" if row.get("ratio") is not None else "")
 

@@ -25,6 +25,7 @@ PARTS = {
     "cold": "one image, with the processor's caches flushed before every call",
     "blocks": "attention and MLP alone, forward, and forward and backward",
     "training": "forward, backward and AdamW, every width and all in turn; large batches take minutes on a CPU",
+    "training_memory": "the most that such a step needs; one process per peer",
 }
 TASKS = {
     "inference": ("inference",),
@@ -35,6 +36,7 @@ TASKS = {
     "cold": ("inference",),
     "blocks": ("attention", "mlp", "attention_backward", "mlp_backward"),
     "training": ("training",),
+    "training_memory": ("training_memory",),
 }
 # tf32: float32 tensors whose products may be rounded to TensorFloat-32, the default of the authors' code on a GPU.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +48,8 @@ class Workload(NamedTuple):
     Tasks: ``inference``, the whole network; ``attention`` and ``mlp``, one block forward, and with ``_backward``
     forward and backward; ``training``, forward, backward and AdamW on everything; ``switching``, inference with
     another width in every call; ``mixed``, inference of a batch whose images have the widths in turn; ``memory``, all
-    widths held ready; ``copies``, weight bytes copied by one call. ``dtype`` is a key of ``DTYPES``; in training the
+    widths held ready; ``training_memory``, the most that a training step needs; ``copies``, weight bytes copied by one
+    call. ``dtype`` is a key of ``DTYPES``; in training the
     parameters stay in float32 and the dtype is autocast's. ``cold``: with the processor's caches flushed before every
     call.
     """
@@ -129,7 +132,7 @@ def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Nee
 def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: str) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
-    training = workload.task == "training"
+    training = workload.task.startswith("training")
     params, macs = cost(config, geometry, "mlp" if training and pooled_only else pooled_only)
     batch = len(range(workload.batch)[images_of(workload, heads)])
     size = DTYPES[workload.dtype].itemsize
@@ -164,7 +167,7 @@ def make_model(workload: Workload, device: torch.device) -> HydraViT:
 
     At the usual initialisation a block adds so little to the stream that an error in it would hardly show.
     """
-    dtype = torch.float32 if workload.task == "training" else DTYPES[workload.dtype]
+    dtype = torch.float32 if workload.task.startswith("training") else DTYPES[workload.dtype]
     model = HydraViT(resolve_config(workload.config), backend="reference").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -181,7 +184,7 @@ def make_images(workload: Workload, device: torch.device) -> Tensor:
     """Images ``(B, C, height, width)`` in the workload's dtype, the same every time."""
     config = resolve_config(workload.config)
     images = torch.randn(workload.batch, config.in_channels, *config.image_size, generator=_generator(1))
-    return images.to(device, torch.float32 if workload.task == "training" else DTYPES[workload.dtype])
+    return images.to(device, torch.float32 if workload.task.startswith("training") else DTYPES[workload.dtype])
 
 
 def make_labels(workload: Workload, device: torch.device) -> Tensor:

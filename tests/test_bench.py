@@ -380,6 +380,17 @@ def test_the_deadline_ends_rounds_and_attempts():
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.long
+def test_most_memory_of_a_training_step():
+    """Weights, gradients and two moments at least; a peer that keeps more shows it, even where it is let go at once."""
+    config = HydraViTConfig(image_size=32, patch_size=16, depth=12, max_heads=6, head_dim=64, num_classes=10)
+    workload = Workload("training_memory", (6,), 1, config=config)
+    weights = 4 * sum(parameter.numel() for parameter in make_model(workload, CPU).parameters())
+    found = {row["peer"]: row["bytes"] for row in measure_memory(workload, EAGER[:3], CPU, float("inf"), quiet)}
+    assert 4 * weights < found["views"] < 8 * weights
+    assert found["extracted"] is None  # it has no training; that of the extracted network is "alone"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is glibc's malloc")
 def test_freed_memory_is_kept():
     """In a process of its own: 48 MB that come and go cost no page any more, even where every page was given back."""

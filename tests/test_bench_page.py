@@ -80,6 +80,9 @@ def everything(widths=range(3, 13), batches=(1, 8)):
         rows += [timed("training", heads, batch, peer) for peer in ("views", "authors", "compiled", "native")]
     costs = {"compiled": 0.31, "openvino": 0.02, "native": -0.004, "views": 0.006}
     rows += [timed("switching", mix, 1, peer, switch_cost=cost) for peer, cost in costs.items()]
+    rows += [
+        row("training_memory", k, 8, peer, SPEEDS[peer][0], bytes=2e9) for k in widths for peer in ("views", "native")
+    ]
     rows += [timed("mixed", mix, 8, peer, switch_cost=cost) for peer, cost in (("native", 0.04), ("views", None))]
     held = {"views": 347e6, "extracted": 1.56e9, "openvino": 1.66e9, "onnxruntime": 1.71e9, "native": 349e6}
     rows += [row("memory", mix, 1, peer, SPEEDS[peer][0], bytes=size) for peer, size in held.items()]
@@ -249,7 +252,7 @@ def test_nothing_measured(status, tmp_path):
         row("inference", "3", 1, peer, peer == "native", status=status, reason=f"because of {peer}") for peer in "ab"
     ]
     rows.append(row("inference", "3", 1, "native", True, status=status, reason="no compiler"))
-    for task in ("switching", "mixed", "memory", "copies", "training", *BLOCKS):
+    for task in ("switching", "mixed", "memory", "copies", "training", "training_memory", *BLOCKS):
         rows.append(row(task, "3", 1, "native", True, status=status, reason="no compiler"))
     html = render(rows, tmp_path)
     Checker(html)
