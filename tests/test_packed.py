@@ -13,7 +13,7 @@ from small import SMALL, images, poison, shake
 from torch import nn
 
 import hydravit_kernels as kernels
-from hydravit import HydraViT, HydraViTConfig, geometry, inference
+from hydravit import HydraViT, HydraViTConfig, geometry, inference, layers
 from hydravit.config import resolve_config
 from hydravit.geometry import GEOMETRIES
 from hydravit_kernels import _native
@@ -525,7 +525,7 @@ def test_hooks_on_all_modules_fire(register):
 
 
 def test_another_block_is_called():
-    class Quiet(inference.Block):
+    class Quiet(layers.Block):
         def forward(self, x, *_):
             return x
 
