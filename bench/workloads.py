@@ -120,7 +120,7 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Needs:
+def needs(workload: Workload, alone: bool = False, pooled_only: bool = False) -> Needs:
     """What one call of the workload (of several widths: one of each) cannot do without.
 
     ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: as
@@ -131,11 +131,11 @@ def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Nee
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: str) -> Needs:
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
     training = workload.task.startswith("training")
-    params, macs = cost(config, geometry, "mlp" if training and pooled_only else pooled_only)
+    params, macs = cost(config, geometry, pooled_only)
     batch = len(range(workload.batch)[images_of(workload, heads)])
     size = DTYPES[workload.dtype].itemsize
     images = batch * config.in_channels * config.image_size[0] * config.image_size[1]

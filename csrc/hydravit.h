@@ -79,9 +79,10 @@ struct StemGradients {
 
 // ---- Attention block: y = x + branch_scale * layer_scale * (proj(attention(qkv(norm(x))))) ----
 // Head h uses rows [h * pitch, h * pitch + d) of the query and key weights and biases, dv rows of the value's, and
-// columns [h * pitch, h * pitch + dv) of the projection. `heads == 0`: y = x.
+// columns [h * pitch, h * pitch + dv) of the projection. `heads == 0`: y = x. Only the first `queries` tokens' results
+// are wanted, Nq of them: every token is a key and a value, but no others a query.
 struct AttentionBlock {
-  int64_t batch, tokens, embed, heads, head_dim, value_dim, pitch;
+  int64_t batch, tokens, queries, embed, heads, head_dim, value_dim, pitch;
   float scale, eps;
   Tokens x;                              // (B, N, Dk)
   const float *norm_weight, *norm_bias;  // (Dk)
@@ -91,11 +92,11 @@ struct AttentionBlock {
   const float* proj_bias;                           // (Dk), nullable
   const float* layer_scale;                         // (Dk), nullable
   const float* branch_scale;                        // (B), nullable
-  MutableTokens y;                                  // (B, N, Dk); unused by backward
+  MutableTokens y;                                  // (B, Nq, Dk); unused by backward
   // What backward needs; forward writes it where not null, backward reads it.
-  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head
-  MutableTokens attended;  // (B, N, k * dv)
-  float* logsumexp;        // (B, k, N), images `logsumexp_image_stride` apart
+  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head; Q of the queries only
+  MutableTokens attended;  // (B, Nq, k * dv)
+  float* logsumexp;        // (B, k, Nq), images `logsumexp_image_stride` apart
   int64_t logsumexp_image_stride;
 };
 struct AttentionBlockGradients {

@@ -265,7 +265,7 @@ class HydraViT(nn.Module):
         return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
 
     def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
-        """All tokens; or those that the head pools, where nobody sees that the last MLP computed no others."""
+        """All tokens; or those that the head pools, where nobody sees that the last block computed no others."""
         x, last = self._stem(images, widths), self.blocks[-1]
         for i, block in enumerate(self.blocks):
             alone = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
