@@ -169,13 +169,14 @@ Matrix<T> first_of(const Matrix<T>& a, int64_t tokens, int64_t count) {
 template <class T>
 void attention_block(const AttentionBlock& block, Values<T>& v) {
   const int64_t queries = block.queries;
-  if (const Matrix<T> grad = v["grad"]; !grad.empty())
-    v["grad"] = matrix<T>(block.batch * block.tokens, grad.columns, [&](int64_t i, int64_t j) {
-      const int64_t image = i / block.tokens, token = i % block.tokens;
-      return token < queries ? grad(image * queries + token, j) : T(0);
-    });
+  const Matrix<T>& of_queries = v["grad"];
+  const Matrix<T> grad =
+      of_queries.empty() ? of_queries : matrix<T>(block.batch * block.tokens, block.embed, [&](int64_t i, int64_t j) {
+        const int64_t image = i / block.tokens, token = i % block.tokens;
+        return token < queries ? of_queries(image * queries + token, j) : T(0);
+      });
   v["y"] = first_of(v["x"], block.tokens, queries);
-  v["d_x"] = v["grad"];
+  v["d_x"] = grad;
   if (block.heads == 0) return;
   const int64_t n = block.tokens, rows = block.batch * n, d = block.head_dim, dv = block.value_dim;
   const Norm<T> norm(v["x"], v["norm_weight"], v["norm_bias"], block.eps);
@@ -211,10 +212,10 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
   v["attended"] = first_of(attended, n, queries);
   const Matrix<T> branch = linear(attended, v["proj_weight"], v["proj_bias"]);
   v["y"] = first_of(plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"])), n, queries);
-  if (v["grad"].empty()) return;
+  if (grad.empty()) return;
 
-  add(v["d_layer_scale"], column_sums(times(branch, scaled(v["grad"], n, v["branch_scale"], {}))));
-  const Matrix<T> z = scaled(v["grad"], n, v["branch_scale"], v["layer_scale"]);
+  add(v["d_layer_scale"], column_sums(times(branch, scaled(grad, n, v["branch_scale"], {}))));
+  const Matrix<T> z = scaled(grad, n, v["branch_scale"], v["layer_scale"]);
   add(v["d_proj_bias"], column_sums(z));
   add(v["d_proj_weight"], product(transposed(z), attended));
   const Matrix<T> d_attended = product(z, v["proj_weight"]);
@@ -248,7 +249,7 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
     add(v["d_" + role + "_weight"], product(transposed(d_qkv[i]), normalised));
     d_normalised = plus(d_normalised, product(d_qkv[i], v[role + "_weight"]));
   }
-  v["d_x"] = plus(v["grad"], norm.backward(d_normalised, v));
+  v["d_x"] = plus(grad, norm.backward(d_normalised, v));
 }
 
 // ---- MLP block ----
@@ -275,7 +276,7 @@ void mlp_block(const MlpBlock& block, Values<T>& v) {
   const Matrix<T> activated =
       matrix<T>(saved.rows, saved.columns, [&](int64_t i, int64_t j) { return gelu(saved(i, j)); });
   const Matrix<T> branch = linear(activated, v["fc2_weight"], v["fc2_bias"]);
-  v["y"] = first_of(plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"])), n, queries);
+  v["y"] = plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"]));
   if (v["grad"].empty()) return;
 
   add(v["d_layer_scale"], column_sums(times(branch, scaled(v["grad"], n, v["branch_scale"], {}))));
