@@ -1,4 +1,4 @@
-// The ops of hydravit_kernels/ops.py on the CPU, on torch's stable ABI: the only file that sees torch.
+// The network's ops of hydravit_kernels/ops.py on the CPU, on torch's stable ABI.
 //
 // An op checks what it is given, allocates its outputs, folds the slices' offsets into base pointers and calls one
 // kernel per run of consecutive images of the same slice. Parameters are never copied: what a kernel cannot read in
@@ -10,15 +10,6 @@
 
 namespace hydravit {
 namespace {
-
-Threads torch_threads() {
-  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
-  };
-  return {parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-void check_status(int status) { HYDRAVIT_CHECK(status == kOk, "hydravit: ", status_text(status)); }
 
 Tensor empty_output(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 

@@ -1,5 +1,6 @@
 """Blocks of a sliced Vision Transformer that read one subnetwork's part of the full weights, in place."""
 
+from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
@@ -8,6 +9,7 @@ from hydravit_kernels.reference import attention_map, layer_norm
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
 
 __all__ = [
+    "AdamWStep",
     "AttentionSlice",
     "EmbedSlice",
     "Fingerprint",
@@ -15,6 +17,7 @@ __all__ = [
     "MlpSlice",
     "NetworkSlices",
     "Packed",
+    "adamw",
     "annotate",
     "attention_block",
     "attention_map",
@@ -26,6 +29,7 @@ __all__ = [
     "mlp_block",
     "network",
     "pack",
+    "rectangles_of",
     "select",
     "slices_of_network",
     "stem",

@@ -84,6 +84,13 @@ NETWORK = (
     "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
 )
 
+# AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
+# hold. `gradients` and `averages` may be empty.
+ADAMW = (
+    "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] averages, "
+    "Tensor rectangles, int[] bounds, Tensor steps) -> ()"
+)
+
 # Integers per slice in `slices`, in the order of the fields in `slices.py`.
 EMBED_INTS, ATTENTION_INTS, MLP_INTS, HEAD_INTS = 2, 10, 4, 4
 
@@ -168,6 +175,8 @@ def _network(images, *arguments):
 define("native")
 LIBRARY.define(f"network_native{NETWORK}")
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
+LIBRARY.define(f"adamw_native{ADAMW}")
+torch.library.register_fake("hydravit::adamw_native", lambda *arguments: None, lib=LIBRARY)
 LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
 torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.

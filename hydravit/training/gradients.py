@@ -87,6 +87,16 @@ class SliceGradients:
         self._forward = tuple(geometries)
         self._marked.update(self._forward)
 
+    @property
+    def marked(self) -> frozenset[Geometry]:
+        """The subnetworks whose slices may hold gradients: those of the forward passes since the last ``zero_``.
+
+        Raises:
+            RuntimeError: if a parameter's buffer was taken away.
+        """
+        self._check_buffers()
+        return frozenset(self._marked)
+
     def buffer(self, parameter: Tensor) -> Tensor | None:
         """Where the gradient of a parameter, or of a view of one, is added: a view of ``.grad``; None if it is frozen.
 
@@ -110,8 +120,7 @@ class SliceGradients:
         Per axis the union of the marked subnetworks' intervals; the rectangles are their products. Parameters of
         skipped branches are left out.
         """
-        self._check_buffers()
-        marked = frozenset(self._marked)
+        marked = self.marked
         if marked not in self._views:
             if len(self._views) >= _CACHED_UNIONS:
                 self._views.clear()

@@ -116,7 +116,8 @@ int main() {
     std::printf("%s: %s\n", isa, status_text(status));
   }
   size_t count = 0;
-  for (const std::vector<Test>& tests : {stem_tests(), attention_tests(), mlp_tests(), head_tests(), network_tests()})
+  for (const std::vector<Test>& tests :
+       {stem_tests(), attention_tests(), mlp_tests(), head_tests(), network_tests(), adamw_tests()})
     for (const Test& test : tests) check(test, isas), count++;
   std::printf("%zu tests, %d failures\n", count, failures);
   return failures == 0 && !isas.empty() ? 0 : 1;
