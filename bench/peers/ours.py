@@ -157,6 +157,7 @@ def _slice_optimizer(backend: str, mode: str) -> Peer:
         f"{about}: {_OUTSIDE[mode]}",
         uncapturable="which gradients a step clears depends on the step before",
         ours=True,
+        pooled_only=True,
         training=partial(_training, backend, True, True, mode),
         without=f"same as {backend}",
     )
