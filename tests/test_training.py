@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hydravit.geometry import scala, skd
 from hydravit.recipes import RECIPES, Recipe, get_recipe
 from hydravit.training import Batches, Interrupted, SliceGradients, Trainer, WidthSampler, load_state, make_optimizer
 from hydravit.training.gradients import merge
+from hydravit.training.memory import zeros_like
 
 CONFIG = HydraViTConfig(
     image_size=8, patch_size=4, in_channels=1, num_classes=5, depth=2, max_heads=4, head_dim=8, mlp_ratio=2.0
@@ -478,3 +480,17 @@ def test_two_ranks_agree(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_taken_where_it_is_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    parameter = torch.empty(4096, 4096).t()
+    before = resident()
+    zeros = zeros_like(parameter)
+    assert (zeros.shape, zeros.stride(), zeros.dtype) == (parameter.shape, parameter.stride(), parameter.dtype)
+    zeros[:64, :64] += 1
+    assert resident() - before < parameter.nbytes / 16
+    assert zeros.sum() == 64 * 64

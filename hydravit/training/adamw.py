@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.geometry import Geometry
 from hydravit.model import HydraViT
+from hydravit.training.memory import zeros_like
 from hydravit.training.regions import Region, Regions
 
 # How many steps "exact" may owe before it makes up for all of them.
@@ -96,7 +97,7 @@ class SliceAdamW(torch.optim.Optimizer):
                     _check_average(name, self._averages.get(name), parameter)
                 self._parameters[name] = parameter
                 self._groups[name] = len(self.param_groups) - 1
-                self.state[parameter] = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {key: zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         new = {name: [_whole(p)] for name, p in self._parameters.items() if p in set(group["params"])}
         self._make_regions([*self._regions.all, Region(new, self._done)])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydravit.geometry import Geometry, Intervals
+from hydravit.training.memory import zeros_like
 
 # Unions of widths whose views are kept. Per-image widths make many different unions.
 _CACHED_UNIONS = 64
@@ -52,7 +53,7 @@ class SliceGradients:
         self._buffers: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zeros_like(parameter)
                 self._buffers[name] = parameter, parameter.grad
         self._marked: set[Geometry] = set()
         self._forward: tuple[Geometry, ...] = ()
