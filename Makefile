@@ -11,11 +11,16 @@ help:  ## this list
 demo: build  ## train a small HydraViT on real images, evaluate every width, draw the plot
 	hydravit train --recipe demo --out runs/demo
 
+# Triton's interpreter replaces its compiler in a whole process: what runs on it has one of its own.
+INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/test_triton.py
+
 test: build  ## the test suite, without the long tests
 	python -m pytest -m "not long"
+	$(INTERPRETED) -m "not long"
 
 test-long: build  ## the long tests
 	python -m pytest -m long
+	$(INTERPRETED) -m long
 
 bench: build  ## every width beside the best other tools; ARGS="--heads 3-12", see `hydravit benchmark --help`
 	hydravit benchmark $(ARGS)

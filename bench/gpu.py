@@ -80,7 +80,7 @@ def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> 
     """What a part runs, one after the other until one fails. Raises ``FileNotFoundError`` for what is not there."""
     python = [sys.executable, "-u", "-m"]
     # What cannot be imported there is an error, but no reason to run nothing.
-    tests = [*python, "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu"]
+    tests = [*python, "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu and not long"]
     if part == "build":
         install = [*python, "pip", "install", "--disable-pip-version-check", "--no-index", "--no-deps"]
         return [[*install, "--no-build-isolation", "-v", "-e", "."], [*python, "hydravit_kernels"]]

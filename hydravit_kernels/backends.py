@@ -1,8 +1,8 @@
-"""Which implementation of the blocks runs: one ordered table, asked once per module, never swapped behind its back.
+"""Which implementation of the blocks runs: one table, asked once per module, never swapped behind its back.
 
-``"auto"`` takes the first backend that can run on the device and dtype, and says once when that is not the one made for
-them; a backend that is named runs or raises with the reason. The environment variable ``HYDRAVIT_BACKEND`` replaces
-``"auto"``.
+``"auto"`` takes the first of ``AUTOMATIC`` that can run on the device and dtype, and says once when that is not the one
+made for them; a backend that is named runs or raises with the reason. The environment variable ``HYDRAVIT_BACKEND``
+replaces ``"auto"``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-from hydravit_kernels import _native
+from hydravit_kernels import _native, _triton
 
 
 def _native_why_not(device: torch.device, dtype: torch.dtype) -> str:
@@ -29,8 +29,10 @@ def _reference_why_not(device: torch.device, dtype: torch.dtype) -> str:
     return "" if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
 
 
-# In the order in which "auto" prefers them. A value says why the backend cannot run there, or "".
-BACKENDS = {"native": _native_why_not, "reference": _reference_why_not}
+# A value says why the backend cannot run there, or "".
+BACKENDS = {"native": _native_why_not, "reference": _reference_why_not, "triton": _triton.why_not}
+# What "auto" chooses from, the best first: a backend joins when committed results show it correct and faster.
+AUTOMATIC = ("native", "reference")
 
 _fallbacks_told: set[str] = set()
 
@@ -56,8 +58,8 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
             raise RuntimeError(f"backend {backend!r}: {reason}")
         return backend
     reasons = []
-    for name, why_not in BACKENDS.items():
-        reason = why_not(device, dtype)
+    for name in AUTOMATIC:
+        reason = BACKENDS[name](device, dtype)
         if not reason:
             if device.type != "meta":  # where nothing is ever computed
                 _tell_fallback(name, reasons)
@@ -67,7 +69,7 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
-    """Every backend that can run there, best first."""
+    """Every backend that can run there, those that "auto" prefers first."""
     return [name for name, why_not in BACKENDS.items() if not why_not(torch.device(device), dtype)]
 
 

@@ -3,6 +3,8 @@
 A compiled backend's forward and backward are separate ops behind one ``autograd.Function``, entered only where a
 gradient is needed. Gradients are full-size tensors with exact zeros outside the slice, as PyTorch users expect; with
 ``buffers`` they are added in place to the slice of those tensors instead, and autograd sees none for the parameters.
+
+Under ``torch.autocast`` the triton backend keeps activations in autocast's dtype, beside parameters in their own.
 """
 
 from __future__ import annotations
@@ -131,6 +133,8 @@ def head(
 
 def _run(name, backend, x, parameters, constants, buffers):
     """The plain op, or the ``autograd.Function`` around it where somebody wants a gradient."""
+    if backend == "triton" and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # its products cast weights themselves, tile by tile
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         return _Block.apply(name, backend, constants, buffers, x, *parameters)
     result = _op(name, backend)(x, *parameters, *constants, *((False,) if name in _SAVING else ()))

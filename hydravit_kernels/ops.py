@@ -24,7 +24,7 @@ largest slice, each image filling the front of its own part:
 
 A ``*_backward`` returns the gradient of the activations (empty unless ``x_grad``) and **adds** the gradients of the
 parameters into the slice of the full-size buffers it is given. A buffer that is None costs nothing; none is touched
-outside the slice.
+outside the slice. Activations have the dtype of ``images`` or ``x``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
     tokens = (height // weight.shape[2]) * (width // weight.shape[3])
     for prefix in (cls_token, reg_token):
         tokens = tokens + (0 if prefix is None else prefix.shape[1])
-    return weight.new_empty((batch, tokens, _largest(_column(slices, EMBED_INTS, 1))))
+    return images.new_empty((batch, tokens, _largest(_column(slices, EMBED_INTS, 1))))
 
 
 def _attention_block(x, *arguments):

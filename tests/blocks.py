@@ -1,4 +1,4 @@
-"""One call of a native op with NaN outside the slice of every parameter, and plain PyTorch to compare it with."""
+"""One call of an op with NaN outside the slice of every parameter, and plain PyTorch to compare it with."""
 
 import math
 
@@ -102,38 +102,60 @@ class Block:
     def __init__(self, name, x, parameters, constants, plain):
         self.name, self.x, self.parameters, self.constants, self.plain = name, x, parameters, constants, plain
         self.saves = name in ("attention_block", "mlp_block")
+        self.backend = "native"
+
+    def on(self, backend, device="cpu", dtype=torch.float32, parameters_dtype=None):
+        """The same call of another backend, elsewhere, in another dtype; the parameters may have one of their own."""
+
+        def moved(tensors, dtype):
+            return [
+                t.to(device, dtype if t.is_floating_point() else None) if isinstance(t, torch.Tensor) else t
+                for t in tensors
+            ]
+
+        self.backend = backend
+        [self.x], self.constants = moved([self.x], dtype), tuple(moved(self.constants, dtype))
+        self.parameters = moved(self.parameters, parameters_dtype or dtype)
+        return self
 
     def forward(self, save=False):
-        op = getattr(hydravit, f"{self.name}_native")
+        op = getattr(hydravit, f"{self.name}_{self.backend}")
         result = op(self.x, *self.parameters, *self.constants, *((save,) if self.saves else ()))
         return result if self.saves else (result,)
 
-    def backward(self, grad, buffers, x_grad=True):
-        _, *saved = self.forward(save=True)
-        op = getattr(hydravit, f"{self.name}_backward_native")
+    def backward(self, grad, buffers, x_grad=True, saved=None):
+        """``saved``: what forward returned beside its result; None: forward is called for it."""
+        if saved is None:
+            _, *saved = self.forward(save=True)
+        op = getattr(hydravit, f"{self.name}_backward_{self.backend}")
         return op(grad, self.x, *saved, *self.parameters, *self.constants, x_grad, *buffers)
 
     def zeros(self):
         return [None if p is None else torch.zeros_like(p) for p in self.parameters]
 
-    def oracle(self, grad, dtype):
-        x, *parameters = (None if t is None else t.to(dtype).requires_grad_() for t in (self.x, *self.parameters))
-        y = self.plain(x, parameters)
-        inputs = [t for t in (x, *parameters) if t is not None]
-        gradients = torch.autograd.grad(y, inputs, grad.to(dtype), allow_unused=True)
+    def oracle(self, grad, dtype=None):
+        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are."""
+        where = self.x.device if dtype is None else "cpu"
+        leaves = [
+            None if t is None else t.detach().to(where, dtype).requires_grad_() for t in (self.x, *self.parameters)
+        ]
+        x = leaves[0]
+        y = self.plain(x, [None if p is None else p.to(x.dtype) for p in leaves[1:]])
+        inputs = [t for t in leaves if t is not None]
+        gradients = torch.autograd.grad(y, inputs, grad.to(x), allow_unused=True)
         return y, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
 
     def check(self, compare=assert_within_budget):
-        y = self.forward()[0]
-        assert torch.equal(y, self.forward(save=True)[0])
-        grad = torch.randn(y.shape)
+        y, *saved = self.forward(save=True)
+        assert torch.equal(y, self.forward()[0])
+        grad = torch.randn(y.shape).to(y)
         buffers = self.zeros()
-        gradients = [self.backward(grad, buffers), *(b for b in buffers if b is not None)]
+        gradients = [self.backward(grad, buffers, saved=saved), *(b for b in buffers if b is not None)]
         exact, exact_gradients = self.oracle(grad, torch.float64)
-        eager, eager_gradients = self.oracle(grad, torch.float32)
-        compare(y, eager, exact, f"{self.name} output")
+        eager, eager_gradients = self.oracle(grad)
+        compare(y.cpu(), eager.cpu(), exact, f"{self.name} output")
         for i, triple in enumerate(zip(gradients, eager_gradients, exact_gradients, strict=True)):
-            compare(*triple, f"{self.name} gradient {i}")
+            compare(*(t.cpu() for t in triple), f"{self.name} gradient {i}")
         for parameter, buffer in zip(self.parameters, buffers, strict=True):
             assert parameter is None or not buffer[parameter.isnan()].any(), "gradient outside the slice"
 
@@ -158,7 +180,7 @@ def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None, queries
     queries = tokens if queries is None else queries
 
     def plain(x, p):
-        return plain_attention(x, p, None if branch_scale is None else branch_scale.to(x.dtype), s, queries)
+        return plain_attention(x, p, None if branch_scale is None else branch_scale.to(x), s, queries)
 
     constants = (branch_scale, flatten([s]), [s.scale], EPS, None, queries)
     return Block("attention_block", x, parameters, constants, plain)
@@ -178,7 +200,7 @@ def mlp(s, batch, tokens, full=192, hidden=400, plenty=True):
     ]
     branch_scale = torch.rand(batch) * 2 if plenty else None
     constants = (branch_scale, flatten([s]), EPS, None)
-    plain = lambda x, p: plain_mlp(x, p, None if branch_scale is None else branch_scale.to(x.dtype), s)  # noqa: E731
+    plain = lambda x, p: plain_mlp(x, p, None if branch_scale is None else branch_scale.to(x), s)  # noqa: E731
     return Block("mlp_block", torch.randn(batch, tokens, s.embed), parameters, constants, plain)
 
 

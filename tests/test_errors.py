@@ -73,7 +73,7 @@ def test_images(model, images, error, message):
         ({"config": "huge"}, ValueError, "unknown config 'huge'; known: tiny, small, base, large"),
         ({"config": 12}, TypeError, "config must be a name or a HydraViTConfig, not int"),
         ({"width": 12}, ValueError, "unknown config field.* width; known: "),
-        ({"backend": "cudnn"}, ValueError, "unknown backend 'cudnn'; known: auto, native, reference"),
+        ({"backend": "cudnn"}, ValueError, "unknown backend 'cudnn'; known: auto, native, reference, triton"),
         ({"depth": 0}, ValueError, "depth must be an integer of at least 1, not 0"),
         ({"max_heads": 2.0}, ValueError, "max_heads must be an integer"),
         ({"num_classes": -1}, ValueError, "num_classes must be an integer of at least 0"),

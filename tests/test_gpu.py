@@ -15,6 +15,7 @@ from bench.measure import measure
 from bench.peers import eager, ours
 from bench.timer import Effort, captured
 from bench.workloads import Workload
+from hydravit.evaluation.latency import with_backend
 from hydravit.recipes import Recipe
 from hydravit.training import Trainer
 from hydravit_kernels import backends
@@ -33,9 +34,11 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture
-def model():
-    return small.make().to(DEVICE)
+@pytest.fixture(params=["reference", "triton"])
+def model(request):
+    model = small.make().to(DEVICE)
+    reason = backends.report(DEVICE)[request.param]
+    return with_backend(model, request.param) if reason == "available" else pytest.skip(f"{request.param} {reason}")
 
 
 def plain_gradients(model, heads, images, grad, device, dtype):
@@ -84,6 +87,7 @@ def test_one_width_per_image(model):
 
 @torch.inference_mode()
 def test_a_captured_graph_replays_the_forward(model):
+    """After calls on another stream."""
     images = small.images(model.config).to(DEVICE)
     side = torch.cuda.Stream()  # libraries set themselves up in the first calls, which may not happen in a capture
     side.wait_stream(torch.cuda.current_stream())
@@ -113,7 +117,7 @@ def test_there_and_back():
     assert model.backend == backend
 
 
-def test_native_is_refused_with_the_reason(model):
+def test_native_is_refused_with_the_reason():
     reason = backends.report(DEVICE)["native"]
     if reason == "available":
         pytest.skip("native has CUDA kernels")

@@ -50,6 +50,12 @@ def test_only_the_binding_sees_torch():
         assert not any(header in text for header in ("<torch/", "<ATen/", "<c10/")), path
 
 
+@pytest.mark.parametrize("path", files("hydravit_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_its_own_backend_imports_triton(path):
+    ours = path.parent.name == "triton"
+    assert ours or not [name for name in imported(path) if name.split(".")[0] == "triton"]
+
+
 def test_importing_is_light():
     heavy = ("triton", "timm", "torchvision", "matplotlib", "sklearn", "PIL")
     code = f"import hydravit, sys; print([m for m in {heavy} if m in sys.modules])"

@@ -22,8 +22,8 @@ native = pytest.mark.skipif(backends.report()["native"] != "available", reason=b
 TWELVE = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=12, head_dim=8, num_classes=10)
 
 
-def calls():
-    """One call of every native op on small tensors, with every optional argument: name to arguments."""
+def calls(backend="native"):
+    """One call of every op on small tensors, with every optional argument: name to arguments."""
     d, embed, tokens, batch, full = 8, 16, 5, 3, 24
     attention, mlp = [4, embed, 2, 26, 50, 3, 2, d, d, d], [4, embed, 7, 30]
     x = torch.randn(batch, tokens, embed)
@@ -39,7 +39,7 @@ def calls():
         return tuple(torch.zeros_like(p) for p in parameters)
 
     def run(name, *arguments):
-        return getattr(torch.ops.hydravit, f"{name}_native")(*arguments)
+        return getattr(torch.ops.hydravit, f"{name}_{backend}")(*arguments)
 
     attention_inputs = (*norms, *qkv, *scales, attention, [0.3], 1e-6, one, 2)
     mlp_inputs = (*norms, *fc, *scales, mlp, 1e-6, one)

@@ -36,7 +36,7 @@ def _inference(backend: str, pooled_only: bool, model: HydraViT, images: Tensor,
 
 
 def _mixed(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, heads: Sequence[int]):
-    widths = torch.tensor(heads)
+    widths = torch.tensor(heads, device=images.device)
     return _inference(backend, pooled_only, model, images, [widths])[widths]
 
 
@@ -97,7 +97,7 @@ def _training(
     amp,
 ) -> dict[int, Step]:
     """``optimizer``: ``"dense"``, or the mode of ``SliceAdamW``."""
-    if amp is not None and backend != "reference":
+    if amp is not None and backend == "native":
         raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
     own = _on(copy.deepcopy(model).train(), backend)
     if not pooled_only:
@@ -125,8 +125,8 @@ def _peers(backend: str) -> list[Peer]:
         f"{backend}-all-tokens",
         f"{about}, the last block computed for every token, as all others do",
         ours=True,
-        inference=partial(_inference, backend, False),
-        mixed=partial(_mixed, backend, False),
+        inference=partial(_inference, backend, False) if backend == "native" else None,  # packed inference can do it
+        mixed=partial(_mixed, backend, False) if backend == "native" else None,
         training=partial(_training, backend, False, False, "dense"),
         without=f"same as {backend}",
     )

@@ -1,0 +1,101 @@
+"""What the ops check of their arguments: kernels get pointers and would read whatever lies there.
+
+Everything raises ``RuntimeError`` in the words of the native backend: what was expected, and what was given.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hydravit_kernels.triton.launch import INTERPRETED, Batch
+from hydravit_kernels.triton.parts import Parts
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def enter(x: Tensor, width: int, subnet: Tensor | None, count: int) -> tuple[Batch, Tensor]:
+    """The batch, and ``x (B, N, width)`` as rows: a view, unless the images do not lie one after the other."""
+    check_activation("x", x)
+    if x.dim() != 3 or x.shape[2] != width or x.shape[1] == 0:
+        raise RuntimeError(f"x: shape (B, N, {width}) with a token at least expected, {tuple(x.shape)} given")
+    if width > 1 and x.stride(2) != 1:
+        raise RuntimeError(f"x: innermost stride 1 expected, {x.stride(2)} given")
+    check_subnet(subnet, x, count)
+    return Batch(x.shape[0], x.shape[1], subnet), x.reshape(-1, width)
+
+
+def as_rows(name: str, tensor: Tensor, x: Tensor, *shape: int) -> Tensor:
+    """An activation of this shape beside ``x``, all but its last axis joined: a view where they can be."""
+    if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise RuntimeError(f"{name}: {x.dtype} {shape} on {x.device} expected, {given} given")
+    if shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise RuntimeError(f"{name}: innermost stride 1 expected, {tensor.stride(-1)} given")
+    return tensor.reshape(math.prod(shape[:-1]), shape[-1])
+
+
+def check_activation(name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise RuntimeError(f"{name}: dtype float32, bfloat16 or float16 expected, {x.dtype} given")
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        raise RuntimeError(f"{name}: Triton's interpreter computes wrongly in bfloat16")
+
+
+def check_subnet(subnet: Tensor | None, x: Tensor, count: int) -> None:
+    if subnet is None:
+        if count != 1:
+            raise RuntimeError(f"slices: one expected where subnet is not given, {count} given")
+        return
+    if subnet.dtype != torch.int64 or subnet.shape != x.shape[:1] or subnet.device != x.device:
+        given = f"{subnet.dtype} {tuple(subnet.shape)} on {subnet.device}"
+        raise RuntimeError(f"subnet: int64 ({x.shape[0]},) on {x.device} expected, {given} given")
+    possible = ((subnet >= 0) & (subnet < count)).all()
+    torch._assert_async(possible, f"subnet: an index below {count} expected for every image")
+
+
+def check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | None, ...]) -> None:
+    """A parameter of this shape (None: any size) that can be read in place: on the device of ``x``, rows without gaps.
+
+    Rows, of tokens those behind a first axis of one, may lie any number of elements apart, but nothing else may.
+    """
+    expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+    if tensor.dim() != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
+        raise RuntimeError(f"{name}: shape {expected} expected, {tuple(tensor.shape)} given")
+    if tensor.device != x.device:
+        raise RuntimeError(f"{name}: device {x.device} expected, {tensor.device} given")
+    if tensor.dtype not in _FLOATS:
+        raise RuntimeError(f"{name}: dtype float32, bfloat16 or float16 expected, {tensor.dtype} given")
+    row = tensor if len(shape) == 1 or not tensor.numel() else tensor[0]
+    if not (row[0] if len(shape) == 3 and row.numel() else row).is_contiguous():
+        raise RuntimeError(f"{name}: innermost stride 1 expected, strides {tensor.stride()} given")
+    if tensor.shape[0] * tensor.stride(0) >= 2**31:
+        raise RuntimeError(f"{name}: less than 2**31 elements from the first to the last expected")
+
+
+def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_tensor(name, vector, x, (size,))
+
+
+def check_weight(name: str, weight: Tensor, x: Tensor, parts: Parts, shape: tuple[int | None, ...]) -> None:
+    """Also that it holds the parts."""
+    check_tensor(name, weight, x, shape)
+    rows, columns = parts.reach()
+    if rows > weight.shape[0]:
+        raise RuntimeError(f"{name}: rows up to {rows} expected, {weight.shape[0]} given")
+    if columns > weight[:1].numel():
+        raise RuntimeError(f"{name}: columns up to {columns} expected, {weight[:1].numel()} given")
+
+
+def check_buffers(x: Tensor, **pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """By the name of a parameter: the parameter, and the buffer that its gradient is added to."""
+    for name, (parameter, buffer) in pairs.items():
+        if buffer is None:
+            continue
+        if parameter is None:
+            raise RuntimeError(f"grad_{name}: None expected, as {name} is")
+        check_tensor(f"grad_{name}", buffer, x, tuple(parameter.shape))

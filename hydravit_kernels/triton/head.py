@@ -1,0 +1,91 @@
+"""Head: mean of the pooled tokens, norm, classifier, the last two where given; arguments as in ``ops.py``.
+
+The mean is PyTorch's: one pass over what is read once, and of a single token only a view. From there on the rows are
+the images, few and cheap.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hydravit_kernels.triton.checks import as_rows, check_buffers, check_vectors, check_weight, enter
+from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
+from hydravit_kernels.triton.norm import norm_backward, norm_of
+from hydravit_kernels.triton.parts import Parts, head_parts, table
+from hydravit_kernels.triton.product import product
+
+
+def _pooled(x, pool_start, pool_stop):
+    """``(B, 1, Dk)``: one row per image."""
+    if not 0 <= pool_start < pool_stop <= x.shape[1]:
+        raise RuntimeError(f"pool: a range in [0, {x.shape[1]}) expected, [{pool_start}, {pool_stop}) given")
+    tokens = x[:, pool_start:pool_stop]
+    return tokens if pool_stop - pool_start == 1 else tokens.mean(dim=1, keepdim=True)
+
+
+def _own_channels(rows, parts: Parts, subnet):
+    """``rows``, zero beyond an image's own width; a copy."""
+    if subnet is None:
+        return rows.clone()
+    own = table(parts.parts, rows.device)[subnet, 1]
+    return torch.where(torch.arange(rows.shape[1], device=rows.device) < own[:, None], rows, 0.0)
+
+
+def _enter(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet):
+    """What forward and backward check; the parts, the batch, and the pooled tokens as rows."""
+    classifier, features = head_parts(tuple(slices))
+    batch, rows = enter(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.parts))
+    if norm_weight is not None:
+        check_vectors(x, norm_weight.shape[0], norm_weight=norm_weight, norm_bias=norm_bias)
+        reached = features.reach()[1]
+        if reached > norm_weight.shape[0]:
+            raise RuntimeError(f"norm_weight: {reached} channels expected, {norm_weight.shape[0]} given")
+    if weight is not None:
+        check_weight("weight", weight, x, classifier, (None, None))
+        check_vectors(x, weight.shape[0], bias=bias)
+    return classifier, features, batch, rows
+
+
+def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
+    classifier, features, batch, rows = _enter(
+        x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
+    )
+    norm = None
+    if norm_weight is not None:
+        y = batch.new(rows, features.columns) if weight is None else None
+        norm = norm_of(batch, rows, norm_weight, norm_bias, features, eps, y)
+        if y is not None:
+            return y
+    if weight is None:
+        return _own_channels(rows, features, subnet)
+    return product(batch, rows, weight, classifier, norm=norm, bias=bias)
+
+
+def head_backward(
+    grad, x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet, x_grad,
+    grad_norm_weight, grad_norm_bias, grad_weight, grad_bias,
+):  # fmt: skip
+    classifier, features, batch, rows = _enter(
+        x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
+    )
+    check_buffers(
+        x, norm_weight=(norm_weight, grad_norm_weight), norm_bias=(norm_bias, grad_norm_bias),
+        weight=(weight, grad_weight), bias=(bias, grad_bias),
+    )  # fmt: skip
+    grad = as_rows("grad", grad, x, batch.images, features.columns if weight is None else classifier.rows)
+    norm = None if norm_weight is None else norm_of(batch, rows, norm_weight, norm_bias, features, eps)
+    if weight is not None:
+        add_weight_gradient(batch, grad, rows, grad_weight, classifier, norm=norm)
+        add_column_sums(batch, grad, grad_bias, None, classifier)
+        grad = product(batch, grad, weight, classifier, transposed=True)
+    if norm is not None:
+        add_column_sums(batch, grad, grad_norm_bias, grad_norm_weight, features, x=rows, norm=norm)
+    if not x_grad:
+        return x.new_empty(0)
+    if norm is not None:
+        grad = norm_backward(batch, grad, rows, norm, features)
+    elif weight is None:
+        grad = _own_channels(grad, features, subnet)
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    dx[:, pool_start:pool_stop] = (grad / (pool_stop - pool_start))[:, None]
+    return dx

@@ -1,0 +1,386 @@
+"""The Triton kernels against the reference in float64, forward and every gradient, with NaN outside the slices.
+
+On a GPU they run compiled, in every dtype; elsewhere on Triton's interpreter (``TRITON_INTERPRET=1``, which ``make
+test`` sets for this file), in float32 and a little float16: its bfloat16 is wrong.
+"""
+
+import os
+
+import pytest
+import torch
+from blocks import Block, attention, head, hydravit, mlp, stem
+from cases import OPS, Case, check_op
+from small import images, make
+from test_ops import calls
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from hydravit import HydraViT, HydraViTConfig
+from hydravit.training import SliceGradients
+from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, backends, ops
+from hydravit_kernels.slices import flatten
+
+GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if GPU else "cpu"
+reason = backends.report(DEVICE)["triton"]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(reason != "available", reason=f"triton {reason}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+# Of activations and parameters, and whether products of float32 may be rounded to TensorFloat-32.
+PRECISIONS = {"fp32": (torch.float32, None, "highest")}
+if GPU:
+    PRECISIONS |= {
+        "tf32": (torch.float32, None, "high"),
+        "bf16": (torch.bfloat16, None, "highest"),
+        "bf16, fp32 masters": (torch.bfloat16, torch.float32, "highest"),
+        "fp16": (torch.float16, None, "highest"),
+    }
+
+
+@pytest.fixture(params=PRECISIONS)
+def on(request, monkeypatch):
+    """Moves a ``Block`` to the kernels under test."""
+    dtype, parameters_dtype, products = PRECISIONS[request.param]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", products == "high")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    yield lambda block: block.on("triton", DEVICE, dtype, parameters_dtype)
+    torch.set_float32_matmul_precision(before)
+
+
+# ---- Values ----
+
+
+# On a GPU every case compiles kernels of its own, for seconds.
+SEEDS = [pytest.param(seed, marks=[pytest.mark.long] * (GPU and seed >= 3)) for seed in range(38)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", OPS)
+def test_op_is_the_reference(on, name, seed):
+    """Any offsets, lengths and pitches, one width or a width per image, with and without every optional argument."""
+    case = Case(f"triton {name} {seed}", tokens=20)
+    try:
+        check_op(name, case, on=on)
+    except Exception as error:
+        raise AssertionError(f"{error}\nin the case {case}") from error
+
+
+@pytest.mark.parametrize("head_dim, tokens", [(16, 33), (24, 5), (40, 33), (64, 5), (80, 17), (128, 33)])
+def test_head_dims(on, head_dim, tokens):
+    s = AttentionSlice(16, 48, 0, 256, 512, 0, 2, head_dim, head_dim, head_dim, head_dim**-0.5)
+    on(attention(s, 2, tokens, full=256, rows=768, plenty=False)).check()
+
+
+BLOCKS = {
+    "attention": lambda: attention(AttentionSlice(8, 48, 7, 67, 130, 3, 3, 12, 14, 20, 0.3), 2, 19, full=64, rows=192),
+    "mlp": lambda: mlp(MlpSlice(5, 40, 17, 77), 2, 19, full=64, hidden=100),
+    "stem": lambda: stem(EmbedSlice(13, 40), torch.randn(2, 3, 16, 20), (8, 5), cls=1, reg=2),
+    "head": lambda: head(HeadSlice(7, 33, 4, 11), 3, 9, (2, 9), full=48),
+}
+ARBITRARY = BLOCKS["attention"]().constants[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_all_tokens_of_an_image(on, name):
+    make_block = {
+        "attention": lambda: attention(AttentionSlice(0, 64, 0, 192, 384, 0, 1, 64, 64, 64, 0.125), 1, 197),
+        "mlp": lambda: mlp(MlpSlice(0, 64, 0, 256), 1, 197),
+    }
+    on(make_block[name]()).check()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_parameters_in_more_precision_than_activations(name):
+    """As in training under autocast: a tile of a weight is cast where it is used, gradients are the parameters'."""
+    block = BLOCKS[name]().on("triton", DEVICE, torch.float16, torch.float32)
+    block.check()
+    assert all(b is None or b.dtype == torch.float32 for b in block.zeros())
+
+
+def test_peaked_softmax_and_overflow(on):
+    block = attention(AttentionSlice(0, 32, 0, 64, 128, 0, 2, 16, 16, 16, 4.0), 1, 20, full=64, rows=192)
+    on(block).check()
+    block.constants = (*block.constants[:2], [1e6], *block.constants[3:])
+    assert block.forward()[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_nothing_is_left_to_chance(name):
+    """The same bits every time, gradients of parameters included."""
+    block = BLOCKS[name]().on("triton", DEVICE)
+    grad = torch.randn_like(block.forward()[0])
+    runs = []
+    for _ in range(2):
+        buffers = block.zeros()
+        runs.append([block.forward()[0], block.backward(grad, buffers), *(b for b in buffers if b is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("name", OPS)
+def test_a_captured_graph_replays(name):
+    """Forward and backward on a side stream, a width per image: other images may have other widths in every replay."""
+    case = Case(f"captured {name}", tokens=20)
+    index = 4 if name == "attention_block" else -1
+    while (block := OPS[name](case)).constants[index] is None:
+        pass
+    block.on("triton", DEVICE)
+    grad, buffers = torch.randn_like(block.forward()[0]), block.zeros()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        block.backward(grad, block.zeros())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = block.forward()[0], block.backward(grad, buffers)
+    for _ in range(2):
+        block.constants[index].copy_(block.constants[index].flip(0))
+        block.x.nan_to_num_().copy_(torch.randn_like(block.x))
+        for buffer in buffers:
+            _ = None if buffer is None else buffer.zero_()
+        graph.replay()
+        expected = block.zeros()
+        assert torch.equal(y, block.forward()[0]) and torch.equal(dx, block.backward(grad, expected))
+        assert all(a is None or torch.equal(a, b) for a, b in zip(buffers, expected, strict=True))
+
+
+# ---- Gradients in place ----
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gradients_are_added_inside_the_slice_only(name):
+    block = BLOCKS[name]().on("triton", DEVICE)
+    grad = torch.randn_like(block.forward()[0])
+    alone, added = block.zeros(), [None if p is None else torch.ones_like(p) for p in block.parameters]
+    dx = block.backward(grad, alone)
+    block.backward(grad, added)
+    for parameter, a, b in zip(block.parameters, alone, added, strict=True):
+        if parameter is not None:
+            assert torch.equal(b[parameter.isnan()], torch.ones_like(b[parameter.isnan()]))
+            torch.testing.assert_close(b, a + 1, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+    # Each gradient by itself is the same as all together; what is not wanted is not touched.
+    for i, expected in enumerate(alone):
+        if expected is not None:
+            buffers = [b if j == i else None for j, b in enumerate(block.zeros())]
+            assert block.backward(grad, buffers, x_grad=False).numel() == 0
+            assert torch.equal(buffers[i], expected)
+    assert torch.equal(block.backward(grad, [None] * len(alone)), dx)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_row_strided_parameters(name):
+    block = BLOCKS[name]().on("triton", DEVICE)
+    grad = torch.randn_like(block.forward()[0])
+    y, buffers = block.forward()[0], block.zeros()
+    dx = block.backward(grad, buffers)
+
+    def strided(t):  # the same values, rows further apart, NaN between
+        if t is None or t.dim() < 2:
+            return t
+        shape = [t.shape[0] * 2, *t.shape[1:]] if t.dim() == 4 else [*t.shape[:-1], t.shape[-1] + 3]
+        room = torch.full(shape, float("nan"), device=t.device)
+        view = room[::2] if t.dim() == 4 else room[..., : t.shape[-1]]
+        return view.copy_(t)
+
+    block.parameters = [strided(p) for p in block.parameters]
+    again = [None if b is None else strided(torch.zeros_like(b)) for b in buffers]
+    assert torch.equal(block.forward()[0], y) and torch.equal(block.backward(grad, again), dx)
+    for a, b in zip(again, buffers, strict=True):
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp", "head"])
+def test_tokens_of_a_longer_image(name):
+    """Read in place, as where the last MLP runs for the class token alone."""
+    block = BLOCKS[name]().on("triton", DEVICE)
+    image = torch.randn(block.x.shape[0], block.x.shape[1] + 4, block.x.shape[2], device=DEVICE)
+    runs = []
+    for x in (image[:, 2:-2], image[:, 2:-2].contiguous()):
+        block.x = x
+        y, buffers = block.forward()[0], block.zeros()
+        runs.append([y, block.backward(torch.ones_like(y), buffers), *(b for b in buffers if b is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_images(name):
+    block = BLOCKS[name]().on("triton", DEVICE)
+    block.x = block.x[:0]
+    if block.saves:
+        block.constants = (block.constants[0][:0], *block.constants[1:])
+    y = block.forward()[0]
+    buffers = block.zeros()
+    assert len(y) == 0 and block.backward(y, buffers).shape == block.x.shape
+    assert all(b is None or not b.any() for b in buffers)
+
+
+# ---- The model ----
+
+TINY = HydraViTConfig(image_size=16, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10, mlp_ratio=2.0)
+
+
+@pytest.fixture
+def model():
+    return make(TINY, layer_scale=0.5, register_tokens=1).to(DEVICE)
+
+
+def on_triton(model):
+    model.requested_backend = "triton"
+    model._select_backend(model.pos_embed)
+    return model
+
+
+def gradients(model, logits):
+    model.zero_grad()
+    logits.square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("heads", [1, 3, [4, 1, 3]])
+def test_model(model, heads):
+    x = images(TINY, 3).to(DEVICE)
+    heads = torch.tensor(heads) if isinstance(heads, list) else heads
+    expected = model(x, heads=heads)
+    expected_gradients = gradients(model, expected)
+    logits = on_triton(model)(x, heads=heads)
+    assert model.backend == "triton"
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients(model, logits).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_parameters_and_gradients_in_place(model):
+    x = images(TINY, 2).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "mlp.fc1" in name or "norm" in name or "head" in name
+    expected = gradients(model, model(x, heads=3))
+    assert gradients(on_triton(model), model(x, heads=3)).keys() == expected.keys()
+    model.zero_grad()
+    SliceGradients(model)
+    model(x, heads=3).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_modes_and_checkpointing(model):
+    x = images(TINY, 2).to(DEVICE)
+    expected = on_triton(model)(x, heads=2)
+    expected_gradients = gradients(model, expected)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(x, heads=2), expected)
+    logits = checkpoint(lambda x: model(x, heads=2), x, use_reentrant=False)
+    for name, gradient in gradients(model, logits).items():
+        assert torch.equal(gradient, expected_gradients[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [])])
+def test_autocast(model, dtype):
+    """The stream is in autocast's dtype; no parameter is cast as a whole, and gradients are the parameters'."""
+    x, seen = images(TINY, 2).to(DEVICE), []
+    exact = model.double()(x.double(), heads=3)
+    on_triton(model.float())
+    model.blocks[0].register_forward_hook(lambda module, arguments, y: seen.append(y.dtype))
+    with torch.autocast(DEVICE, dtype=dtype):
+        logits = model(x, heads=3)
+    assert seen == [dtype] and logits.dtype == dtype
+    torch.testing.assert_close(logits.double(), exact, rtol=0.05, atol=0.05)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model, logits.float()).values())
+
+
+@pytest.mark.parametrize("widths", [(4, 2, 3), ([4, 1], [2, 3])])
+def test_compiled_graphs(widths):
+    """No graph breaks, and not a graph per width."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = on_triton(make(TINY, depth=1).to(DEVICE))
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = images(TINY).to(DEVICE)
+    for heads in widths:
+        heads = torch.tensor(heads) if isinstance(heads, list) else heads
+        logits, expected = graph(x, heads=heads), model(x, heads=heads)
+        torch.testing.assert_close(logits, expected)
+    ours, theirs = gradients(model, logits), gradients(model, expected)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_opcheck(name):
+    """Schema (mutation and aliasing), fake kernel and tracing with symbolic sizes agree with the real kernel."""
+    op = getattr(hydravit, f"{name}_triton").default
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    with torch.device(DEVICE):
+        arguments = calls("triton")[name]
+    torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+# ---- What is refused ----
+
+WRONG = {
+    "x of another width": (lambda b: setattr(b, "x", b.x[:, :, :47]), "^x: shape"),
+    "x without tokens": (lambda b: setattr(b, "x", b.x[:, :0]), "^x: shape"),
+    "float64": (lambda b: setattr(b, "x", b.x.double()), "^x: dtype float32, bfloat16 or float16 expected"),
+    "x with channels apart": (lambda b: setattr(b, "x", b.x.mT.contiguous().mT), "^x: innermost stride 1 expected"),
+    "column-major weight": (lambda b: b.parameters.__setitem__(2, b.parameters[2].t().contiguous().t()), "qkv_weight"),
+    "short bias": (lambda b: b.parameters.__setitem__(3, b.parameters[3][:100]), "^qkv_bias: shape"),
+    "strided scale": (
+        lambda b: b.parameters.__setitem__(6, torch.zeros(128, device=DEVICE)[::2]),
+        "^layer_scale: inner",
+    ),
+    "slice outside": (lambda b: b.constants[1].__setitem__(4, 140), "^qkv_weight: rows up to 194 expected, 192 given"),
+    "heads that overlap": (lambda b: b.constants[1].__setitem__(9, 13), "^slices: a pitch of 14 at least"),
+    "no slice": (lambda b: b.constants[1].clear(), "^slices: 10 integers"),
+    "two slices, no subnet": (lambda b: b.constants[1].extend(ARBITRARY), "^slices: one expected"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    block = BLOCKS["attention"]().on("triton", DEVICE)
+    change, message = WRONG[name]
+    change(block)
+    with pytest.raises(RuntimeError, match=message):
+        block.forward()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_wrong_arguments_of_backward(name):
+    block = BLOCKS[name]().on("triton", DEVICE)
+    y, *saved = block.forward(*([True] if block.saves else []))
+    grad, buffers = torch.ones_like(y), block.zeros()
+    wrong = {
+        "^grad: torch.float32 .* expected": (grad[:1], buffers),
+        "^grad: innermost stride 1 expected": (torch.ones_like(y).mT.contiguous().mT, buffers),
+        "^grad_.*: shape .* expected": (grad, [b if b is None else b[..., :-1] for b in buffers]),
+    }
+    for message, (g, b) in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            block.backward(g, b, saved=saved)
+
+
+def test_an_image_of_no_slice():
+    if GPU:
+        pytest.skip("an assertion on the device ends the process")
+    slices = [EmbedSlice(0, 16), EmbedSlice(0, 32)]
+    block = stem(slices[1], torch.randn(2, 3, 16, 16))
+    for bad in (-1, 2):
+        wrong = Block("stem", block.x, block.parameters, (flatten(slices), torch.tensor([0, bad])), None).on("triton")
+        with pytest.raises(RuntimeError, match="subnet"):
+            wrong.forward()
+
+
+def test_the_backend_is_explicit_only(monkeypatch):
+    """Until results show it correct and faster somewhere, "auto" does not take it."""
+    monkeypatch.delenv("HYDRAVIT_BACKEND", raising=False)
+    assert "triton" in HydraViT(TINY, backend="triton", device=DEVICE).backend
+    assert backends.select("auto", DEVICE) != "triton"
+    with pytest.raises(RuntimeError, match="backend 'triton': computes in .*not in torch.float64"):
+        backends.select("triton", DEVICE, torch.float64)

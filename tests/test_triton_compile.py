@@ -1,0 +1,170 @@
+"""The Triton kernels through Triton's own compiler, for GPUs that need not be there: they compile, they fit, once.
+
+Nothing is launched. The interpreter replaces the compiler, so this is no test for a process that has it. What every
+kernel needs is printed: ``pytest -rP tests/test_triton_compile.py``.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from hydravit.config import resolve_config
+from hydravit.geometry import every_width, scala
+from hydravit_kernels.slices import flatten
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton's compiler: the package triton, and no interpreter", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from hydravit_kernels import triton as kernels
+from hydravit_kernels.triton import launch
+
+SHARED_MEMORY = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may have, by capability
+# Bytes per thread, of which spilled registers are a part; before Hopper, some products of 16-bit values take most.
+MOST_STACK = {75: 512, 80: 512, 90: 128}
+BASE = resolve_config("base")
+
+
+class Driver:
+    """Of a GPU that is not there: enough to compile for it. Every capability is a device of its own."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """``compiling(capability)``: from now on a launch only compiles; what was compiled so far, without repetition."""
+    run, compiled = JITFunction.run, {}
+
+    def compile_only(kernel, *arguments, grid, warmup, **options):
+        binary = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        compiled[id(binary)] = binary
+
+    def start(capability):
+        table = launch._BY_CAPABILITY.get(divmod(capability, 10), launch._ANY)
+        monkeypatch.setattr(launch, "_table", lambda device: table)
+        monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return start
+
+
+def run_all_ops(geometries, dtype, parameters_dtype, mixed=False, batch=2):
+    """Forward, with and without saving, and every gradient of every block, on tensors of which nothing is read."""
+    full, hidden, tokens = BASE.embed, BASE.hidden, BASE.tokens
+    subnet = torch.zeros(batch, dtype=torch.int64) if mixed else None
+    embed = max(g.embed.embed for g in geometries)
+
+    def parameters(*shapes):
+        return [None if shape is None else torch.empty(shape, dtype=parameters_dtype) for shape in shapes]
+
+    def zeros(parameters):
+        return [None if p is None else torch.zeros_like(p) for p in parameters]
+
+    x = torch.empty(batch, tokens, embed, dtype=dtype)
+    branch_scale, vector = torch.empty(batch, dtype=dtype), (full,)
+    p = parameters(vector, vector, (3 * full, full), (3 * full,), (full, full), vector, vector)
+    slices = [g.attention[0] for g in geometries]
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], 1e-6, subnet, tokens)
+    kernels.attention_block(x, *p, *constants, False)
+    _, *saved = kernels.attention_block(x, *p, *constants, True)
+    kernels.attention_block_backward(x, x, *saved, *p, *constants, True, *zeros(p))
+    p = parameters(vector, vector, (hidden, full), (hidden,), (full, hidden), vector, vector)
+    constants = (branch_scale, flatten([g.mlp[0] for g in geometries]), 1e-6, subnet)
+    kernels.mlp_block(x, *p, *constants, False)
+    _, *saved = kernels.mlp_block(x, *p, *constants, True)
+    kernels.mlp_block_backward(x, x, *saved, *p, *constants, True, *zeros(p))
+    images = torch.empty(batch, 3, 224, 224, dtype=dtype)
+    p = parameters((full, 3, 16, 16), vector, (1, 1, full), None, (1, tokens, full))
+    constants = (flatten([g.embed for g in geometries]), subnet)
+    kernels.stem_backward(kernels.stem(images, *p, *constants), images, *p, *constants, False, *zeros(p))
+    p = parameters(vector, vector, (1000, full), (1000,))
+    constants = (0, 1, flatten([g.head for g in geometries]), 1e-6, subnet)
+    kernels.head_backward(kernels.head(x, *p, *constants), x, *p, *constants, True, *zeros(p))
+
+
+def check_fits(compiled, capability, folder):
+    """Shared memory is there, and registers suffice but for a few values per thread."""
+    for i, binary in enumerate(compiled.values()):
+        name, shared = binary.metadata.name, binary.metadata.shared
+        file = folder / f"{i}.cubin"
+        file.write_bytes(binary.asm["cubin"])
+        tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file]
+        usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        print(f"sm_{capability} {name:30} {registers:3} registers, {stack:3} bytes of stack, {shared:6} bytes shared")
+        assert shared <= SHARED_MEMORY[capability], name
+        assert stack <= MOST_STACK[capability], name
+
+
+@pytest.mark.parametrize("mixed", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_one_compilation_serves_every_width(compiling, mixed, tmp_path):
+    """And every batch; of training a model under autocast, forward and backward together some forty kernels.
+
+    Those that multiply do it on Hopper's tensor cores, and copy 16 bytes at a time.
+    """
+    compiled, widths = compiling(90), every_width(BASE)
+
+    def run(heads, batch):
+        geometries = [widths[heads], widths[12]] if mixed else [widths[heads]]
+        run_all_ops(geometries, torch.bfloat16, torch.float32, mixed, batch)
+
+    run(12, 2)
+    check_fits(compiled, 90, tmp_path)
+    for binary in compiled.values():
+        if "dot" in binary.asm["ttir"]:
+            ptx = binary.asm["ptx"]
+            assert "wgmma.mma_async" in ptx and "cp.async.cg.shared.global" in ptx, binary.metadata.name
+    first = len(compiled)
+    assert 20 <= first <= 40
+    for heads in widths:
+        run(heads, 2 + heads % 3)
+    assert len(compiled) == first, [binary.metadata.name for binary in list(compiled.values())[first:]]
+
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32, "highest"),
+    "tf32": (torch.float32, torch.float32, "high"),
+    "bf16": (torch.bfloat16, torch.bfloat16, "highest"),
+    "bf16, fp32 masters": (torch.bfloat16, torch.float32, "highest"),
+    "fp16": (torch.float16, torch.float16, "highest"),
+    "fp16, fp32 masters": (torch.float16, torch.float32, "highest"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_compiles_for(compiling, capability, name, tmp_path):
+    """Also with heads whose rows lie apart, and where nothing is a multiple of 16."""
+    if capability < 80 and name.startswith(("tf32", "bf16")):
+        pytest.skip("that GPU has none")
+    dtype, parameters_dtype, products = DTYPES[name]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        compiled = compiling(capability)
+        run_all_ops([every_width(BASE)[6]], dtype, parameters_dtype)
+        if capability == 90 or name == "fp32":
+            run_all_ops([scala(BASE, 204, suffix=True)], dtype, parameters_dtype)
+        check_fits(compiled, capability, tmp_path)
+    finally:
+        torch.set_float32_matmul_precision(before)
