@@ -1,8 +1,8 @@
 """Attention block: ``x + branch_scale * layer_scale * proj(attention(qkv(norm(x))))``; arguments as in ``ops.py``.
 
-Forward is four launches: the norm's statistics; Q, K and V, normalising x while it is read; the heads; the projection,
-whose tiles get bias, scales and residual before they are stored. Backward recomputes the normalised x the same way. A
-slice without heads has products without rows or columns, which leave x as it is.
+Forward is four launches: the norm; Q, K and V; the heads; the projection, whose tiles get bias, scales and residual
+before they are stored. Backward computes the normalised x again instead of keeping it. A slice without heads has
+products without rows or columns, which leave x as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hydravit_kernels.triton.attention_heads import attention_heads, attention_h
 from hydravit_kernels.triton.checks import as_rows, check_buffers, check_tensor, check_vectors, check_weight, enter
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
 from hydravit_kernels.triton.launch import Batch
-from hydravit_kernels.triton.norm import norm_backward, norm_of
+from hydravit_kernels.triton.norm import norm_backward, norm_forward
 from hydravit_kernels.triton.parts import attention_parts
 from hydravit_kernels.triton.product import product
 
@@ -47,8 +47,8 @@ def attention_block(
         x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
         slices, scales, subnet, query_count,
     )  # fmt: skip
-    norm = norm_of(batch, rows, norm_weight, norm_bias, parts.qkv, eps)
-    qkv = product(batch, rows, qkv_weight, parts.qkv, norm=norm, bias=qkv_bias)
+    normalised = norm_forward(batch, rows, norm_weight, norm_bias, parts.qkv, eps).y
+    qkv = product(batch, normalised, qkv_weight, parts.qkv, bias=qkv_bias)
     logsumexp = x.new_empty(batch.images, parts.heads * batch.tokens, dtype=torch.float32) if save else None
     attended = attention_heads(batch, queries, qkv, parts, scales, logsumexp)
     y = product(
@@ -98,8 +98,8 @@ def attention_block_backward(
         queries, grad, proj_weight, parts.proj, transposed=True, input_scale=layer_scale, branch_scale=branch_scale
     )
     d_qkv = attention_heads_backward(batch, queries, d_attended, qkv, attended, logsumexp, parts, scales)
-    norm = norm_of(batch, rows, norm_weight, norm_bias, parts.qkv, eps)
-    add_weight_gradient(batch, d_qkv, rows, grad_qkv_weight, parts.qkv, norm=norm)
+    norm = norm_forward(batch, rows, norm_weight, norm_bias, parts.qkv, eps)
+    add_weight_gradient(batch, d_qkv, norm.y, grad_qkv_weight, parts.qkv)
     add_column_sums(batch, d_qkv, grad_qkv_bias, None, parts.qkv)
     if not norm_wanted:
         return x.new_empty(0)
@@ -112,4 +112,4 @@ def attention_block_backward(
         residual = x.new_zeros(x.shape)
         residual[:, :query_count] = grad.view(batch.images, query_count, x.shape[2])
         grad = residual.view(rows.shape)
-    return norm_backward(batch, d_normalised, rows, norm, parts.qkv, residual=grad).view(x.shape)
+    return norm_backward(batch, d_normalised, rows, norm, norm_weight, parts.qkv, residual=grad).view(x.shape)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydravit_kernels.triton.launch import Batch, launch, precision, tiles
+from hydravit_kernels.triton.launch import Batch, dot, launch, precision, tiles
 from hydravit_kernels.triton.parts import AttentionParts, part_of, scale_table
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -70,14 +70,14 @@ def _forward_kernel(
     for start in range(0, tokens, KEYS):
         j = start + tl.arange(0, KEYS)
         k = _rows(qkv, first_row, j, qkv_stride, part.query_length + column, d, tokens, part.head_dim)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        score = dot(q, tl.trans(k), None, PRECISION) * (scale * _LOG2_E)
         score = tl.where((j < tokens)[None, :], score, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, 1))
         shrink = tl.exp2(largest - new_largest)
         p = tl.exp2(score - new_largest[:, None])
         weight = weight * shrink + tl.sum(p, 1)
         v = _rows(qkv, first_row, j, qkv_stride, 2 * part.query_length + value_column, e, tokens, part.value_dim)
-        result = tl.dot(p.to(v.dtype), v, result * shrink[:, None], input_precision=PRECISION)
+        result = dot(p.to(v.dtype), v, result * shrink[:, None], PRECISION)
         largest = new_largest
 
     result /= weight[:, None]
@@ -124,11 +124,11 @@ def _query_gradient_kernel(
         j = start + tl.arange(0, KEYS)
         k = _rows(qkv, first_row, j, qkv_stride, part.query_length + column, d, tokens, part.head_dim)
         v = _rows(qkv, first_row, j, qkv_stride, 2 * part.query_length + value_column, e, tokens, part.value_dim)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * _LOG2_E)
+        score = dot(q, tl.trans(k), None, PRECISION) * (scale * _LOG2_E)
         p = tl.where((j < tokens)[None, :], tl.exp2(score - shift[:, None]), 0.0)
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+        dp = dot(g, tl.trans(v), None, PRECISION)
         d_score = p * (dp - row_delta[:, None])
-        result = tl.dot(d_score.to(k.dtype), k, result, input_precision=PRECISION)
+        result = dot(d_score.to(k.dtype), k, result, PRECISION)
     place = (first_row + i)[:, None] * qkv_stride + column + d[None, :]
     mask = here[:, None] & (d < part.head_dim)[None, :]
     tl.store(d_qkv + place, (result * scale).to(d_qkv.dtype.element_ty), mask=mask)
@@ -167,12 +167,12 @@ def _key_value_gradient_kernel(
         statistics = image.to(tl.int64) * logsumexp_stride + head * queries + i
         shift = tl.load(logsumexp + statistics, mask=here, other=0.0) * _LOG2_E
         row_delta = tl.load(delta + statistics, mask=here, other=0.0)
-        score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * _LOG2_E)  # [KEYS, QUERIES]
+        score = dot(k, tl.trans(q), None, PRECISION) * (scale * _LOG2_E)  # [KEYS, QUERIES]
         p = tl.where(here[None, :], tl.exp2(score - shift[None, :]), 0.0)
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        dv = dot(p.to(g.dtype), g, dv, PRECISION)
+        dp = dot(v, tl.trans(g), None, PRECISION)
         d_score = p * (dp - row_delta[None, :])
-        dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = dot(d_score.to(q.dtype), q, dk, PRECISION)
     row = (first_row + j)[:, None] * qkv_stride
     here = (j < tokens)[:, None]
     place = row + key_column + d[None, :]

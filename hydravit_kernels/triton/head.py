@@ -10,7 +10,7 @@ import torch
 
 from hydravit_kernels.triton.checks import as_rows, check_buffers, check_vectors, check_weight, enter
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
-from hydravit_kernels.triton.norm import norm_backward, norm_of
+from hydravit_kernels.triton.norm import norm_backward, norm_forward
 from hydravit_kernels.triton.parts import Parts, head_parts, table
 from hydravit_kernels.triton.product import product
 
@@ -50,15 +50,11 @@ def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices,
     classifier, features, batch, rows = _enter(
         x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
     )
-    norm = None
     if norm_weight is not None:
-        y = batch.new(rows, features.columns) if weight is None else None
-        norm = norm_of(batch, rows, norm_weight, norm_bias, features, eps, y)
-        if y is not None:
-            return y
-    if weight is None:
-        return _own_channels(rows, features, subnet)
-    return product(batch, rows, weight, classifier, norm=norm, bias=bias)
+        rows = norm_forward(batch, rows, norm_weight, norm_bias, features, eps).y
+    elif weight is None:
+        rows = _own_channels(rows, features, subnet)
+    return rows if weight is None else product(batch, rows, weight, classifier, bias=bias)
 
 
 def head_backward(
@@ -73,9 +69,9 @@ def head_backward(
         weight=(weight, grad_weight), bias=(bias, grad_bias),
     )  # fmt: skip
     grad = as_rows("grad", grad, x, batch.images, features.columns if weight is None else classifier.rows)
-    norm = None if norm_weight is None else norm_of(batch, rows, norm_weight, norm_bias, features, eps)
+    norm = None if norm_weight is None else norm_forward(batch, rows, norm_weight, norm_bias, features, eps)
     if weight is not None:
-        add_weight_gradient(batch, grad, rows, grad_weight, classifier, norm=norm)
+        add_weight_gradient(batch, grad, rows if norm is None else norm.y, grad_weight, classifier)
         add_column_sums(batch, grad, grad_bias, None, classifier)
         grad = product(batch, grad, weight, classifier, transposed=True)
     if norm is not None:
@@ -83,7 +79,7 @@ def head_backward(
     if not x_grad:
         return x.new_empty(0)
     if norm is not None:
-        grad = norm_backward(batch, grad, rows, norm, features)
+        grad = norm_backward(batch, grad, rows, norm, norm_weight, features)
     elif weight is None:
         grad = _own_channels(grad, features, subnet)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-CHUNK = 64  # columns that a norm or a sum takes at a time, so that no block grows with the width
+ROWS, CHUNK = 32, 64  # rows and columns that a norm or a sum takes at a time, so that no block grows with the width
 
 
 class Tiles(NamedTuple):
@@ -70,19 +71,16 @@ def _table(device: torch.device) -> dict[str, dict[int, Tiles]]:
     return _BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _ANY)
 
 
-def tiles(problem: str, like: Tensor, align: int) -> Tiles:
-    """For activations like these; ``align`` divides all sizes and offsets.
+def tiles(problem: str, like: Tensor, align: int, weight: Tensor | None = None) -> Tiles:
+    """For activations like these, times such a weight; ``align`` divides all sizes and offsets.
 
-    Where that makes no vectors of 16 bytes, addresses alone would take the registers of large tiles.
+    Where that makes no vectors of 16 bytes, addresses alone would take the registers of large tiles. A weight in more
+    precision than the activations is read in thinner tiles, so that as many fit into shared memory.
     """
     size = like.element_size()
     table = _table(like.device) if align * size >= 16 or INTERPRETED else _ANY
-    return table[problem][size]
-
-
-def row_tiles(like: Tensor) -> int:
-    """Rows that a norm or a sum takes at a time."""
-    return 32 if INTERPRETED else 16
+    t = table[problem][size]
+    return t if weight is None or weight.element_size() <= size else t._replace(depth=t.depth // 2)
 
 
 @functools.cache
@@ -91,8 +89,23 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """Of products of float32: TensorFloat-32 where PyTorch's own products may use it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """Of products of float32: TensorFloat-32 where PyTorch's own products may use it, and the GPU is NVIDIA's."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED and not torch.version.hip
+    return "tf32" if allowed else "ieee"
+
+
+@triton.jit
+def _tf32(x):
+    """Rounded to nearest: tensor cores would cut the bits off that they do not take, always towards zero."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r, r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """``total + a @ b`` in float32, ``total`` None for zero; ``PRECISION`` (see ``precision``) is of float32."""
+    if PRECISION == "tf32" and a.dtype == tl.float32:
+        a, b = _tf32(a), _tf32(b)
+    return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, tiles: Tiles | None = None, **options) -> None:
@@ -130,7 +143,7 @@ class Batch(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """How a sum over rows is cut, so that few and narrow sums still fill the device.
+    """How a sum over rows is cut, so that few and narrow sums still fill the device, evenly.
 
     Each of ``count`` parts takes ``groups_per_split`` groups of ``rows_per_group`` rows, one after the other; without
     one slice per image a group is just a piece of the rows.
@@ -142,10 +155,17 @@ class Splits(NamedTuple):
     rows_per_group: int
 
 
-def split_rows(batch: Batch, programs: int, tile_rows: int, device: torch.device) -> Splits:
-    """For a sum of which ``programs`` run beside each other anyway."""
-    tile_count = batch.groups * triton.cdiv(batch.rows_per_group, tile_rows)
-    wanted = max(1, min(2 * _multiprocessors(device) // max(programs, 1), tile_count))
+def split_rows(batch: Batch, programs: int, tile_rows: int, least: int, device: torch.device) -> Splits:
+    """For a sum of which ``programs`` run beside each other anyway.
+
+    The fewest pieces that give every multiprocessor ``least`` programs, and most of them equally many: the device is
+    as late as its last multiprocessor.
+    """
+    programs, processors = max(programs, 1), _multiprocessors(device)
+    wanted = triton.cdiv(least * processors, programs)
+    while wanted * programs < 0.9 * processors * triton.cdiv(wanted * programs, processors):
+        wanted += 1
+    wanted = max(1, min(wanted, batch.groups * triton.cdiv(batch.rows_per_group, tile_rows)))
     if batch.subnet is None:
         rows = triton.cdiv(triton.cdiv(batch.rows, wanted), tile_rows) * tile_rows
         count = triton.cdiv(batch.rows, max(rows, 1))

@@ -1,15 +1,15 @@
 """MLP block: ``x + branch_scale * layer_scale * fc2(gelu(fc1(norm(x))))``; arguments as in ``ops.py``.
 
-Forward is three launches: the norm's statistics; fc1, normalising x while it is read, bias and GELU on its tiles; fc2,
-with bias, scales and residual on its. Backward recomputes the normalised x, and GELU where its derivative is needed
-anyway. A slice without hidden channels has products without rows or columns, which leave x as it is.
+Forward is three launches: the norm; fc1, with bias and GELU on its tiles; fc2, with bias, scales and residual on its.
+Backward computes the normalised x again, and GELU where its derivative is needed anyway. A slice without hidden
+channels has products without rows or columns, which leave x as it is.
 """
 
 from __future__ import annotations
 
 from hydravit_kernels.triton.checks import as_rows, check_buffers, check_vectors, check_weight, enter
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
-from hydravit_kernels.triton.norm import norm_backward, norm_of
+from hydravit_kernels.triton.norm import norm_backward, norm_forward
 from hydravit_kernels.triton.parts import mlp_parts
 from hydravit_kernels.triton.product import product
 
@@ -36,9 +36,9 @@ def mlp_block(
     parts, batch, rows = _enter(
         x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale, slices, subnet
     )
-    norm = norm_of(batch, rows, norm_weight, norm_bias, parts.fc1, eps)
+    normalised = norm_forward(batch, rows, norm_weight, norm_bias, parts.fc1, eps).y
     hidden = batch.new(rows, parts.fc1.rows) if save else None
-    activated = product(batch, rows, fc1_weight, parts.fc1, norm=norm, bias=fc1_bias, gelu="forward", hidden=hidden)
+    activated = product(batch, normalised, fc1_weight, parts.fc1, bias=fc1_bias, gelu="forward", hidden=hidden)
     y = product(
         batch, activated, fc2_weight, parts.fc2,
         bias=fc2_bias, output_scale=layer_scale, branch_scale=branch_scale, residual=rows,
@@ -88,8 +88,8 @@ def mlp_block_backward(
     if not hidden_wanted:
         return x.new_empty(0)
 
-    norm = norm_of(batch, rows, norm_weight, norm_bias, parts.fc1, eps)
-    add_weight_gradient(batch, d_hidden, rows, grad_fc1_weight, parts.fc1, norm=norm)
+    norm = norm_forward(batch, rows, norm_weight, norm_bias, parts.fc1, eps)
+    add_weight_gradient(batch, d_hidden, norm.y, grad_fc1_weight, parts.fc1)
     add_column_sums(batch, d_hidden, grad_fc1_bias, None, parts.fc1)
     if not norm_wanted:
         return x.new_empty(0)
@@ -98,4 +98,4 @@ def mlp_block_backward(
     add_column_sums(batch, d_normalised, grad_norm_bias, grad_norm_weight, parts.fc2, x=rows, norm=norm)
     if not x_grad:
         return x.new_empty(0)
-    return norm_backward(batch, d_normalised, rows, norm, parts.fc1, residual=grad).view(x.shape)
+    return norm_backward(batch, d_normalised, rows, norm, norm_weight, parts.fc1, residual=grad).view(x.shape)

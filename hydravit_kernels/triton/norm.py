@@ -1,25 +1,35 @@
-"""Layer norm over a part's channels (arXiv 1607.06450): statistics, the norm alone, and its backward.
+"""Layer norm over a part's channels (arXiv 1607.06450), and its backward.
 
-Products apply the norm while they read; only the statistics are computed here, in two passes over a row that is in
-cache for the second one, so that nothing cancels. Every loop goes over chunks of 64 columns.
+A pass of its own, once per row: every tile of columns of the product behind it would normalise the same rows again,
+which takes about as long as multiplying them. Mean and variance are computed one after the other, so that nothing
+cancels; the row is in cache from the first loop on. Every loop goes over chunks of 64 columns.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydravit_kernels.triton.launch import CHUNK, Batch, launch, row_tiles
+from hydravit_kernels.triton.launch import CHUNK, ROWS, Batch, launch
 from hydravit_kernels.triton.parts import Parts, part_of
-from hydravit_kernels.triton.product import Norm, normalised
+
+
+class Norm(NamedTuple):
+    """``y (rows, columns)`` in the input's dtype, and for backward ``mean`` and ``rstd (rows,)`` in float32."""
+
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
 # Grid: (groups * tiles of rows,).
 @triton.jit(do_not_specialize=["rows_per_group"])
-def _statistics_kernel(
-    x, mean, rstd, y, norm_weight, norm_bias, x_stride, y_stride, slices, rows_per_group, eps,
+def _norm_kernel(
+    x, y, mean, rstd, norm_weight, norm_bias, x_stride, y_stride, slices, rows_per_group, eps,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles_per_group = tl.cdiv(rows_per_group, ROWS)
@@ -45,38 +55,35 @@ def _statistics_kernel(
     row_rstd = tl.rsqrt(squares / part.columns + eps)
     tl.store(mean + row, row_mean, mask=here)
     tl.store(rstd + row, row_rstd, mask=here)
-    if y is not None:
-        for start in range(0, part.columns, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
-            k_here = k < part.columns
-            mask = here[:, None] & k_here[None, :]
-            value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
-            gain = tl.load(norm_weight + part.column + k, mask=k_here, other=0.0)
-            offset = tl.load(norm_bias + part.column + k, mask=k_here, other=0.0)
-            value = normalised(value, row_mean, row_rstd, gain, offset)
-            tl.store(y + row[:, None] * y_stride + k[None, :], value, mask=mask)
+    for start in range(0, part.columns, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        k_here = k < part.columns
+        mask = here[:, None] & k_here[None, :]
+        gain = tl.load(norm_weight + part.column + k, mask=k_here, other=0.0).to(tl.float32)
+        offset = tl.load(norm_bias + part.column + k, mask=k_here, other=0.0).to(tl.float32)
+        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        value = (value - row_mean[:, None]) * row_rstd[:, None] * gain[None, :] + offset[None, :]
+        tl.store(y + row[:, None] * y_stride + k[None, :], value.to(y.dtype.element_ty), mask=mask)
 
 
-def norm_of(
-    batch: Batch, x: Tensor, weight: Tensor, bias: Tensor, parts: Parts, eps: float, y: Tensor | None = None
-) -> Norm:
-    """Statistics of ``x (rows, columns)``; with ``y``, of the same shape, also the normalised rows themselves."""
+def norm_forward(batch: Batch, x: Tensor, weight: Tensor, bias: Tensor, parts: Parts, eps: float) -> Norm:
+    """Of ``x (rows, columns)``, with the full vectors ``weight`` and ``bias``."""
+    y = batch.new(x, parts.columns)
     mean, rstd = (x.new_empty(batch.rows, dtype=torch.float32) for _ in range(2))
-    rows = row_tiles(x)
     launch(
-        _statistics_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, rows),), x,
-        x, mean, rstd, y, weight, bias, x.stride(0), 0 if y is None else y.stride(0),
+        _norm_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, ROWS),), x,
+        x, y, mean, rstd, weight, bias, x.stride(0), y.stride(0),
         parts.slices(batch.subnet), batch.rows_per_group, eps,
-        ALIGN=parts.align, ROWS=rows, COLUMNS=CHUNK,
+        ALIGN=parts.align, ROWS=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
-    return Norm(mean, rstd, weight, bias)
+    return Norm(y, mean, rstd)
 
 
 # Grid: (groups * tiles of rows,).
 @triton.jit(do_not_specialize=["rows_per_group"])
 def _backward_kernel(
     grad, x, residual, dx, grad_stride, x_stride, residual_stride, dx_stride, slices, rows_per_group,
-    mean, rstd, norm_weight, norm_bias,
+    mean, rstd, norm_weight,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles_per_group = tl.cdiv(rows_per_group, ROWS)
@@ -120,16 +127,16 @@ def _backward_kernel(
 
 
 def norm_backward(
-    batch: Batch, grad: Tensor, x: Tensor, norm: Norm, parts: Parts, residual: Tensor | None = None
+    batch: Batch, grad: Tensor, x: Tensor, norm: Norm, weight: Tensor, parts: Parts, residual: Tensor | None = None
 ) -> Tensor:
     """Gradient of the norm's input from the gradient ``grad (rows, columns)`` of its output, plus ``residual``."""
     dx = batch.new(x, parts.columns)
-    rows = row_tiles(x)
     launch(
-        _backward_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, rows),), x,
+        _backward_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, ROWS),), x,
         grad, x, residual, dx,
         grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), dx.stride(0),
-        parts.slices(batch.subnet), batch.rows_per_group, *norm,
-        ALIGN=parts.align, ROWS=rows, COLUMNS=CHUNK,
+        parts.slices(batch.subnet), batch.rows_per_group,
+        norm.mean, norm.rstd, weight,
+        ALIGN=parts.align, ROWS=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     return dx

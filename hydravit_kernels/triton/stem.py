@@ -20,7 +20,7 @@ from hydravit_kernels.triton.checks import (
     check_weight,
 )
 from hydravit_kernels.triton.gradients import Patches, add_weight_gradient, patch_values
-from hydravit_kernels.triton.launch import CHUNK, Batch, launch, precision, row_tiles, tiles
+from hydravit_kernels.triton.launch import CHUNK, ROWS, Batch, dot, launch, precision, tiles
 from hydravit_kernels.triton.parts import part_at, part_of, stem_parts
 from hydravit_kernels.triton.product import product
 
@@ -41,7 +41,7 @@ def _stem_kernel(
     if column_tile * COLUMNS >= part.rows:
         return
     i = row_tile % tiles_per_group * ROWS + tl.arange(0, ROWS)
-    row = (group * rows_per_group + i).to(tl.int64)
+    row = group * rows_per_group + i
     row_here = i < rows_per_group
     n = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     n_here = n < part.rows
@@ -55,7 +55,7 @@ def _stem_kernel(
         a = patch_values(images, row, k, mask, patches, PATCH_HEIGHT, PATCH_WIDTH)  # [ROWS, DEPTH]
         place = k[:, None] + n_place[None, :] * weight_stride
         b = tl.load(weight + place, mask=k_here[:, None] & n_here[None, :], other=0.0)  # [DEPTH, COLUMNS]
-        total = tl.dot(a, b.to(a.dtype), total, input_precision=PRECISION)
+        total = dot(a, b.to(a.dtype), total, PRECISION)
 
     token = row % patches.tokens
     if bias is not None:
@@ -73,7 +73,7 @@ def _stem_kernel(
         mask = (row_here & (position >= 0))[:, None] & n_here[None, :]
         total += tl.load(pos_embed + position[:, None] * pos_stride + n_place[None, :], mask=mask, other=0.0)
     mask = row_here[:, None] & n_here[None, :]
-    tl.store(y + row[:, None] * y_stride + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row.to(tl.int64)[:, None] * y_stride + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 # Grid: (tokens, chunks of columns, slices).
@@ -130,7 +130,7 @@ class _Layout:
 def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
     layout = _Layout(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
     batch, parts = layout.batch, layout.parts
-    t = tiles("product", images, parts.align)
+    t = tiles("product", images, parts.align, weight)
     y = batch.new(images, parts.rows)
     column_tiles = triton.cdiv(parts.rows, t.columns)
     strides = [0 if token is None else token.stride(1) for token in (cls_token, reg_token, pos_embed)]
@@ -175,7 +175,7 @@ def _add_token_sums(layout, grad, grad_bias, grad_cls_token, grad_reg_token, gra
     launch(
         _token_sums_kernel, (batch.tokens, triton.cdiv(parts.rows, CHUNK), len(parts.parts)), grad,
         grad, sums, grad.stride(0), parts.rows, parts.slices(batch.subnet), batch.images, batch.tokens,
-        ALIGN=parts.align, IMAGES=row_tiles(grad), COLUMNS=CHUNK,
+        ALIGN=parts.align, IMAGES=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     for part, of_tokens in zip(parts.parts, sums, strict=True):
         channels, of_tokens = slice(part.row, part.row + part.rows), of_tokens[:, : part.rows]
