@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 
 from hydravit_kernels.triton.attention_heads import attention_heads, attention_heads_backward
-from hydravit_kernels.triton.checks import as_rows, check_buffers, check_tensor, check_vectors, check_weight, enter
+from hydravit_kernels.triton.checks import (
+    as_rows,
+    check_buffers,
+    check_tensor,
+    check_vectors,
+    check_weight,
+    enter,
+    joined,
+)
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
 from hydravit_kernels.triton.launch import Batch
 from hydravit_kernels.triton.norm import norm_backward, norm_forward
@@ -36,7 +44,7 @@ def _enter(
     if not 1 <= query_count <= batch.tokens:
         raise RuntimeError(f"queries: 1 to {batch.tokens} expected, {query_count} given")
     queries = Batch(batch.images, query_count, subnet)
-    return parts, batch, rows, queries, x[:, :query_count].reshape(queries.rows, x.shape[2])
+    return parts, batch, rows, queries, joined(x[:, :query_count], x.shape[2])
 
 
 def attention_block(

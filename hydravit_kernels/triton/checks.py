@@ -24,7 +24,13 @@ def enter(x: Tensor, width: int, subnet: Tensor | None, count: int) -> tuple[Bat
     if width > 1 and x.stride(2) != 1:
         raise RuntimeError(f"x: innermost stride 1 expected, {x.stride(2)} given")
     check_subnet(subnet, x, count)
-    return Batch(x.shape[0], x.shape[1], subnet), x.reshape(-1, width)
+    return Batch(x.shape[0], x.shape[1], subnet), joined(x, width)
+
+
+def joined(tensor: Tensor, width: int) -> Tensor:
+    """All axes but the last joined, of ``width``: a view where they can be and kernels can count along it."""
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), width)
+    return rows if rows.stride(0) < 2**24 else rows.contiguous()  # inside a tile they count in 32 bits
 
 
 def as_rows(name: str, tensor: Tensor, x: Tensor, *shape: int) -> Tensor:
@@ -34,7 +40,7 @@ def as_rows(name: str, tensor: Tensor, x: Tensor, *shape: int) -> Tensor:
         raise RuntimeError(f"{name}: {x.dtype} {shape} on {x.device} expected, {given} given")
     if shape[-1] > 1 and tensor.stride(-1) != 1:
         raise RuntimeError(f"{name}: innermost stride 1 expected, {tensor.stride(-1)} given")
-    return tensor.reshape(math.prod(shape[:-1]), shape[-1])
+    return joined(tensor, shape[-1])
 
 
 def check_activation(name: str, x: Tensor) -> None:
