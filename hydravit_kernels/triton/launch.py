@@ -46,9 +46,9 @@ _AMPERE = {
     "attention_backward": {2: Tiles(64, 32, 0, 4, 1), 4: Tiles(32, 32, 0, 8, 1)},
 }
 _ANY = {  # small enough for 64 KiB of shared memory
-    "product": {2: Tiles(64, 64, 32, 4, 2), 4: Tiles(64, 64, 16, 4, 2)},
+    "product": {2: Tiles(64, 64, 32, 8, 2), 4: Tiles(64, 64, 16, 4, 2)},
     "gelu_backward": {2: Tiles(64, 32, 32, 4, 2), 4: Tiles(64, 32, 16, 4, 2)},
-    "gradient": {2: Tiles(64, 64, 32, 4, 2), 4: Tiles(64, 64, 16, 8, 2)},
+    "gradient": {2: Tiles(64, 64, 32, 8, 2), 4: Tiles(64, 64, 16, 8, 2)},
     "attention": {2: Tiles(64, 32, 0, 4, 1), 4: Tiles(32, 32, 0, 4, 1)},
     "attention_backward": {2: Tiles(32, 32, 0, 4, 1), 4: Tiles(16, 16, 0, 4, 1)},
 }
