@@ -1,0 +1,13 @@
+// How the tests of the CUDA kernels report.
+#pragma once
+
+#include <string>
+
+namespace hydravit::cuda::tests {
+
+void begin(const std::string& name);
+void expect(bool right, const std::string& what);
+
+void test_networks();
+
+}  // namespace hydravit::cuda::tests
