@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
+from hydravit.engine import Engine
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.inference import PackedInference
 from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
@@ -55,6 +56,7 @@ class HydraViT(nn.Module):
         self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
         init_weights(self)
 
+        self.unseen_writes = 0  # how often `weights_changed` was called
         self.slice_gradients = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
         self.requested_backend = kernels.check_backend(backend)
@@ -175,8 +177,13 @@ class HydraViT(nn.Module):
 
         Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters are noticed anyway.
         """
+        self.unseen_writes += 1
         if self.packed_inference is not None:
             self.packed_inference.drop()
+
+    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None) -> Engine:
+        """Inference with the least latency: see ``hydravit.engine.Engine``."""
+        return Engine(self, max_batch, dtype)
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""

@@ -1,6 +1,7 @@
 """Blocks of a sliced Vision Transformer that read one subnetwork's part of the full weights, in place."""
 
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
 from hydravit_kernels.ranges import annotate
@@ -9,17 +10,20 @@ from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSl
 
 __all__ = [
     "AttentionSlice",
+    "CudaNetwork",
     "EmbedSlice",
     "Fingerprint",
     "HeadSlice",
     "MlpSlice",
     "NetworkSlices",
     "Packed",
+    "SubnetSlices",
     "annotate",
     "attention_block",
     "attention_map",
     "available_backends",
     "check_backend",
+    "cuda_network_why_not",
     "fingerprint",
     "head",
     "layer_norm",

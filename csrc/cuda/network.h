@@ -64,13 +64,13 @@ struct Layout {
   explicit Layout(const Model& model);
 };
 
-struct Source2d {    // a parameter on the device
+struct Parameter {   // a parameter on the device
   const void* data;  // null: absent
   Dtype dtype;
   int64_t row_stride;
 };
 // Packs all parameters; absent biases become zeros, absent layer scales ones.
-int pack(const Model& model, const Layout& layout, const std::vector<Source2d>& parameters, Dtype dtype,
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, Dtype dtype,
          uint8_t* packed, void* stream);
 
 // ---- The phases of one call ----
@@ -79,6 +79,7 @@ struct Device {
   int processors;    // SMs
   int shared_bytes;  // of one block at most
   Loader loader;
+  int index;
 };
 
 // Offsets into the workspace, of activations at most `images` images need at any width.
@@ -93,16 +94,18 @@ struct Call {
   const uint8_t* packed;
   uint8_t* workspace;
   int images;
-  const void* pixels;  // (images, channels, height, width), contiguous
-  Dtype pixel_dtype;
-  float* logits;            // (images, classes), contiguous
   bool pooled_only = true;  // the last block computes only what the head pools; the same bits, less work
 };
 
+// The first phase still lacks its images, the last one its logits.
 std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
                         const Device& device, const Call& call);
 
-// One kernel after the other on the stream; with the bulk loader each starts early and waits for the one in front.
-int launch(const std::vector<Phase>& phases, Dtype dtype, Loader loader, void* stream);
+// Before the first launch on a device: lets its kernels have as much shared memory as there is.
+int prepare(Dtype dtype, const Device& device);
+// One phase as one kernel on the stream; with the bulk loader it starts early and waits for the one in front.
+int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream);
+// The kernel that computes the phase, as CUDA knows it.
+const void* kernel_of(const Phase& phase, Dtype dtype, Loader loader);
 
 }  // namespace hydravit::cuda

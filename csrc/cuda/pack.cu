@@ -18,7 +18,7 @@ __device__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
 // ---- Kernels: one chunk or one float for each thread ----
 
 struct MatrixJob {
-  Source2d from;
+  Parameter from;
   int rows, columns;        // of the parameter
   int padded_rows, chunks;  // of the panels; chunks along a row
   void* to;
@@ -38,7 +38,7 @@ __global__ void pack_matrix_kernel(const MatrixJob job) {
 }
 
 struct VectorJob {
-  Source2d from;
+  Parameter from;
   int size, padded_size;
   float absent;  // the value of a parameter that is not there
   float* to;
@@ -54,7 +54,7 @@ __global__ void pack_vector_kernel(const VectorJob job) {
 
 // What the stem adds to every token: its class or register token or the patches' bias, and its position.
 struct PositionsJob {
-  Source2d bias, cls_token, reg_token, pos_embed;
+  Parameter bias, cls_token, reg_token, pos_embed;
   int tokens, embed, cls_tokens, prefix_tokens, unplaced;  // the first `unplaced` tokens have no position
   float* to;
 };
@@ -63,7 +63,7 @@ __global__ void pack_positions_kernel(const PositionsJob job) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= job.tokens * job.embed) return;
   const int token = i / job.embed, channel = i % job.embed;
-  const auto value = [&](const Source2d& from, int row) {
+  const auto value = [&](const Parameter& from, int row) {
     return from.data == nullptr ? 0.0f : load_as_float(from.data, from.dtype, row * from.row_stride + channel);
   };
   float sum = token < job.cls_tokens      ? value(job.cls_token, token)
@@ -86,22 +86,22 @@ int launch(void (*kernel)(Job), const Job& job, int64_t count, void* stream) {
 
 }  // namespace
 
-int pack(const Model& model, const Layout& layout, const std::vector<Source2d>& parameters, Dtype dtype,
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, Dtype dtype,
          uint8_t* packed, void* stream) {
   int status = 0;
-  const auto matrix = [&](const Source2d& from, int rows, int columns, const Packed& to) {
+  const auto matrix = [&](const Parameter& from, int rows, int columns, const Packed& to) {
     if (status != 0) return;
     const MatrixJob job{from, rows, columns, to.rows, to.columns / kChunk, packed + to.offset};
     const auto kernel = dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;
     status = launch(kernel, job, static_cast<int64_t>(job.padded_rows) * job.chunks, stream);
   };
-  const auto vector = [&](const Source2d& from, int size, float absent, const Packed& to) {
+  const auto vector = [&](const Parameter& from, int size, float absent, const Packed& to) {
     if (status != 0) return;
     const VectorJob job{from, size, to.columns, absent, reinterpret_cast<float*>(packed + to.offset)};
     status = launch(pack_vector_kernel, job, job.padded_size, stream);
   };
   const int embed = model.embed, hidden = model.hidden;
-  const Source2d* p = parameters.data();
+  const Parameter* p = parameters.data();
   matrix(p[0], embed, model.patch_size(), layout.stem);
   const PositionsJob positions{p[1],
                                p[2],

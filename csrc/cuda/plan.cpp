@@ -207,7 +207,6 @@ class Planner {
              at<float>(workspace_.stream)};
     Product p = product(width_.embed, layout_.stem.columns);
     p.source = Source::kPatches;
-    p.a = call_.pixels, p.image_dtype = call_.pixel_dtype;
     p.channels = model_.channels, p.grid_height = model_.grid_height, p.grid_width = model_.grid_width;
     p.patch_height = model_.patch_height, p.patch_width = model_.patch_width;
     p.prefix_tokens = model_.prefix_tokens();
@@ -295,7 +294,7 @@ class Planner {
     normalised(p, layout_.norm_weight, layout_.norm_bias);
     p.a_image_rows = rows.per_image, p.a_first = rows.first_pooled, p.pooled = pooled();
     p.sink = Sink::kLogits;
-    p.c = call_.logits, p.c_stride = width_.classes, p.c_columns = width_.classes;
+    p.c_stride = width_.classes, p.c_columns = width_.classes;
     add("norm, head", p);
   }
 

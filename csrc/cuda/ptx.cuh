@@ -27,9 +27,11 @@ struct Fp16 {
 
 namespace hydravit::cuda {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopies = true;
 #define HYDRAVIT_SM90(...) asm volatile(__VA_ARGS__)
 #else
+constexpr bool kHasBulkCopies = false;
 #define HYDRAVIT_SM90(...) __trap()
 #endif
 

@@ -6,6 +6,9 @@
 
 namespace hydravit::cuda {
 
+// What is compiled for an architecture that lacks bulk copies keeps empty kernels in place of those that use them.
+constexpr bool can_run(Loader loader) { return loader == Loader::kAsync || kHasBulkCopies; }
+
 // Address in shared memory of a chunk of a panel's row; `panel` is the address of a row that is a multiple of 8.
 __device__ inline uint32_t chunk_address(uint32_t panel, int row, int chunk) {
   return panel + row * kRowBytes + ((chunk ^ (row & 7)) << 4);

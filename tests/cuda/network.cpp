@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "check.h"
+#include "graph.h"
 #include "ptx.cuh"
 #include "reference.h"
 
@@ -23,7 +24,7 @@ double rounded(double value, Dtype dtype) {
 }
 
 // A parameter or an image on the device, in any dtype.
-Source2d upload(const Parameter& p, Dtype dtype) {
+Parameter upload(const Matrix& p, Dtype dtype) {
   if (!p.present()) return {nullptr, dtype, 0};
   const size_t count = p.values.size();
   auto* memory = static_cast<uint8_t*>(emulator::allocate(count * (dtype == Dtype::kFp32 ? 4 : 2)));
@@ -71,27 +72,25 @@ class Network {
   std::vector<float> run(Loader loader, int processors, bool pooled_only, int first_image = 0, int images = -1) {
     if (images < 0) images = images_;
     const Model& model = test_.model;
-    std::vector<Source2d> sources;
-    for (const Parameter& p : parameters_) sources.push_back(upload(p, test_.stored));
+    std::vector<Parameter> sources;
+    for (const Matrix& p : parameters_) sources.push_back(upload(p, test_.stored));
     auto* packed = static_cast<uint8_t*>(emulator::allocate(layout_.bytes));
     const Workspace workspace(model, images_);
-    Call call{};
-    call.packed = packed;
-    call.workspace = static_cast<uint8_t*>(emulator::allocate(workspace.bytes));
-    call.images = images;
-    Parameter pixels{images, pixels_.columns, {}};
+    auto* memory = static_cast<uint8_t*>(emulator::allocate(workspace.bytes));
+    Matrix pixels{images, pixels_.columns, {}};
     const auto from = pixels_.values.begin() + static_cast<int64_t>(first_image) * pixels_.columns;
     pixels.values.assign(from, from + static_cast<int64_t>(images) * pixels_.columns);
-    call.pixels = upload(pixels, test_.stored).data, call.pixel_dtype = test_.stored;
     const size_t count = static_cast<size_t>(images) * test_.width.classes;
-    call.logits = static_cast<float*>(emulator::allocate(4 * count));
-    call.pooled_only = pooled_only;
+    const Ends ends{upload(pixels, test_.stored).data, test_.stored,
+                    static_cast<float*>(emulator::allocate(4 * count))};
     expect(pack(model, layout_, sources, dtype_, packed, nullptr) == 0, "packing");
-    const Device device{processors, loader == Loader::kBulk ? 232448 : 166912, loader};
-    const std::vector<Phase> phases = plan(model, layout_, test_.width, workspace, device, call);
-    expect(launch(phases, dtype_, loader, nullptr) == 0, "launching");
+    const Device device{processors, loader == Loader::kBulk ? 232448 : 166912, loader, 0};
+    const Call call{packed, memory, images, pooled_only};
+    std::vector<Phase> phases = plan(model, layout_, test_.width, workspace, device, call);
+    ends.set(phases);
+    for (const Phase& phase : phases) expect(launch(phase, dtype_, loader, nullptr) == 0, "launching");
     emulator::synchronize();
-    std::vector<float> logits(call.logits, call.logits + count);
+    std::vector<float> logits(ends.logits, ends.logits + count);
     emulator::release_all();
     return logits;
   }
@@ -100,11 +99,11 @@ class Network {
     const Round exact = [](double v) { return v; }, half = [&](double v) { return rounded(v, dtype_); };
     double ours = 0, eager = 0, squares = 0;
     for (int image = 0; image < images_; image++) {
-      std::vector<Parameter> stored = parameters_;
+      std::vector<Matrix> stored = parameters_;
       std::vector<float> pixels(pixels_.values.begin() + static_cast<int64_t>(image) * pixels_.columns,
                                 pixels_.values.begin() + static_cast<int64_t>(image + 1) * pixels_.columns);
       if (test_.stored != Dtype::kFp32) {
-        for (Parameter& p : stored)
+        for (Matrix& p : stored)
           for (float& v : p.values) v = static_cast<float>(rounded(v, test_.stored));
         for (float& v : pixels) v = static_cast<float>(rounded(v, test_.stored));
       }
@@ -130,8 +129,8 @@ class Network {
   const Dtype dtype_;
   const int images_;
   const Layout layout_;
-  std::vector<Parameter> parameters_;
-  Parameter pixels_;
+  std::vector<Matrix> parameters_;
+  Matrix pixels_;
 };
 
 std::vector<Case> cases() {

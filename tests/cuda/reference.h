@@ -11,7 +11,7 @@
 
 namespace hydravit::cuda::tests {
 
-struct Parameter {
+struct Matrix {
   int rows = 0, columns = 0;  // none: absent
   std::vector<float> values;
 
@@ -25,14 +25,14 @@ using Rows = std::vector<std::vector<double>>;
 // Parameters in the order of network.h.
 class Reference {
  public:
-  Reference(const Model& model, const Width& width, const std::vector<Parameter>& parameters, const Round& round)
+  Reference(const Model& model, const Width& width, const std::vector<Matrix>& parameters, const Round& round)
       : model_(model), width_(width), parameters_(parameters), round_(round) {}
 
   // One image (channels, height, width) to its logits.
   std::vector<double> run(const float* image) const {
     Rows x = stem(image);
     for (int i = 0; i < model_.depth; i++) {
-      const Parameter* p = &parameters_[5 + 14 * i];
+      const Matrix* p = &parameters_[5 + 14 * i];
       if (width_.attention[i].heads > 0) attention_block(x, p, width_.attention[i]);
       if (width_.mlp[i].hidden > 0) mlp_block(x, p + 7, width_.mlp[i]);
     }
@@ -40,11 +40,11 @@ class Reference {
   }
 
  private:
-  double parameter(const Parameter& p, int row, int column, double absent) const {
+  double parameter(const Matrix& p, int row, int column, double absent) const {
     return p.present() ? round_(p.at(row, column)) : absent;
   }
 
-  Rows linear(const Rows& x, const Parameter& weight, int row, int column, int rows, const Parameter& bias,
+  Rows linear(const Rows& x, const Matrix& weight, int row, int column, int rows, const Matrix& bias,
               int bias_at) const {
     Rows y(x.size(), std::vector<double>(rows));
     for (size_t i = 0; i < x.size(); i++)
@@ -56,7 +56,7 @@ class Reference {
     return y;
   }
 
-  Rows norm(const Rows& x, const Parameter* p) const {
+  Rows norm(const Rows& x, const Matrix* p) const {
     Rows y = x;
     for (auto& row : y) {
       double mean = 0, variance = 0;
@@ -71,7 +71,7 @@ class Reference {
     return y;
   }
 
-  void add_branch(Rows& x, const Rows& branch, const Parameter& layer_scale) const {
+  void add_branch(Rows& x, const Rows& branch, const Matrix& layer_scale) const {
     for (size_t i = 0; i < x.size(); i++)
       for (size_t j = 0; j < x[i].size(); j++) {
         const double scale = parameter(layer_scale, 0, width_.embed_offset + int(j), 1);
@@ -80,7 +80,7 @@ class Reference {
   }
 
   Rows stem(const float* image) const {
-    const Parameter* p = parameters_.data();
+    const Matrix* p = parameters_.data();
     const int height = model_.grid_height * model_.patch_height, width = model_.grid_width * model_.patch_width;
     Rows patches;
     for (int y = 0; y < model_.grid_height; y++)
@@ -106,7 +106,7 @@ class Reference {
     return x;
   }
 
-  void attention_block(Rows& x, const Parameter* p, const AttentionSlice& s) const {
+  void attention_block(Rows& x, const Matrix* p, const AttentionSlice& s) const {
     const Rows normed = norm(x, p);
     const int columns = s.heads * kHeadDim;
     const auto role = [&](int row) { return linear(normed, p[2], row, width_.embed_offset, columns, p[3], row); };
@@ -131,7 +131,7 @@ class Reference {
     add_branch(x, linear(attended, p[4], first, s.proj_column, width_.embed, p[5], first), p[6]);
   }
 
-  void mlp_block(Rows& x, const Parameter* p, const MlpSlice& s) const {
+  void mlp_block(Rows& x, const Matrix* p, const MlpSlice& s) const {
     const int first = width_.embed_offset;
     Rows hidden = linear(norm(x, p), p[2], s.hidden_offset, first, s.hidden, p[3], s.hidden_offset);
     for (auto& row : hidden)
@@ -139,7 +139,7 @@ class Reference {
     add_branch(x, linear(hidden, p[4], first, s.hidden_offset, width_.embed, p[5], first), p[6]);
   }
 
-  std::vector<double> head(const Rows& x, const Parameter* p) const {
+  std::vector<double> head(const Rows& x, const Matrix* p) const {
     Rows pooled(1, std::vector<double>(width_.embed));
     const int count = model_.last_pooled - model_.first_pooled;
     for (int j = 0; j < width_.embed; j++) {
@@ -152,42 +152,41 @@ class Reference {
 
   const Model& model_;
   const Width& width_;
-  const std::vector<Parameter>& parameters_;
+  const std::vector<Matrix>& parameters_;
   const Round& round_;
 };
 
 // Full parameters, random inside the slice of `width` and NaN outside, by the shapes of the model.
-inline std::vector<Parameter> random_parameters(const Model& m, const Width& w, bool with_optional,
-                                                std::mt19937& random) {
+inline std::vector<Matrix> random_parameters(const Model& m, const Width& w, bool with_optional, std::mt19937& random) {
   using Runs = std::vector<std::pair<int, int>>;  // (offset, length)
   const auto make = [&](int rows, int columns, const Runs& row_runs, const Runs& column_runs, float mean = 0) {
     int terms = 0;
     for (const auto& [offset, length] : column_runs) terms += length;
     const bool vector = rows == 1;
     std::normal_distribution<float> normal(mean, vector ? 0.3f : 1 / std::sqrt(static_cast<float>(terms)));
-    Parameter p{rows, columns, std::vector<float>(static_cast<size_t>(rows) * columns, NAN)};
+    Matrix p{rows, columns, std::vector<float>(static_cast<size_t>(rows) * columns, NAN)};
     for (const auto& [row, row_count] : row_runs)
       for (const auto& [column, count] : column_runs)
         for (int i = row; i < row + row_count; i++)
           for (int j = column; j < column + count; j++) p.values[static_cast<size_t>(i) * columns + j] = normal(random);
     return p;
   };
-  const auto optional = [&](Parameter p) { return with_optional ? p : Parameter{}; };
+  const auto optional = [&](Matrix p) { return with_optional ? p : Matrix{}; };
   const Runs one{{0, 1}}, embed{{w.embed_offset, w.embed}}, classes{{w.class_offset, w.classes}};
   const auto all = [](int count) { return Runs{{0, count}}; };
   const auto of_embed = [&](float mean = 0) { return make(1, m.embed, one, embed, mean); };
 
   const int placed = m.tokens() - (m.pos_on_prefix ? 0 : m.prefix_tokens());
-  std::vector<Parameter> result{make(m.embed, m.patch_size(), embed, all(m.patch_size())), optional(of_embed()),
-                                m.cls_tokens ? make(m.cls_tokens, m.embed, all(m.cls_tokens), embed) : Parameter{},
-                                m.reg_tokens ? make(m.reg_tokens, m.embed, all(m.reg_tokens), embed) : Parameter{},
-                                make(placed, m.embed, all(placed), embed)};
+  std::vector<Matrix> result{make(m.embed, m.patch_size(), embed, all(m.patch_size())), optional(of_embed()),
+                             m.cls_tokens ? make(m.cls_tokens, m.embed, all(m.cls_tokens), embed) : Matrix{},
+                             m.reg_tokens ? make(m.reg_tokens, m.embed, all(m.reg_tokens), embed) : Matrix{},
+                             make(placed, m.embed, all(placed), embed)};
   for (int i = 0; i < m.depth; i++) {
     const AttentionSlice& a = w.attention[i];
     const int columns = a.heads * kHeadDim;
     const Runs roles{{a.query_row, columns}, {a.key_row, columns}, {a.value_row, columns}};
     const Runs hidden{{w.mlp[i].hidden_offset, w.mlp[i].hidden}};
-    for (Parameter p :
+    for (Matrix p :
          {of_embed(1), of_embed(), make(3 * m.embed, m.embed, roles, embed), optional(make(1, 3 * m.embed, one, roles)),
           make(m.embed, m.embed, embed, {{a.proj_column, columns}}), optional(of_embed()), optional(of_embed(1)),
           of_embed(1), of_embed(), make(m.hidden, m.embed, hidden, embed), optional(make(1, m.hidden, one, hidden)),

@@ -53,6 +53,20 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const auto& settings = hydravit::emulator::settings();
+  *value = name == cudaDevAttrMultiProcessorCount            ? settings.processors
+           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? settings.shared_bytes
+                                                             : settings.capability / 10;
+  return cudaSuccess;
+}
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {

@@ -52,6 +52,8 @@ float shuffle_xor(float value, int lanes);
 
 // ---- Asynchronous copies ----
 
+constexpr bool kHasBulkCopies = true;
+
 void copy_async(uint32_t to, const void* from);
 void copy_async_commit();
 void copy_async_wait_for(size_t pending);
