@@ -62,7 +62,7 @@ void pack_parameters(Engine& engine, const std::vector<std::tuple<uintptr_t, std
 }  // namespace
 
 PYBIND11_MODULE(_engine, module) {
-  py::class_<Engine>(module, "Engine")
+  py::class_<Engine>(module, "Engine", py::module_local())
       .def(py::init(&make))
       .def_property_readonly("packed_bytes", &Engine::packed_bytes)
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)

@@ -1,4 +1,4 @@
-"""An inference engine: a model's weights packed once for all widths, and everything else a call needs, made beforehand."""
+"""An inference engine: weights packed once for all widths, and everything else that a call needs, made beforehand."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from hydravit.model import HydraViT
 
 
+# Of weights and activations, by the device's type; the first is the default.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+
+
 class Engine:
     """``engine(images, heads=k)``: float32 logits of evaluation mode, at any width and any batch up to ``max_batch``.
 
-    Another width or batch in every call costs nothing: no allocation but the logits', no copy of weights, no graph to be
-    made. The engine notices when the model's weights change, by optimizer steps, ``load_state_dict``, in-place
+    Another width or batch in every call costs nothing: no allocation but the logits', no copy of weights, no graph to
+    be made. The engine notices when the model's weights change, by optimizer steps, ``load_state_dict``, in-place
     operations and replaced parameters, and packs them again; writes that torch cannot see need
     ``model.weights_changed()``. It never runs hooks or other code of the model's modules. One engine serves one thread
     and one CUDA stream at a time: make one for each.
@@ -39,7 +43,7 @@ class Engine:
             raise ValueError(f"max_batch must be an integer of at least 1, not {max_batch!r}")
         self.model, self.max_batch = model, max_batch
         self.device = model.pos_embed.device
-        possible = (torch.float32,) if self.device.type == "cpu" else (torch.bfloat16, torch.float16)
+        possible = DTYPES.get(self.device.type, DTYPES["cuda"])
         self.dtype = possible[0] if dtype is None else dtype
         if self.dtype not in possible:
             raise ValueError(f"dtype must be {' or '.join(map(str, possible))} on {self.device.type}, not {dtype}")

@@ -1,6 +1,6 @@
 """The CUDA network behind an engine: one packed copy of the weights and one workspace for every width and batch.
 
-``cuda_network_why_not`` says why there is none. Nothing here was ever run on a GPU: the kernels were run on an emulator only.
+``cuda_network_why_not`` says why there is none. It was never run on a GPU, only on the emulator of tests/cuda.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSl
 
 try:
     from hydravit_kernels import _engine
+
+    _import_error = ""
 except ImportError as error:
-    _engine = None
-    _import_error = str(error)
+    _engine, _import_error = None, str(error)
 
 
 class SubnetSlices(NamedTuple):

@@ -22,7 +22,7 @@ class Engine {
 
   int64_t packed_bytes() const { return layout_.bytes; }
   int64_t workspace_bytes() const { return workspace_.bytes; }
-  // Memory on the device, aligned to 1024 bytes; before everything that follows.
+  // Memory on the device, aligned to 16 bytes; before everything that follows.
   void use_memory(uint8_t* packed, uint8_t* workspace);
 
   // Returns the width's index; throws std::invalid_argument where the kernels cannot compute it.

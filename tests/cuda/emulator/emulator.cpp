@@ -284,6 +284,7 @@ void release_all() {
 void check_global(const void* pointer, size_t bytes, size_t alignment) {
   const auto* p = static_cast<const uint8_t*>(pointer);
   if (reinterpret_cast<uintptr_t>(p) % alignment) fail("a misaligned access to global memory");
+  if (buffers.empty()) return;
   auto after = buffers.upper_bound(p);
   if (after == buffers.begin()) fail("an access to global memory in front of every buffer");
   const auto& [begin, buffer] = *--after;

@@ -104,7 +104,7 @@ void wait_for_previous();
 // `execute` runs once, in the last lane to arrive; slots[lane] is what that lane passed.
 void collective(const char* instruction, void* slot, void (*execute)(void** slots));
 
-// Memory that kernels may touch, with NaN around it.
+// Memory that kernels may touch, with NaN around it; where nobody allocates here, accesses cannot be checked.
 void* allocate(size_t bytes);
 void release_all();
 void check_global(const void* pointer, size_t bytes, size_t alignment);
