@@ -83,8 +83,9 @@ __device__ void attend_to(PartialOutput& partial, const uint32_t (&q)[4][4], uin
   }
 }
 
-template <class T, Loader loader>
-__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe) {
+// `wait()`, by all threads, until queries, keys and values are there.
+template <class T, Loader loader, class Wait>
+__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
   const int query_rows = 16 * a.query_tiles;
   const int image = tile / (a.heads * a.blocks), head = tile / a.blocks % a.heads;
   const int first_query = (a.first_block + tile % a.blocks) * query_rows;
@@ -94,7 +95,7 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
   const uint32_t q_tile = shared_address(memory + kBarrierBytes), keys = shared_address(kv_memory);
   const uint32_t values = keys + a.image_rows * kRowBytes, bytes = a.image_rows * kRowBytes;
   const T* qkv = static_cast<const T*>(a.qkv) + static_cast<int64_t>(image) * a.image_rows * kPanel;
-  wait_for_previous_kernel();
+  wait();
   pipe.expect(2 * bytes + rows * kRowBytes, pipe.filled);
   pipe.copy(q_tile, qkv + head * a.qkv_stride + first_query * kPanel, rows * kRowBytes, pipe.filled);
   pipe.copy(keys, qkv + (a.heads + head) * a.qkv_stride, bytes, pipe.filled);

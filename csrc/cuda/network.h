@@ -85,7 +85,7 @@ struct Device {
 // Offsets into the workspace, of activations at most `images` images need at any width.
 struct Workspace {
   int64_t rows, image_rows;
-  int64_t stream, pooled_stream, qkv, attended, hidden, bytes;
+  int64_t stream, pooled_stream, qkv[2], attended, hidden, bytes;  // qkv of this block and the next
 
   Workspace(const Model& model, int images);
 };
@@ -95,6 +95,7 @@ struct Call {
   uint8_t* workspace;
   int images;
   bool pooled_only = true;  // the last block computes only what the head pools; the same bits, less work
+  bool together = false;    // for one kernel: all blocks have 256 threads
 };
 
 // The first phase still lacks its images, the last one its logits.

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Pro
     Pipe<loader> pipe;
     pipe.begin(shared_address(memory));
     __syncthreads();
-    product_tile<T, shape>(product, blockIdx.x, memory, pipe);
+    product_tile<T, shape>(product, blockIdx.x, memory, pipe, wait_for_previous_kernel);
   }
 }
 
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(cons
     Pipe<loader> pipe;
     pipe.begin(shared_address(memory));
     __syncthreads();
-    attention_tile<T>(attention, blockIdx.x, memory, pipe);
+    attention_tile<T>(attention, blockIdx.x, memory, pipe, wait_for_previous_kernel);
   }
 }
 

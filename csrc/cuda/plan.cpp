@@ -85,7 +85,7 @@ Workspace::Workspace(const Model& model, int images)
   };
   stream = place(4 * rows * model.embed);
   pooled_stream = place(4 * rows * model.embed);
-  qkv = place(2 * rows * 3 * model.embed);
+  for (int64_t& offset : qkv) offset = place(2 * rows * 3 * model.embed);
   attended = place(2 * rows * model.embed);
   hidden = place(2 * rows * model.hidden);
 }
@@ -111,13 +111,14 @@ double cost(const Product& p, Shape shape, const Device& device) {
   return static_cast<double>(waves) * (kTileNs + p.depth / kPanel * step);
 }
 
-Phase product_phase(const char* name, const Product& p, const Device& device) {
+Phase product_phase(const char* name, const Product& p, const Device& device, bool together) {
   Phase phase{};
   phase.name = name;
   phase.product = p;
   double best = std::numeric_limits<double>::infinity();
   for (const Shape shape : {Shape::k16x32, Shape::k32x32, Shape::k64x64, Shape::k128x64}) {
     if (shared_bytes(shape, p.source, p.depth) > device.shared_bytes) continue;
+    if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
     if (const double time = cost(p, shape, device); time < best) best = time, phase.shape = shape;
   }
   const ShapeSize size = size_of(phase.shape);
@@ -161,7 +162,7 @@ class Planner {
   }
   int64_t panel() const { return workspace_.rows * kPanel; }
   int pooled() const { return model_.last_pooled - model_.first_pooled; }
-  void add(const char* name, const Product& p) { phases_.push_back(product_phase(name, p, device_)); }
+  void add(const char* name, const Product& p) { phases_.push_back(product_phase(name, p, device_, call_.together)); }
 
   // Everything of a product but A and C, for all images' rows.
   Product product(int columns, int depth) const {
@@ -228,13 +229,13 @@ class Planner {
     for (int role = 0; role < 3; role++)
       weight(qkv, role, block.qkv, role_rows[role], width_.embed_offset, floats(block.qkv_bias, role_rows[role]));
     normalised(qkv, block.norm1_weight, block.norm1_bias);
-    to_panels(qkv, Sink::kPanels, workspace_.qkv);
+    to_panels(qkv, Sink::kPanels, workspace_.qkv[i % 2]);
     if (last) qkv.first_token = model_.first_pooled, qkv.last_token = model_.last_pooled;
     add("norm, qkv", qkv);
 
     const Rows before = rows_;
     if (last) rows_ = {pooled(), pooled(), 0, at<float>(workspace_.pooled_stream)};
-    attention(slice, before, last);
+    attention(i, before, last);
 
     Product proj = product(width_.embed, channels);
     weight(proj, 0, block.proj, width_.embed_offset, slice.proj_column, floats(block.proj_bias, width_.embed_offset));
@@ -243,13 +244,14 @@ class Planner {
     add("proj, residual", proj);
   }
 
-  void attention(const AttentionSlice& slice, const Rows& before, bool last) {
+  void attention(int i, const Rows& before, bool last) {
+    const AttentionSlice& slice = width_.attention[i];
     Attention a{};
     a.images = call_.images, a.heads = slice.heads;
     a.image_rows = before.per_image, a.image_tokens = before.tokens;
     a.first_query = last ? model_.first_pooled : 0, a.last_query = last ? model_.last_pooled : before.tokens;
     a.scale = slice.scale;
-    a.qkv = at<void>(workspace_.qkv), a.qkv_stride = panel();
+    a.qkv = at<void>(workspace_.qkv[i % 2]), a.qkv_stride = panel();
     a.out = at<void>(workspace_.attended), a.out_stride = panel();
     a.out_image_rows = rows_.per_image;
     const auto blocks_of = [&](int query_tiles) {
@@ -257,7 +259,8 @@ class Planner {
       return (a.last_query + queries - 1) / queries - a.first_query / queries;
     };
     // Small blocks while they find a free SM: each loads all keys and values.
-    a.query_tiles = a.images * a.heads * blocks_of(1) <= 2 * device_.processors ? 1 : 2;
+    const bool few = a.images * a.heads * blocks_of(1) <= 2 * device_.processors;
+    a.query_tiles = few && !call_.together ? 1 : 2;
     a.first_block = a.first_query / (16 * a.query_tiles), a.blocks = blocks_of(a.query_tiles);
     Phase phase{};
     phase.name = "attention";

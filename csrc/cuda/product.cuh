@@ -1,7 +1,7 @@
 // One tile of a product: A (BM rows, depth), normalised or gathered where needed, times W^T, and what follows it.
 //
 // Shared memory: barriers | W, kStages tiles [BN][64] | A, kStages tiles [BM][64] or all depth / 64 of them, and later
-// the sums [BM][BN + 4] in float. W does not depend on earlier kernels: its first tiles are under way before the wait.
+// the sums [BM][BN + 4] in float. W does not depend on earlier phases: its first tiles are under way before the wait.
 #pragma once
 
 #include "tile.cuh"
@@ -161,8 +161,9 @@ __device__ inline bool is_wanted(const Product& p, int tile, ShapeSize size) {
   return (p.first_token < end && p.last_token > token) || end > p.image_rows + p.first_token;
 }
 
-template <class T, Shape shape, Loader loader>
-__device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<loader>& pipe) {
+// `wait()`, by all threads, until what the tile reads is there.
+template <class T, Shape shape, Loader loader, class Wait>
+__device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
   constexpr ShapeSize size = size_of(shape);
   constexpr int kRows = size.rows / size.warps_along_rows, kColumns = size.columns / size.warps_along_columns;
   constexpr uint32_t kATile = size.rows * kRowBytes, kWTile = size.columns * kRowBytes;
@@ -185,7 +186,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
   };
 
   for (int step = 0; step < kAhead && step < steps; step++) copy_w(step, pipe.filled + step);
-  wait_for_previous_kernel();
+  wait();
   for (int step = 0; step < kAhead; step++) {
     if (step < steps) copy_a(step, pipe.filled++);
     pipe.commit();

@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "check.h"
-#include "graph.h"
 #include "ptx.cuh"
 #include "reference.h"
+#include "schedule.h"
 
 namespace hydravit::cuda::tests {
 
@@ -69,7 +69,9 @@ class Network {
     for (float& v : pixels_.values) v = normal(random);
   }
 
-  std::vector<float> run(Loader loader, int processors, bool pooled_only, int first_image = 0, int images = -1) {
+  // `together`: as one kernel, and twice, for its counters go on.
+  std::vector<float> run(Loader loader, int processors, bool pooled_only, int first_image = 0, int images = -1,
+                         bool together = false) {
     if (images < 0) images = images_;
     const Model& model = test_.model;
     std::vector<Parameter> sources;
@@ -85,10 +87,19 @@ class Network {
                     static_cast<float*>(emulator::allocate(4 * count))};
     expect(pack(model, layout_, sources, dtype_, packed, nullptr) == 0, "packing");
     const Device device{processors, loader == Loader::kBulk ? 232448 : 166912, loader, 0};
-    const Call call{packed, memory, images, pooled_only};
+    const Call call{packed, memory, images, pooled_only, together};
     std::vector<Phase> phases = plan(model, layout_, test_.width, workspace, device, call);
     ends.set(phases);
-    for (const Phase& phase : phases) expect(launch(phase, dtype_, loader, nullptr) == 0, "launching");
+    if (together) {
+      const Schedule all = schedule(phases, device);
+      auto* steps = static_cast<Step*>(emulator::allocate(all.steps.size() * sizeof(Step)));
+      std::copy(all.steps.begin(), all.steps.end(), steps);
+      auto* counters = static_cast<uint32_t*>(emulator::allocate(all.counters * sizeof(uint32_t)));
+      std::fill_n(counters, all.counters, 0);
+      for (int i = 0; i < 2; i++) expect(launch(all, steps, counters, ends, dtype_, loader, nullptr) == 0, "launching");
+    } else {
+      for (const Phase& phase : phases) expect(launch(phase, dtype_, loader, nullptr) == 0, "launching");
+    }
     emulator::synchronize();
     std::vector<float> logits(ends.logits, ends.logits + count);
     emulator::release_all();
@@ -188,6 +199,13 @@ void test_networks() {
       same("with kernels that start early", network.run(Loader::kBulk, 132, true));
       emulator::settings().copies = emulator::Copies::kLate;
       same("with kernels that start early, late copies", network.run(Loader::kBulk, 132, true));
+      for (const auto copies : {emulator::Copies::kLate, emulator::Copies::kAtOnce}) {
+        emulator::settings().copies = copies;
+        emulator::settings().processors = 5;
+        same("in one kernel", network.run(Loader::kBulk, 5, true, 0, 3, true));
+        emulator::settings().shuffle++;
+        same("in one kernel, with the loader of sm_80", network.run(Loader::kAsync, 5, true, 0, 3, true));
+      }
       const std::vector<float> alone = network.run(Loader::kBulk, 132, true, 2, 1);
       const size_t classes = alone.size();
       expect(std::memcmp(alone.data(), logits.data() + 2 * classes, 4 * classes) == 0, "the same bits alone");

@@ -208,4 +208,18 @@ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t address) 
   if (settings().copies == Copies::kAtOnce) finish_copies(barrier);
 }
 
+void count(uint32_t* counter) {
+  check_global(counter, 4, 4);
+  ++*counter;
+}
+bool count_round(uint32_t* counter, int round) {
+  check_global(counter, 4, 4);
+  *counter = (*counter + 1) % static_cast<uint32_t>(round);
+  return *counter == 0;
+}
+void wait_for_count(const uint32_t* counter, uint32_t target) {
+  check_global(counter, 4, 4);
+  while (static_cast<int32_t>(*counter - target) < 0) wait_while(counter, *counter, "a counter");
+}
+
 }  // namespace hydravit::cuda

@@ -74,4 +74,10 @@ inline void copy_bulk_fence() {}
 inline void wait_for_previous_kernel() { emulator::wait_for_previous(); }
 inline void let_next_kernel_start() {}
 
+// ---- Between blocks of one kernel ----
+
+void count(uint32_t* counter);
+bool count_round(uint32_t* counter, int round);
+void wait_for_count(const uint32_t* counter, uint32_t target);
+
 }  // namespace hydravit::cuda
