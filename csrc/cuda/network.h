@@ -82,10 +82,17 @@ struct Device {
   int index;
 };
 
-// Offsets into the workspace, of activations at most `images` images need at any width.
+// Offsets into the workspace: activations of at most `images` images at any width.
 struct Workspace {
+  // Those of all rows, and those of the pooled rows alone, behind the last attention. Their rows are numbered apart, so
+  // in one buffer a tile of one image would overwrite what another image still needs.
+  struct Rows {
+    int64_t stream, attended, hidden;
+  };
   int64_t rows, image_rows;
-  int64_t stream, pooled_stream, qkv[2], attended, hidden, bytes;  // qkv of this block and the next
+  Rows all, pooled;
+  int64_t qkv[2];  // of this block and the next
+  int64_t bytes;
 
   Workspace(const Model& model, int images);
 };

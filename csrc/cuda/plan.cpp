@@ -83,11 +83,12 @@ Workspace::Workspace(const Model& model, int images)
     bytes += round_up(size, 1024);
     return offset;
   };
-  stream = place(4 * rows * model.embed);
-  pooled_stream = place(4 * rows * model.embed);
+  for (Rows* buffers : {&all, &pooled}) {
+    buffers->stream = place(4 * rows * model.embed);
+    buffers->attended = place(2 * rows * model.embed);
+    buffers->hidden = place(2 * rows * model.hidden);
+  }
   for (int64_t& offset : qkv) offset = place(2 * rows * 3 * model.embed);
-  attended = place(2 * rows * model.embed);
-  hidden = place(2 * rows * model.hidden);
 }
 
 // ---- Tiles ----
@@ -150,7 +151,7 @@ class Planner {
   // The rows of the residual stream that are computed now, and where those of an image's pooled tokens begin.
   struct Rows {
     int per_image, tokens, first_pooled;
-    float* stream;
+    const Workspace::Rows* buffers;
   };
 
   template <class T>
@@ -183,7 +184,7 @@ class Planner {
   }
   void normalised(Product& p, const Packed& norm_weight, const Packed& norm_bias) const {
     p.source = Source::kNorm;
-    p.a = rows_.stream, p.a_stride = width_.embed;
+    p.a = at<float>(rows_.buffers->stream), p.a_stride = width_.embed;
     p.norm_weight = floats(norm_weight, width_.embed_offset), p.norm_bias = floats(norm_bias, width_.embed_offset);
   }
   void panels(Product& p, int64_t offset) const {
@@ -196,16 +197,15 @@ class Planner {
   }
   void add_to_stream(Product& p, const Rows& from, const Packed& layer_scale) const {
     p.sink = Sink::kResidual;
-    p.c = rows_.stream, p.c_stride = width_.embed;
-    p.residual = from.stream;
+    p.c = at<float>(rows_.buffers->stream), p.c_stride = width_.embed;
+    p.residual = at<float>(from.buffers->stream);
     p.residual_image_rows = from.per_image;
-    p.residual_first = from.stream == rows_.stream ? 0 : from.first_pooled;
+    p.residual_first = from.buffers == rows_.buffers ? 0 : from.first_pooled;
     p.layer_scale = floats(layer_scale, width_.embed_offset);
   }
 
   void stem() {
-    rows_ = {static_cast<int>(workspace_.image_rows), model_.tokens(), model_.first_pooled,
-             at<float>(workspace_.stream)};
+    rows_ = {static_cast<int>(workspace_.image_rows), model_.tokens(), model_.first_pooled, &workspace_.all};
     Product p = product(width_.embed, layout_.stem.columns);
     p.source = Source::kPatches;
     p.channels = model_.channels, p.grid_height = model_.grid_height, p.grid_width = model_.grid_width;
@@ -213,7 +213,7 @@ class Planner {
     p.prefix_tokens = model_.prefix_tokens();
     weight(p, 0, layout_.stem, width_.embed_offset, 0, nullptr);
     p.sink = Sink::kPositions;
-    p.c = rows_.stream, p.c_stride = width_.embed;
+    p.c = at<float>(rows_.buffers->stream), p.c_stride = width_.embed;
     p.positions = floats(layout_.positions, width_.embed_offset), p.positions_stride = model_.embed;
     add("stem", p);
   }
@@ -234,12 +234,12 @@ class Planner {
     add("norm, qkv", qkv);
 
     const Rows before = rows_;
-    if (last) rows_ = {pooled(), pooled(), 0, at<float>(workspace_.pooled_stream)};
+    if (last) rows_ = {pooled(), pooled(), 0, &workspace_.pooled};
     attention(i, before, last);
 
     Product proj = product(width_.embed, channels);
     weight(proj, 0, block.proj, width_.embed_offset, slice.proj_column, floats(block.proj_bias, width_.embed_offset));
-    panels(proj, workspace_.attended);
+    panels(proj, rows_.buffers->attended);
     add_to_stream(proj, before, block.scale1);
     add("proj, residual", proj);
   }
@@ -252,7 +252,7 @@ class Planner {
     a.first_query = last ? model_.first_pooled : 0, a.last_query = last ? model_.last_pooled : before.tokens;
     a.scale = slice.scale;
     a.qkv = at<void>(workspace_.qkv[i % 2]), a.qkv_stride = panel();
-    a.out = at<void>(workspace_.attended), a.out_stride = panel();
+    a.out = at<void>(rows_.buffers->attended), a.out_stride = panel();
     a.out_image_rows = rows_.per_image;
     const auto blocks_of = [&](int query_tiles) {
       const int queries = 16 * query_tiles;
@@ -278,19 +278,19 @@ class Planner {
     Product fc1 = product(slice.hidden, width_.embed);
     weight(fc1, 0, block.fc1, slice.hidden_offset, width_.embed_offset, floats(block.fc1_bias, slice.hidden_offset));
     normalised(fc1, block.norm2_weight, block.norm2_bias);
-    to_panels(fc1, Sink::kGelu, workspace_.hidden);
+    to_panels(fc1, Sink::kGelu, rows_.buffers->hidden);
     add("norm, fc1, gelu", fc1);
 
     Product fc2 = product(width_.embed, slice.hidden);
     weight(fc2, 0, block.fc2, width_.embed_offset, slice.hidden_offset, floats(block.fc2_bias, width_.embed_offset));
-    panels(fc2, workspace_.hidden);
+    panels(fc2, rows_.buffers->hidden);
     add_to_stream(fc2, rows_, block.scale2);
     add("fc2, residual", fc2);
   }
 
   void head() {
     const Rows rows = rows_;
-    rows_ = {1, 1, 0, rows.stream};
+    rows_ = {1, 1, 0, rows.buffers};
     Product p = product(round_up_int(width_.classes, kPanel), width_.embed);
     weight(p, 0, layout_.head, width_.class_offset, width_.embed_offset,
            floats(layout_.head_bias, width_.class_offset));

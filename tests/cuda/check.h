@@ -9,5 +9,6 @@ void begin(const std::string& name);
 void expect(bool right, const std::string& what);
 
 void test_networks();
+void test_schedules();
 
 }  // namespace hydravit::cuda::tests
