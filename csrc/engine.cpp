@@ -26,7 +26,7 @@ T* pointer(uintptr_t address) {
 }
 
 std::unique_ptr<Engine> make(const std::map<std::string, int>& sizes, const std::string& dtype, int most_images,
-                             int device_index, const std::string& loader) {
+                             int device_index, const std::string& strategy, const std::string& loader) {
   const auto size = [&](const char* name) { return sizes.at(name); };
   const Model model{size("depth"),        size("embed"),       size("hidden"),     size("classes"),
                     size("channels"),     size("grid_height"), size("grid_width"), size("patch_height"),
@@ -37,18 +37,21 @@ std::unique_ptr<Engine> make(const std::map<std::string, int>& sizes, const std:
   if (loader == "async") device.loader = Loader::kAsync;
   if (loader != "async" && loader != "best")
     throw std::invalid_argument("loader: best or async expected, " + loader + " given");
-  return std::make_unique<Engine>(model, dtype_of(dtype), most_images, device);
+  if (strategy != "chain" && strategy != "persistent")
+    throw std::invalid_argument("strategy: chain or persistent expected, " + strategy + " given");
+  const Strategy how = strategy == "chain" ? Strategy::kChain : Strategy::kPersistent;
+  return std::make_unique<Engine>(model, dtype_of(dtype), most_images, device, how);
 }
 
 using Role = std::tuple<int, int, int, int, int, float>;  // rows of query, key, value; column; heads; scale
 
-int add_width(Engine& engine, std::pair<int, int> embed, const std::vector<Role>& attention,
-              const std::vector<std::pair<int, int>>& mlp, std::pair<int, int> classes, float eps) {
+void add_width(Engine& engine, std::pair<int, int> embed, const std::vector<Role>& attention,
+               const std::vector<std::pair<int, int>>& mlp, std::pair<int, int> classes, float eps) {
   Width width{embed.first, embed.second, {}, {}, classes.first, classes.second, eps};
   for (const auto& [query, key, value, column, heads, scale] : attention)
     width.attention.push_back({query, key, value, column, heads, scale});
   for (const auto& [offset, hidden] : mlp) width.mlp.push_back({offset, hidden});
-  return engine.add_width(width);
+  engine.add_width(width);
 }
 
 void pack_parameters(Engine& engine, const std::vector<std::tuple<uintptr_t, std::string, int64_t>>& parameters,
@@ -66,13 +69,14 @@ PYBIND11_MODULE(_engine, module) {
       .def(py::init(&make))
       .def_property_readonly("packed_bytes", &Engine::packed_bytes)
       .def_property_readonly("workspace_bytes", &Engine::workspace_bytes)
+      .def_property_readonly("schedule_bytes", &Engine::schedule_bytes)
       .def("use_memory",
-           [](Engine& engine, uintptr_t packed, uintptr_t workspace) {
-             engine.use_memory(pointer<uint8_t>(packed), pointer<uint8_t>(workspace));
+           [](Engine& engine, uintptr_t packed, uintptr_t workspace, uintptr_t schedules) {
+             check(
+                 engine.use_memory(pointer<uint8_t>(packed), pointer<uint8_t>(workspace), pointer<uint8_t>(schedules)));
            })
       .def("add_width", &add_width)
       .def("pack", &pack_parameters)
-      .def("record", [](Engine& engine) { check(engine.record()); })
       .def("run", [](Engine& engine, int width, int images, uintptr_t pixels, const std::string& pixel_dtype,
                      uintptr_t logits, uintptr_t stream) {
         const Ends ends{pointer<void>(pixels), dtype_of(pixel_dtype), pointer<float>(logits)};

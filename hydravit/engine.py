@@ -34,11 +34,13 @@ class Engine:
     Args:
         max_batch: the most images of one call.
         dtype: of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16.
+        cuda: how CUDA does it: ``strategy`` "chain" (a kernel for each phase, recorded as graphs; the default) or
+            "persistent" (one kernel); ``loader`` "best" (the default) or "async" (the way of sm_80, on any GPU).
     Raises:
         ValueError, RuntimeError: a dtype or a model that the kernels cannot compute, or kernels that were not built.
     """
 
-    def __init__(self, model: HydraViT, max_batch: int = 8, dtype: torch.dtype | None = None):
+    def __init__(self, model: HydraViT, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str):
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be an integer of at least 1, not {max_batch!r}")
         self.model, self.max_batch = model, max_batch
@@ -47,7 +49,9 @@ class Engine:
         self.dtype = possible[0] if dtype is None else dtype
         if self.dtype not in possible:
             raise ValueError(f"dtype must be {' or '.join(map(str, possible))} on {self.device.type}, not {dtype}")
-        self._network = (_CpuNetwork if self.device.type == "cpu" else _CudaNetwork)(self)
+        if cuda and self.device.type == "cpu":
+            raise ValueError(f"{', '.join(cuda)}: for engines on CUDA only")
+        self._network = (_CpuNetwork if self.device.type == "cpu" else _CudaNetwork)(self, **cuda)
         self._look()
 
     def __call__(self, images: Tensor, heads: int | None = None) -> Tensor:
@@ -110,7 +114,7 @@ class _CpuNetwork:
 
 
 class _CudaNetwork:
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, **cuda: str):
         model = engine.model
         reason = kernels.cuda_network_why_not(engine.device)
         if reason:
@@ -118,7 +122,7 @@ class _CudaNetwork:
         self.widths = {heads: i for i, heads in enumerate(model.allowed_heads)}
         widths = [_subnet(model.geometry(heads)) for heads in self.widths]
         how = (model.config.image_size, model.pool_range, widths, engine.dtype, engine.max_batch)
-        self._network = kernels.CudaNetwork(in_order(model), *how)
+        self._network = kernels.CudaNetwork(in_order(model), *how, **cuda)
 
     def pack(self, parameters: list[Tensor | None]) -> None:
         self._network.pack(parameters)

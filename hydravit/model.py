@@ -181,9 +181,9 @@ class HydraViT(nn.Module):
         if self.packed_inference is not None:
             self.packed_inference.drop()
 
-    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None) -> Engine:
+    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str) -> Engine:
         """Inference with the least latency: see ``hydravit.engine.Engine``."""
-        return Engine(self, max_batch, dtype)
+        return Engine(self, max_batch, dtype, **cuda)
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""

@@ -49,6 +49,7 @@ class CudaNetwork:
         parameters: in the order of ``pack``, on the device, in any floating dtype.
         image_size, pool: of the model; ``pool`` is the first token whose mean the head takes and the first behind.
         widths: the subnetworks that calls will name by their index.
+        strategy: "chain": a kernel for each phase, recorded as graphs; "persistent": one kernel for all of them.
         loader: "best" for the device, or "async": the way of sm_80, on a newer device too.
     """
 
@@ -60,6 +61,7 @@ class CudaNetwork:
         widths: Sequence[SubnetSlices],
         dtype: torch.dtype,
         most_images: int,
+        strategy: str = "chain",
         loader: str = "best",
     ):
         stem, classifier = parameters[:5], parameters[-2]
@@ -76,15 +78,13 @@ class CudaNetwork:
         self.device = stem[0].device
         self.most_images = most_images
         self._classes = [width.head.classes for width in widths]
-        self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, loader)
+        self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
         for width in widths:
             self._add(width)
-        memory = {"dtype": torch.uint8, "device": self.device}
-        self._packed = torch.empty(self._engine.packed_bytes, **memory)
-        self._workspace = torch.zeros(self._engine.workspace_bytes, **memory)
-        self._engine.use_memory(self._packed.data_ptr(), self._workspace.data_ptr())
+        sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
+        self._memory = [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
         self.pack(parameters)
-        self._engine.record()
 
     def _add(self, width: SubnetSlices) -> None:
         for a in width.attention:

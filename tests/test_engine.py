@@ -1,5 +1,6 @@
 """The engine object: on the CPU, and the CUDA one on the emulator, which computes what a GPU is asked to."""
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -41,16 +42,18 @@ def emulated(tmp_path_factory):
     return module
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.long)])
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("cuda", "persistent"))])
 def kind(request, monkeypatch):
-    """Engines of models on the CPU are, for "cuda", those of CUDA on the emulator."""
-    if request.param == "cuda":
+    """Engines of models on the CPU are, for "cuda" and "persistent", those of CUDA on the emulator."""
+    if request.param != "cpu":
         from hydravit import engine as of_model
 
         monkeypatch.setattr(engine, "_engine", request.getfixturevalue("emulated"))
         monkeypatch.setattr(engine, "cuda_network_why_not", lambda device: "")
         monkeypatch.setattr(of_model.kernels, "cuda_network_why_not", lambda device: "")
-        monkeypatch.setattr(of_model, "_CpuNetwork", of_model._CudaNetwork)
+        strategy = {"cuda": "chain", "persistent": "persistent"}[request.param]
+        network = functools.partial(of_model._CudaNetwork, strategy=strategy)
+        monkeypatch.setattr(of_model, "_CpuNetwork", network)
         monkeypatch.setitem(of_model.DTYPES, "cpu", of_model.DTYPES["cuda"])
     return request.param
 
@@ -101,7 +104,7 @@ def test_variants(kind, overrides):
 
 
 def test_float16(kind):
-    if kind == "cuda":
+    if kind != "cpu":
         check(make().engine(dtype=torch.float16), images(CONFIG, 2), heads=2)
 
 
@@ -164,6 +167,8 @@ def test_wrong_arguments_raise(kind):
         model.engine(max_batch=0)
     with pytest.raises(ValueError, match="^dtype must be .* not torch.float64"):
         model.engine(dtype=torch.float64)
+    with pytest.raises(ValueError, match="^strategy: for engines on CUDA only"):
+        model.engine(strategy="chain")
     engine, x = model.engine(max_batch=2), images(CONFIG, 3)
     with pytest.raises(ValueError, match="^images: at most max_batch=2 expected, 3 given"):
         engine(x)

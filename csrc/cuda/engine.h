@@ -1,50 +1,62 @@
-// An engine: one packed copy of a model's weights and a workspace, both given by the caller, and for every width and
-// number of images the phases to run, recorded as a graph where launching would take longer than computing.
-// One call at a time. Calls use the same workspace: their streams have to be ordered by the caller.
+// An engine: one packed copy of a model's weights and a workspace, both in memory of the caller's, and for every width
+// and number of images what is to be run, prepared so that a call is one launch. One call at a time. Calls use the same
+// workspace: their streams have to be ordered by the caller.
 #pragma once
 
 #include <memory>
 
 #include "graph.h"
-#include "network.h"
+#include "schedule.h"
 
 namespace hydravit::cuda {
 
 int describe_device(int index, Device& device);
 const char* error_text(int status);
 
+// A kernel for each phase, recorded as a graph; or one kernel for all of them.
+enum class Strategy { kChain, kPersistent };
+
 class Engine {
  public:
-  static constexpr int kMostImagesRecorded = 8;
+  // Of more images at once launching phase by phase hides behind the arithmetic.
+  static constexpr int kMostImagesPrepared = 8;
 
   // Throws std::invalid_argument for a model that the kernels cannot compute.
-  Engine(const Model& model, Dtype dtype, int most_images, const Device& device);
+  Engine(const Model& model, Dtype dtype, int most_images, const Device& device, Strategy strategy);
+  // Throws std::invalid_argument where the kernels cannot compute it. Widths are numbered from 0.
+  void add_width(const Width& width);
 
+  // What use_memory has to be given, behind the last add_width.
   int64_t packed_bytes() const { return layout_.bytes; }
   int64_t workspace_bytes() const { return workspace_.bytes; }
-  // Memory on the device, aligned to 16 bytes; before everything that follows.
-  void use_memory(uint8_t* packed, uint8_t* workspace);
+  int64_t schedule_bytes() const;
+  // Memory on the device, aligned to 16 bytes; the schedules' is written here, once.
+  int use_memory(uint8_t* packed, uint8_t* workspace, uint8_t* schedules);
 
-  // Returns the width's index; throws std::invalid_argument where the kernels cannot compute it.
-  int add_width(const Width& width);
   int pack(const std::vector<Parameter>& parameters, void* stream);
-  // Records every width with every number of images up to kMostImagesRecorded: later calls allocate nothing.
-  int record();
   // pixels (images, channels, height, width), contiguous, to logits (images, classes).
   int run(int width, int images, const Ends& ends, void* stream);
 
  private:
-  std::vector<Phase> phases(int width, int images, const Ends& ends) const;
+  struct Prepared {
+    std::unique_ptr<Graph> graph;  // kChain
+    Schedule schedule;             // kPersistent
+    const Step* steps;
+    uint32_t* counters;
+  };
+  std::vector<Phase> phases(int width, int images, const Ends& ends, bool together) const;
+  int most_prepared() const { return most_images_ < kMostImagesPrepared ? most_images_ : kMostImagesPrepared; }
 
   const Model model_;
   const Layout layout_;
   const Dtype dtype_;
   const int most_images_;
   const Device device_;
+  const Strategy strategy_;
   const Workspace workspace_;
   uint8_t *packed_ = nullptr, *workspace_memory_ = nullptr;
   std::vector<Width> widths_;
-  std::vector<std::vector<std::unique_ptr<Graph>>> graphs_;  // by width and number of images - 1
+  std::vector<std::vector<Prepared>> prepared_;  // by width and number of images - 1
 };
 
 }  // namespace hydravit::cuda
