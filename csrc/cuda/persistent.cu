@@ -33,8 +33,10 @@ __device__ void step_tile(const Step& step, int tile, uint8_t* memory, Pipe<load
     return;
   else if (step.shape == Shape::k32x32)
     product_tile<T, Shape::k32x32>(step.product, tile, memory, pipe, wait);
-  else if (step.shape == Shape::k64x64)
-    product_tile<T, Shape::k64x64>(step.product, tile, memory, pipe, wait);
+  else if (step.shape == Shape::k32x64)
+    product_tile<T, Shape::k32x64>(step.product, tile, memory, pipe, wait);
+  else if (step.shape == Shape::k32x128)
+    product_tile<T, Shape::k32x128>(step.product, tile, memory, pipe, wait);
   else
     product_tile<T, Shape::k128x64>(step.product, tile, memory, pipe, wait);
 }

@@ -31,8 +31,10 @@ enum class Dtype : int { kFp32, kBf16, kFp16 };
 
 // ---- Products: C = f(A W^T) ----
 
-// Rows and columns of one tile of C; the columns divide a panel.
-enum class Shape : int { k16x32, k32x32, k64x64, k128x64 };
+// Rows and columns of one tile of C. Few rows and many columns suit a norm in front, whose float rows are the larger
+// part of what a tile loads.
+enum class Shape : int { k16x32, k32x32, k32x64, k32x128, k128x64 };
+constexpr Shape kShapes[] = {Shape::k16x32, Shape::k32x32, Shape::k32x64, Shape::k32x128, Shape::k128x64};
 struct ShapeSize {
   int rows, columns, warps_along_rows, warps_along_columns;
 };
@@ -42,8 +44,10 @@ constexpr ShapeSize size_of(Shape shape) {
       return {16, 32, 1, 2};
     case Shape::k32x32:
       return {32, 32, 2, 2};
-    case Shape::k64x64:
-      return {64, 64, 2, 2};
+    case Shape::k32x64:
+      return {32, 64, 2, 2};
+    case Shape::k32x128:
+      return {32, 128, 2, 2};
     default:
       return {128, 64, 2, 2};
   }

@@ -50,8 +50,10 @@ int visit_kernel(const Phase& phase, const Visit& visit) {
       return visit(product_kernel<T, Shape::k16x32, loader>, phase.product);
     case Shape::k32x32:
       return visit(product_kernel<T, Shape::k32x32, loader>, phase.product);
-    case Shape::k64x64:
-      return visit(product_kernel<T, Shape::k64x64, loader>, phase.product);
+    case Shape::k32x64:
+      return visit(product_kernel<T, Shape::k32x64, loader>, phase.product);
+    case Shape::k32x128:
+      return visit(product_kernel<T, Shape::k32x128, loader>, phase.product);
     default:
       return visit(product_kernel<T, Shape::k128x64, loader>, phase.product);
   }
@@ -77,9 +79,10 @@ int prepare(Dtype dtype, const Device& device) {
     return status;
   };
   Phase phase{};
-  for (phase.shape = Shape::k16x32; phase.shape <= Shape::k128x64;
-       phase.shape = static_cast<Shape>(static_cast<int>(phase.shape) + 1))
+  for (const Shape shape : kShapes) {
+    phase.shape = shape;
     visit_kernel(phase, dtype, device.loader, allow);
+  }
   phase.is_attention = true;
   return visit_kernel(phase, dtype, device.loader, allow);
 }

@@ -95,20 +95,25 @@ Workspace::Workspace(const Model& model, int images)
 
 namespace {
 
-// Rough times, estimates and not measurements: what a step of 64 channels costs at least, how fast a block gets its
-// tiles and multiplies them when it has the SM to itself, and what a tile costs beside its steps.
-constexpr double kStepNs = 60, kBytesPerNs = 60, kMultiplyAddsPerNs = 1500, kTileNs = 900;
-
-double cost(const Product& p, Shape shape, const Device& device) {
+int tiles_of(const Product& p, Shape shape) {
   const ShapeSize size = size_of(shape);
-  const int64_t memory = shared_bytes(shape, p.source, p.depth);
-  const int64_t tiles = (p.rows + size.rows - 1) / size.rows * int64_t{p.columns / size.columns};
-  const int64_t resident = std::max<int64_t>(1, std::min<int64_t>(2, device.shared_bytes / memory));
-  const int64_t waves = (tiles + device.processors * resident - 1) / (device.processors * resident);
-  const double sharing = tiles > device.processors ? static_cast<double>(resident) : 1.0;
-  const double loads = (size.rows + size.columns) * kRowBytes / kBytesPerNs;
-  const double products = size.rows * size.columns * kPanel / kMultiplyAddsPerNs;
-  const double step = std::max({kStepNs, sharing * loads, sharing * products});
+  return (p.rows + size.rows - 1) / size.rows * ((p.columns + size.columns - 1) / size.columns);
+}
+
+// Rough times, estimates and not measurements: what a tile and each of its steps of 64 channels cost at least, and how
+// fast an SM gets what its tiles read and multiplies it.
+constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500;
+
+double time_of(const Product& p, Shape shape, const Device& device) {
+  const ShapeSize size = size_of(shape);
+  const int64_t tiles = tiles_of(p, shape), processors = device.processors;
+  const int64_t resident = std::clamp<int64_t>(device.shared_bytes / shared_bytes(shape, p.source, p.depth), 1, 2);
+  const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
+  const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
+  const int row_bytes = p.source == Source::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
+  const double load = (size.rows * row_bytes + size.columns * kRowBytes) / kBytesPerNs;
+  const double multiply = size.rows * size.columns * kPanel / kMultiplyAddsPerNs;
+  const double step = std::max(kStepNs, static_cast<double>(at_once) * std::max(load, multiply));
   return static_cast<double>(waves) * (kTileNs + p.depth / kPanel * step);
 }
 
@@ -117,13 +122,12 @@ Phase product_phase(const char* name, const Product& p, const Device& device, bo
   phase.name = name;
   phase.product = p;
   double best = std::numeric_limits<double>::infinity();
-  for (const Shape shape : {Shape::k16x32, Shape::k32x32, Shape::k64x64, Shape::k128x64}) {
+  for (const Shape shape : kShapes) {
     if (shared_bytes(shape, p.source, p.depth) > device.shared_bytes) continue;
     if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
-    if (const double time = cost(p, shape, device); time < best) best = time, phase.shape = shape;
+    if (const double time = time_of(p, shape, device); time < best) best = time, phase.shape = shape;
   }
-  const ShapeSize size = size_of(phase.shape);
-  phase.blocks = (p.rows + size.rows - 1) / size.rows * (p.columns / size.columns);
+  phase.blocks = tiles_of(p, phase.shape);
   phase.threads = threads_of(phase.shape);
   phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth);
   return phase;

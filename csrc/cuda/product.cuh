@@ -156,7 +156,7 @@ __device__ inline Corner corner_of(const Product& p, int tile, ShapeSize size) {
 // Whether a row of this tile is wanted.
 __device__ inline bool is_wanted(const Product& p, int tile, ShapeSize size) {
   const Corner corner = corner_of(p, tile, size);
-  if (corner.column >= p.segment || p.last_token - p.first_token >= p.image_tokens) return true;
+  if (corner.column + size.columns > p.segment || p.last_token - p.first_token >= p.image_tokens) return true;
   const int token = corner.row % p.image_rows, end = token + size.rows;
   return (p.first_token < end && p.last_token > token) || end > p.image_rows + p.first_token;
 }
@@ -174,12 +174,20 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
 
   uint8_t* a_memory = memory + kBarrierBytes + kStages * kWTile;
   const uint32_t w_tiles = shared_address(memory + kBarrierBytes), a_tiles = shared_address(a_memory);
-  const int segment = first_column / p.segment, segment_row = first_column % p.segment;
-  const T* w = static_cast<const T*>(p.weight[segment]) + static_cast<int64_t>(segment_row) * kPanel;
+  // W's rows come in runs that lie in one segment each; the last tile may have a run less.
+  constexpr int kRunRows = size.columns < kPanel ? size.columns : kPanel, kRuns = size.columns / kRunRows;
+  const int runs = min(kRuns, (p.columns - first_column) / kRunRows);
+  const T* w[kRuns];
+  for (int i = 0; i < kRuns; i++) {
+    const int column = first_column + (i < runs ? i : 0) * kRunRows;
+    w[i] = static_cast<const T*>(p.weight[column / p.segment]) + static_cast<int64_t>(column % p.segment) * kPanel;
+  }
   const T* a = static_cast<const T*>(p.a) + static_cast<int64_t>(first_row) * kPanel;
   const auto copy_w = [&](int step, int filling) {
-    pipe.expect(streamed ? kWTile + kATile : kWTile, filling);
-    pipe.copy(w_tiles + filling % kStages * kWTile, w + step * p.weight_stride, kWTile, filling);
+    constexpr uint32_t kRun = kRunRows * kRowBytes;
+    pipe.expect(runs * kRun + (streamed ? kATile : 0), filling);
+    for (int i = 0; i < runs; i++)
+      pipe.copy(w_tiles + filling % kStages * kWTile + i * kRun, w[i] + step * p.weight_stride, kRun, filling);
   };
   const auto copy_a = [&](int step, int filling) {
     if (streamed) pipe.copy(a_tiles + filling % kStages * kATile, a + step * p.a_stride, kATile, filling);
@@ -246,6 +254,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
   constexpr int kChunks = size.columns / kChunk;
   for (int i = threadIdx.x; i < size.rows * kChunks; i += blockDim.x) {
     const int r = i / kChunks, c = i % kChunks * kChunk;
+    if (first_column + c >= p.columns) continue;
     const auto low = load<float4>(all + r * kPitch + c), high = load<float4>(all + r * kPitch + c + 4);
     float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     finish_chunk<T>(p, first_row + r, first_column + c, v);

@@ -182,28 +182,27 @@ void test_networks() {
       Network network(test, dtype, 3);
       const std::vector<float> logits = network.run(Loader::kBulk, 132, true);
       network.check_error(logits);
-      // Few processors take large tiles; each other way differs in one thing.
       const auto same = [&](const char* what, const std::vector<float>& other) {
         const bool equal =
             other.size() == logits.size() && std::memcmp(other.data(), logits.data(), 4 * other.size()) == 0;
         expect(equal, std::string("the same bits ") + what);
       };
+      // Few processors take large tiles.
       same("with large tiles", network.run(Loader::kBulk, 1, true));
       same("with all tokens of the last block", network.run(Loader::kBulk, 4, false));
       same("with the loader of sm_80", network.run(Loader::kAsync, 132, true));
-      emulator::settings().copies = emulator::Copies::kAtOnce;
-      emulator::settings().shuffle = 5;
-      same("with the loader of sm_80, copies at once", network.run(Loader::kAsync, 2, true));
-      same("with copies at once", network.run(Loader::kBulk, 4, true));
-      emulator::settings().early = true;
-      same("with kernels that start early", network.run(Loader::kBulk, 132, true));
-      emulator::settings().copies = emulator::Copies::kLate;
-      same("with kernels that start early, late copies", network.run(Loader::kBulk, 132, true));
-      for (const auto copies : {emulator::Copies::kLate, emulator::Copies::kAtOnce}) {
-        emulator::settings().copies = copies;
-        emulator::settings().processors = 5;
+      emulator::Settings& settings = emulator::settings();
+      for (const auto copies : {emulator::Copies::kAtOnce, emulator::Copies::kLate}) {
+        settings.copies = copies;
+        settings.reversed = !settings.reversed;
+        settings.warps_run_ahead = true;
+        settings.early = true;
+        settings.processors = 132;
+        same("with kernels that start early", network.run(Loader::kBulk, 132, true));
+        same("with the loader of sm_80, warps apart", network.run(Loader::kAsync, 2, true));
+        settings.processors = 5;
         same("in one kernel", network.run(Loader::kBulk, 5, true, 0, 3, true));
-        emulator::settings().shuffle++;
+        settings.warps_run_ahead = false;
         same("in one kernel, with the loader of sm_80", network.run(Loader::kAsync, 5, true, 0, 3, true));
       }
       const std::vector<float> alone = network.run(Loader::kBulk, 132, true, 2, 1);

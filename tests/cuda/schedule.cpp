@@ -38,7 +38,7 @@ std::vector<Access> accesses(const Step& s, int tile) {
   const Corner corner = corner_of(p, tile, size);
   const bool padded = p.sink == Sink::kPanels || p.sink == Sink::kGelu;
   const Range rows{corner.row, padded ? corner.row + size.rows : std::min(corner.row + size.rows, p.rows)};
-  const Range columns{corner.column, corner.column + size.columns};
+  const Range columns{corner.column, std::min(corner.column + size.columns, p.columns)};
   std::vector<Access> result{{p.c, rows, columns, true}};
   if (p.source != Source::kPatches) result.push_back({p.a, rows_read(s, tile), {0, p.depth}, false});
   if (p.sink == Sink::kResidual)

@@ -94,17 +94,34 @@ bool is_done(const Block& block) {
   return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
 }
 
-// Lets every thread run that can; returns whether one could.
-bool advance(Block& block) {
+std::vector<unsigned> order_of(unsigned count) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (settings().reversed) std::reverse(order.begin(), order.end());
+  return order;
+}
+
+// Lets the threads of a warp that can run do so; returns whether one could.
+bool advance(Block& block, size_t warp) {
   bool any = false;
-  const size_t count = block.threads.size(), first = settings().shuffle * 37 % count;
-  for (size_t i = 0; i < count; i++) {
-    Thread& thread = block.threads[(first + i) % count];
+  for (size_t i = 32 * warp; i < 32 * (warp + 1); i++) {
+    Thread& thread = block.threads[i];
     if (thread.done || (thread.word != nullptr && *thread.word == thread.value)) continue;
     thread.word = nullptr;
     resume(thread);
     any = true;
   }
+  return any;
+}
+
+// All warps by turns, or each as far as it gets before the next: the two ends of what a GPU may do.
+bool advance(Block& block) {
+  bool any = false;
+  for (const unsigned warp : order_of(static_cast<unsigned>(block.warps.size())))
+    while (advance(block, warp)) {
+      any = true;
+      if (!settings().warps_run_ahead) break;
+    }
   return any;
 }
 
@@ -122,13 +139,6 @@ void fail_stuck(const Block& block) {
   for (const Thread& thread : block.threads) counts[thread.done ? "nothing (ended)" : thread.waits_for]++;
   for (const auto& [name, count] : counts) what += " " + name + ": " + std::to_string(count) + " threads;";
   fail(what);
-}
-
-std::vector<unsigned> order_of(unsigned count) {
-  std::vector<unsigned> order(count);
-  std::iota(order.begin(), order.end(), 0u);
-  if (settings().shuffle % 2) std::reverse(order.begin(), order.end());
-  return order;
 }
 
 void make_all(Grid& grid) {

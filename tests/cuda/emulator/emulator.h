@@ -24,9 +24,10 @@ enum class Copies { kAtOnce, kLate };
 
 struct Settings {
   Copies copies = Copies::kLate;
-  bool early = false;    // kernels that may start early do so before the kernel in front of them has begun
-  unsigned shuffle = 0;  // another order of threads and blocks
-  int processors = 132;  // of the device
+  bool early = false;            // kernels that may start early do so before the kernel in front of them has begun
+  bool reversed = false;         // the last blocks and warps come first
+  bool warps_run_ahead = false;  // each as far as it gets before the next
+  int processors = 132;          // of the device
   int shared_bytes = 232448;
   int capability = 90;
 };
