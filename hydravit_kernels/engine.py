@@ -82,7 +82,9 @@ class CudaNetwork:
         for width in widths:
             self._add(width)
         sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
-        self._memory = [torch.zeros(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the engine writes at once, and whoever had this memory may still run
         self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
         self.pack(parameters)
 

@@ -111,7 +111,7 @@ std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& w
 
 // Before the first launch on a device: lets its kernels have as much shared memory as there is.
 int prepare(Dtype dtype, const Device& device);
-// One phase as one kernel on the stream; with the bulk loader it starts early and waits for the one in front.
+// One phase as one kernel on the stream.
 int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream);
 // The kernel that computes the phase, as CUDA knows it.
 const void* kernel_of(const Phase& phase, Dtype dtype, Loader loader);

@@ -129,6 +129,7 @@ constexpr int threads_of(const Attention& a) { return 32 * kKeyGroups * a.query_
 struct Phase {
   const char* name;
   bool is_attention;
+  bool early;   // its kernel may start, and fetch weights, before the kernel in front has ended
   Shape shape;  // of a product
   int blocks, threads;
   int64_t shared_bytes;

@@ -98,7 +98,7 @@ int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream) {
     config.dynamicSmemBytes = static_cast<size_t>(phase.shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &early;
-    config.numAttrs = loader == Loader::kBulk ? 1 : 0;
+    config.numAttrs = phase.early ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, argument);
   });
 }

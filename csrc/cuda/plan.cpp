@@ -148,6 +148,8 @@ class Planner {
       if (width_.mlp[i].hidden > 0) mlp_block(i);
     }
     head();
+    // Not the first: in front of it the weights themselves may just be packed.
+    for (size_t i = 1; i < phases_.size(); i++) phases_[i].early = device_.loader == Loader::kBulk;
     return std::move(phases_);
   }
 
