@@ -80,11 +80,19 @@ def build_native() -> tuple[list[Path], dict]:
     toolchain = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")] + [shutil.which("nvcc")]
     build = ROOT / "build" / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
-    cuda = "ON" if MODE == "cuda" else "AUTO"
-    options = [f"-DTORCH_ROOT={torch_root}", f"-DHYDRAVIT_CUDA={cuda}", f"-DPython_EXECUTABLE={sys.executable}"]
-    run(cmake, "-S", ROOT, "-B", build, *generator, *options)
-    run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
-    info = json.loads((build / "build_info.json").read_text())
+    options = [f"-DTORCH_ROOT={torch_root}", f"-DPython_EXECUTABLE={sys.executable}"]
+
+    def compile_with(cuda: str) -> dict:
+        run(cmake, "-S", ROOT, "-B", build, *generator, *options, f"-DHYDRAVIT_CUDA={cuda}")
+        run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
+        return json.loads((build / "build_info.json").read_text())
+
+    try:
+        info = compile_with("ON" if MODE == "cuda" else "AUTO")
+    except NotBuilt as reason:
+        if MODE == "cuda":
+            raise
+        info = {**compile_with("OFF"), "cuda_why_not": str(reason)}  # an nvcc that does not work costs no CPU kernels
     built = LIBRARIES if info["cuda_architectures"] else LIBRARIES[:1]
     return [build / name for name in built], {**info, "torch": torch_version}
 

@@ -104,10 +104,11 @@ int tiles_of(const Product& p, Shape shape) {
 // fast an SM gets what its tiles read and multiplies it.
 constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500;
 
-double time_of(const Product& p, Shape shape, const Device& device) {
+double time_of(const Product& p, Shape shape, const Device& device, bool together) {
   const ShapeSize size = size_of(shape);
   const int64_t tiles = tiles_of(p, shape), processors = device.processors;
-  const int64_t resident = std::clamp<int64_t>(device.shared_bytes / shared_bytes(shape, p.source, p.depth), 1, 2);
+  const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth);
+  const int64_t resident = together ? 1 : std::clamp<int64_t>(fit, 1, 2);
   const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
   const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
   const int row_bytes = p.source == Source::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
@@ -125,7 +126,7 @@ Phase product_phase(const char* name, const Product& p, const Device& device, bo
   for (const Shape shape : kShapes) {
     if (shared_bytes(shape, p.source, p.depth) > device.shared_bytes) continue;
     if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
-    if (const double time = time_of(p, shape, device); time < best) best = time, phase.shape = shape;
+    if (const double time = time_of(p, shape, device, together); time < best) best = time, phase.shape = shape;
   }
   phase.blocks = tiles_of(p, phase.shape);
   phase.threads = threads_of(phase.shape);
