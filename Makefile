@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long bench gpu lint format build report clean
+.PHONY: help demo test test-long bench gpu lint format build resources report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,9 @@ format: build  ## put Python and C++ in that style
 	clang-format -i $(CXX_FILES)
 
 build: .venv/built  ## the environment and the native library, incrementally
+
+resources:  ## registers and spills of every CUDA kernel, to csrc/cuda/resources.csv; needs nvcc, no GPU
+	$(PYTHON) -m bench.resources
 
 report: build  ## what was built, what runs on this machine, and why the rest does not
 	python -m hydravit_kernels

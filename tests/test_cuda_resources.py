@@ -8,7 +8,7 @@ from bench import resources
 
 
 def test_the_report_is_of_these_sources():
-    """If it is not: ``python -m bench.resources``, where nvcc is."""
+    """If it is not: ``make resources``, where nvcc is."""
     assert resources.read()[0].endswith(f"sources {resources.fingerprint()}")
 
 

@@ -34,7 +34,7 @@ Engine::Engine(const Model& model, Dtype dtype, int most_images, const Device& d
 void Engine::add_width(const Width& width) {
   if (const std::string reason = why_not(model_, width); !reason.empty()) throw std::invalid_argument(reason);
   widths_.push_back(width);
-  for (const bool together : {false, true})
+  for (const bool together : {false, strategy_ == Strategy::kPersistent})
     for (const Phase& phase : phases(static_cast<int>(widths_.size()) - 1, most_images_, {}, together))
       if (phase.shared_bytes > device_.shared_bytes)
         throw std::invalid_argument(std::string(phase.name) + " needs " + std::to_string(phase.shared_bytes) +

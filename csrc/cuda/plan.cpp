@@ -46,7 +46,9 @@ Layout::Layout(const Model& model) {
     blocks.push_back(block);
   }
   norm_weight = vector(embed), norm_bias = vector(embed);
-  head = matrix(model.classes, embed), head_bias = vector(model.classes);
+  // A width's own classifier may begin inside of 64 rows; its last tile then ends inside of the 64 behind.
+  const int class_rows = model.classes + kPanel;
+  head = matrix(class_rows, embed), head_bias = vector(class_rows);
 }
 
 // ---- What the kernels cannot compute ----

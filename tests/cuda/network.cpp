@@ -155,7 +155,7 @@ std::vector<Case> cases() {
   offsets.width.attention[0] = {64, 256, 384, 64, 2, 0.2f};
   offsets.width.attention[1] = {128, 192, 448, 0, 1, 0.125f};
   offsets.width.mlp[1] = {64, 192};
-  offsets.model.classes = 24, offsets.width.class_offset = 8, offsets.width.classes = 9;
+  offsets.model.classes = 64, offsets.width.class_offset = 48, offsets.width.classes = 16;
   result.push_back(offsets);
 
   Model average = small;  // 50 tokens, of which the mean of the last 49
