@@ -259,7 +259,7 @@ class _File:
         if not rows:
             return
         self.document.heading("Training")
-        self.document.add("<p>One step: forward, backward and AdamW on all parameters.</p>")
+        self.document.add("<p>One step: forward, backward and AdamW on all parameters, unless a peer says else.</p>")
         groups = list(results.grouped(rows, *_CONDITIONS).values())
         bars = [self._mean_bars(self._title(own[0]), own, "") for own in groups]
         self.document.add(figures(*bars))

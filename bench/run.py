@@ -167,7 +167,7 @@ def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in peers())
-    parts = "\n".join(f"  {part:16} {about}" for part, about in PARTS.items())
+    parts = "\n".join(f"  {name:16} {part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",
         description="Measure every width beside the best other tools; writes NAME.json, NAME.csv and NAME.html.",

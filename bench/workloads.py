@@ -15,28 +15,30 @@ from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.evaluation.cost import attention_macs, cost, mlp_macs
 from hydravit.geometry import Geometry, every_width
 
+
+class Part(NamedTuple):
+    """What ``--parts`` can name: the tasks of its workloads."""
+
+    about: str
+    tasks: tuple[str, ...]
+
+
 # In the order of a run: what tells most first, so that a deadline costs the least.
 PARTS = {
-    "inference": "the whole network, every width and batch",
-    "switching": "another width in every call, beside the same calls without switching",
-    "mixed": "one batch whose images differ in width, beside what they would cost in batches of one width",
-    "memory": "what it takes to hold all widths ready; one process per peer",
-    "copies": "weight bytes that a call copies",
-    "cold": "one image, with the processor's caches flushed before every call",
-    "blocks": "attention and MLP alone, forward, and forward and backward",
-    "training": "forward, backward and AdamW, every width and all in turn; large batches take minutes on a CPU",
-    "training_memory": "the most that such a step needs; one process per peer",
-}
-TASKS = {
-    "inference": ("inference",),
-    "switching": ("switching",),
-    "mixed": ("mixed",),
-    "memory": ("memory",),
-    "copies": ("copies",),
-    "cold": ("inference",),
-    "blocks": ("attention", "mlp", "attention_backward", "mlp_backward"),
-    "training": ("training",),
-    "training_memory": ("training_memory",),
+    "inference": Part("the whole network, every width and batch", ("inference",)),
+    "switching": Part("another width in every call, beside the same calls without switching", ("switching",)),
+    "mixed": Part("one batch whose images differ in width, beside their shares of batches of one width", ("mixed",)),
+    "memory": Part("what it takes to hold all widths ready; one process per peer", ("memory",)),
+    "copies": Part("weight bytes that a call copies", ("copies",)),
+    "cold": Part("one image, with the processor's caches flushed before every call", ("inference",)),
+    "blocks": Part(
+        "attention and MLP alone, forward, and forward and backward",
+        ("attention", "mlp", "attention_backward", "mlp_backward"),
+    ),
+    "training": Part(
+        "forward, backward and AdamW, every width and all in turn; large batches take minutes on a CPU", ("training",)
+    ),
+    "training_memory": Part("the most that such a step needs; one process per peer", ("training_memory",)),
 }
 # tf32: float32 tensors whose products may be rounded to TensorFloat-32, the default of the authors' code on a GPU.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,10 +93,10 @@ def workloads(
                     Workload(part, every, batch, dtype, config) for batch in batches if batch >= len(every) > 1
                 )
             elif part in ("copies", "cold"):
-                task, cold = TASKS[part][0], part == "cold"
+                (task,), cold = PARTS[part].tasks, part == "cold"
                 result.extend(Workload(task, (k,), 1, dtype, config, cold) for k in order)
             else:
-                shapes = [(task, (k,), batch) for task in TASKS[part] for batch in batches for k in order]
+                shapes = [(task, (k,), batch) for task in PARTS[part].tasks for batch in batches for k in order]
                 if part == "training" and len(every) > 1:
                     shapes.extend(("training", every, batch) for batch in batches)
                 result.extend(Workload(task, k, batch, dtype, config) for task, k, batch in shapes)
@@ -118,7 +120,7 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Needs:
+def needs(workload: Workload, alone: bool = False, pooled_only: bool = False) -> Needs:
     """What one call of the workload (of several widths: one of each) cannot do without.
 
     ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: as
@@ -129,11 +131,11 @@ def needs(workload: Workload, alone: bool = False, pooled_only: str = "") -> Nee
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: str) -> Needs:
+def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
     training = workload.task.startswith("training")
-    params, macs = cost(config, geometry, "mlp" if training and pooled_only else pooled_only)
+    params, macs = cost(config, geometry, pooled_only)
     batch = len(range(workload.batch)[images_of(workload, heads)])
     size = DTYPES[workload.dtype].itemsize
     images = batch * config.in_channels * config.image_size[0] * config.image_size[1]

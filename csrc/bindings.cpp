@@ -1,4 +1,4 @@
-// The ops of hydravit_kernels/ops.py on the CPU, on torch's stable ABI: the only file that sees torch.
+// The network's ops of hydravit_kernels/ops.py on the CPU, on torch's stable ABI.
 //
 // An op checks what it is given, allocates its outputs, folds the slices' offsets into base pointers and calls one
 // kernel per run of consecutive images of the same slice. Parameters are never copied: what a kernel cannot read in
@@ -10,15 +10,6 @@
 
 namespace hydravit {
 namespace {
-
-Threads torch_threads() {
-  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
-  };
-  return {parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-void check_status(int status) { HYDRAVIT_CHECK(status == kOk, "hydravit: ", status_text(status)); }
 
 Tensor empty_output(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
@@ -232,6 +223,7 @@ struct AttentionArguments {
   std::vector<double> scales;
   double eps;
   OptionalTensor subnet;
+  int64_t queries;
 
   // Sizes of what forward saves: the largest of any slice.
   int64_t qkv = 0, attended = 0, heads = 0;
@@ -252,12 +244,15 @@ std::vector<AttentionBlock> describe(AttentionArguments& arguments) {
 
   std::vector<AttentionBlock> result;
   check_subnet(arguments.subnet, count, x.batch);
+  HYDRAVIT_CHECK(arguments.queries >= 1 && arguments.queries <= x.tokens, "queries: 1 to ", x.tokens,
+                 " tokens expected, ", arguments.queries, " given");
   HYDRAVIT_CHECK(static_cast<int64_t>(arguments.scales.size()) == count, "scales: one for each of ", count,
                  " slices expected, ", arguments.scales.size(), " given");
   for (int64_t i = 0; i < count; i++) {
     const AttentionIntervals slice(&arguments.slices[static_cast<size_t>(i * kAttentionIntegers)]);
     AttentionBlock block{};
-    block.batch = x.batch, block.tokens = x.tokens, block.embed = slice.embed.length;
+    block.batch = x.batch, block.tokens = x.tokens, block.queries = arguments.queries;
+    block.embed = slice.embed.length;
     block.heads = slice.heads, block.head_dim = slice.head_dim, block.value_dim = slice.value_dim;
     block.pitch = slice.pitch;
     block.scale = static_cast<float>(arguments.scales[static_cast<size_t>(i)]);
@@ -303,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
     const OptionalTensor& qkv_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
     const OptionalTensor& layer_scale, const OptionalTensor& branch_scale, const Integers& slices,
-    const std::vector<double>& scales, double eps, const OptionalTensor& subnet, bool save) {
+    const std::vector<double>& scales, double eps, const OptionalTensor& subnet, int64_t queries, bool save) {
   AttentionArguments arguments{x,
                                {"norm_weight", norm_weight},
                                {"norm_bias", norm_bias},
@@ -316,19 +311,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
                                slices,
                                scales,
                                eps,
-                               subnet};
+                               subnet,
+                               queries};
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
-  const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
+  const Tensor y = torch::stable::new_empty(x, {batch, queries, width});
   const auto saved = [&](const Integers& shape) { return save ? torch::stable::new_empty(x, shape) : empty_output(x); };
-  const Tensor qkv = saved({batch, tokens, arguments.qkv}), attended = saved({batch, tokens, arguments.attended});
+  const Tensor qkv = saved({batch, tokens, arguments.qkv}), attended = saved({batch, queries, arguments.attended});
   const Tensor logsumexp = saved({batch, arguments.heads * tokens});
   const MutableTokens all = mutable_tokens_of(y);
   for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
     AttentionBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, qkv, attended, logsumexp);
     block.y = from_image(all, image);
     check_status(attention_block_cpu(block, torch_threads()));
-    zero_beyond(block.y, count, tokens, block.embed, width);
+    zero_beyond(block.y, count, queries, block.embed, width);
   });
   return {y, qkv, attended, logsumexp};
 }
@@ -339,7 +335,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
                                 const OptionalTensor& proj_bias, const OptionalTensor& layer_scale,
                                 const OptionalTensor& branch_scale, const Integers& slices,
                                 const std::vector<double>& scales, double eps, const OptionalTensor& subnet,
-                                bool x_grad, const OptionalTensor& grad_norm_weight,
+                                int64_t queries, bool x_grad, const OptionalTensor& grad_norm_weight,
                                 const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_qkv_weight,
                                 const OptionalTensor& grad_qkv_bias, const OptionalTensor& grad_proj_weight,
                                 const OptionalTensor& grad_proj_bias, const OptionalTensor& grad_layer_scale) {
@@ -355,12 +351,13 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
                                slices,
                                scales,
                                eps,
-                               subnet};
+                               subnet,
+                               queries};
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
-  check(grad, "grad", {batch, tokens, width});
+  check(grad, "grad", {batch, queries, width});
   check(qkv, "qkv", {batch, tokens, arguments.qkv});
-  check(attended, "attended", {batch, tokens, arguments.attended});
+  check(attended, "attended", {batch, queries, arguments.attended});
   check(logsumexp, "logsumexp", {batch, arguments.heads * tokens});
   HYDRAVIT_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
@@ -738,7 +735,8 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
                                            of_block(attention_slices, i),
                                            of_block(scales, i),
                                            eps,
-                                           subnet};
+                                           subnet,
+                                           stream.tokens};
     const MlpArguments mlp_arguments{stream,
                                      p.vector("norm2.weight", {embed}),
                                      p.vector("norm2.bias", {embed}),

@@ -1,4 +1,4 @@
-// What the bindings check before a kernel sees a pointer. Included by bindings.cpp only, as it needs torch.
+// What the bindings check before a kernel sees a pointer, and how they call it. Included by them only: it needs torch.
 //
 // Every function that returns a pointer has checked that the slice it is the base of lies inside the tensor.
 #pragma once
@@ -291,5 +291,16 @@ inline void zero_beyond(const MutableTokens& tokens, int64_t images, int64_t cou
       std::fill(row + embed, row + width, 0.0f);
     }
 }
+
+// ---- The call ----
+
+inline Threads torch_threads() {
+  const auto parallel_for = [](int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  };
+  return {parallel_for, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+inline void check_status(int status) { HYDRAVIT_CHECK(status == kOk, "hydravit: ", status_text(status)); }
 
 }  // namespace hydravit

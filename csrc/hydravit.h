@@ -1,4 +1,4 @@
-// The contract between the bindings (the only file that sees torch) and the kernels of every device.
+// The contract between the bindings (the only files that see torch) and the kernels of every device.
 //
 // A kernel sees one slice of the weights: base pointers with the slice's offsets already folded in, lengths and element
 // strides. It never sees the full tensors' sizes, so nothing outside the slice can be read or written. One call serves
@@ -79,9 +79,10 @@ struct StemGradients {
 
 // ---- Attention block: y = x + branch_scale * layer_scale * (proj(attention(qkv(norm(x))))) ----
 // Head h uses rows [h * pitch, h * pitch + d) of the query and key weights and biases, dv rows of the value's, and
-// columns [h * pitch, h * pitch + dv) of the projection. `heads == 0`: y = x.
+// columns [h * pitch, h * pitch + dv) of the projection. `heads == 0`: y = x. Only the first `queries` tokens' results
+// are wanted, Nq of them: every token is a key and a value, but no others a query.
 struct AttentionBlock {
-  int64_t batch, tokens, embed, heads, head_dim, value_dim, pitch;
+  int64_t batch, tokens, queries, embed, heads, head_dim, value_dim, pitch;
   float scale, eps;
   Tokens x;                              // (B, N, Dk)
   const float *norm_weight, *norm_bias;  // (Dk)
@@ -91,11 +92,11 @@ struct AttentionBlock {
   const float* proj_bias;                           // (Dk), nullable
   const float* layer_scale;                         // (Dk), nullable
   const float* branch_scale;                        // (B), nullable
-  MutableTokens y;                                  // (B, N, Dk); unused by backward
+  MutableTokens y;                                  // (B, Nq, Dk); unused by backward
   // What backward needs; forward writes it where not null, backward reads it.
-  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head
-  MutableTokens attended;  // (B, N, k * dv)
-  float* logsumexp;        // (B, k, N), images `logsumexp_image_stride` apart
+  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head; Q of the queries only
+  MutableTokens attended;  // (B, Nq, k * dv)
+  float* logsumexp;        // (B, k, Nq), images `logsumexp_image_stride` apart
   int64_t logsumexp_image_stride;
 };
 struct AttentionBlockGradients {
@@ -166,6 +167,32 @@ struct NetworkCall {
   int64_t y_row_stride;
 };
 
+// ---- AdamW (arXiv 1711.05101) and the moving average of the weights, on rectangles of full-size parameters ----
+// The numbers of one step. With the gradient g, for every element:
+//   weight *= decay; first += first_weight * (g - first); second = second_decay * second + second_weight * g * g
+//   weight -= step_size * first / (sqrt(second) / correction + eps); average += average_weight * (weight - average)
+struct AdamwStep {
+  float decay, first_weight, second_decay, second_weight, correction, eps, step_size, average_weight;
+};
+struct AdamwTensor {
+  float* weight;
+  const float* gradient;  // nullable: zero
+  float *first, *second;
+  float* average;  // nullable
+};
+// Elements offset + row * row_stride + column of `tensor` go through `steps` steps, of which only the last one sees the
+// gradient. Rectangles do not overlap.
+struct AdamwRectangle {
+  AdamwTensor tensor;
+  int64_t offset, rows, row_stride, columns;
+  const AdamwStep* first_step;
+  int64_t steps;
+};
+struct Adamw {
+  const AdamwRectangle* rectangles;
+  int64_t count;
+};
+
 // ---- CPU launchers; the instruction set is chosen at run time ----
 int network_cpu(const NetworkCall& call, const Threads& threads);
 // weight (rows, columns) -> panels, one after the other: `columns` times `rows`, rounded up to whole panels, floats.
@@ -179,6 +206,7 @@ int mlp_block_cpu(const MlpBlock& block, const Threads& threads);
 int mlp_block_backward_cpu(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads);
 int head_cpu(const Head& block, const Threads& threads);
 int head_backward_cpu(const Head& block, const HeadGradients& gradients, const Threads& threads);
+int adamw_cpu(const Adamw& work, const Threads& threads);
 
 // "avx512", "avx2" or "portable". The best the CPU has, unless HYDRAVIT_CPU_ISA or `set_cpu_isa` names another.
 int cpu_isa(const char** name);

@@ -90,12 +90,13 @@ class Block(nn.Module):
     ) -> Tensor:
         """``x (B, N, Dk)`` through both branches; ``how(parameters)`` is the backend and where gradients go.
 
-        With ``pool`` only its tokens, the first and the first behind, go through the MLP, which mixes none, and return.
+        With ``pool`` only its tokens, the first and the first behind, are computed, as far as others do not need more.
         """
         if any(s.heads for s in attention):
             parameters = self.attention_parameters()
             common = (self.branch_scale(x), attention, eps, subnet)
-            x = kernels.attention_block(x, *parameters, *common, **how(parameters))
+            queries = None if pool is None else pool[1]
+            x = kernels.attention_block(x, *parameters, *common, queries=queries, **how(parameters))
         if pool is not None:
             x = x[:, pool[0] : pool[1]]
         if any(s.hidden for s in mlp):

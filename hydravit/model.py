@@ -10,13 +10,14 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
+from hydravit.deferred import DeferredSteps
 from hydravit.engine import Engine
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.inference import PackedInference
 from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
 
 
-class HydraViT(nn.Module):
+class HydraViT(DeferredSteps):
     """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
 
     Args:
@@ -187,7 +188,7 @@ class HydraViT(nn.Module):
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""
-        return {**self.__dict__, "slice_gradients": None}  # and no packed weights: PackedInference sees to it
+        return {**super().__getstate__(), "slice_gradients": None}  # and no packed weights: PackedInference sees to it
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -250,7 +251,10 @@ class HydraViT(nn.Module):
         widths = self.widths(heads, images.shape[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
             self._select_backend(self.pos_embed)
-        if self.slice_gradients is not None and torch.is_grad_enabled():
+        in_place = self.slice_gradients is not None and torch.is_grad_enabled()
+        if self.slice_optimizer is not None:  # other passes may pack the weights, for all widths together
+            self.slice_optimizer.catch_up(widths.geometries if in_place else None)
+        if in_place:
             self.slice_gradients.mark(widths.geometries)
         return images, widths
 
@@ -272,7 +276,7 @@ class HydraViT(nn.Module):
         return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
 
     def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
-        """All tokens; or those that the head pools, where nobody sees that the last MLP computed no others."""
+        """All tokens; or those that the head pools, where nobody sees that the last block computed no others."""
         x, last = self._stem(images, widths), self.blocks[-1]
         for i, block in enumerate(self.blocks):
             alone = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))

@@ -1,5 +1,6 @@
 """Blocks of a sliced Vision Transformer that read one subnetwork's part of the full weights, in place."""
 
+from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
@@ -9,6 +10,7 @@ from hydravit_kernels.reference import attention_map, layer_norm
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
 
 __all__ = [
+    "AdamWStep",
     "AttentionSlice",
     "CudaNetwork",
     "EmbedSlice",
@@ -18,6 +20,7 @@ __all__ = [
     "NetworkSlices",
     "Packed",
     "SubnetSlices",
+    "adamw",
     "annotate",
     "attention_block",
     "attention_map",
@@ -30,6 +33,7 @@ __all__ = [
     "mlp_block",
     "network",
     "pack",
+    "rectangles_of",
     "select",
     "slices_of_network",
     "stem",

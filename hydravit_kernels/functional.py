@@ -62,14 +62,19 @@ def attention_block(
     eps: float,
     subnet: Tensor | None = None,
     *,
+    queries: int | None = None,
     backend: str,
     buffers: Buffers = None,
 ) -> Tensor:
-    """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape."""
+    """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape.
+
+    ``queries``: only the first so many tokens are computed, and returned; all of them are still attended to.
+    """
+    queries = x.shape[1] if queries is None else queries
     parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale)
     if backend == "reference":
-        return reference.attention_block(x, *parameters, branch_scale, slices, eps, subnet)
-    constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, subnet)
+        return reference.attention_block(x, *parameters, branch_scale, slices, eps, subnet, queries)
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, subnet, queries)
     return _run("attention_block", backend, x, parameters, constants, buffers)
 
 

@@ -4,6 +4,7 @@ An op takes **full tensors plus slices**, never sliced weights. With ``B`` image
 full model and ``Dk`` of the (widest) active subnetwork:
 
     ``x, y``            ``(B, N, Dk)``; beyond an image's own width, ``y`` is zero
+    ``queries``         ``Nq``: attention is computed for the first ``Nq`` tokens only, ``y`` is then ``(B, Nq, Dk)``
     ``norm_*``          ``(D,)``, like ``layer_scale``
     ``qkv_weight``      ``(rows, D)``
     ``proj_weight``     ``(D, columns)``
@@ -15,9 +16,10 @@ full model and ``Dk`` of the (widest) active subnetwork:
 Blocks own their residual. ``save=True`` also returns what backward needs (empty tensors otherwise), in the size of the
 largest slice, each image filling the front of its own part:
 
-    ``qkv``             ``(B, N, heads * (2 * head_dim + value_dim))``, laid out Q | K | V
-    ``attended``        ``(B, N, heads * value_dim)``
-    ``logsumexp``       ``(B, heads * N)``, of the scaled scores (flat: a dimension of one head is another graph)
+    ``qkv``             ``(B, N, heads * (2 * head_dim + value_dim))``, laid out Q | K | V; Q of the queries only
+    ``attended``        ``(B, Nq, heads * value_dim)``
+    ``logsumexp``       ``(B, heads * N)``, of the scaled scores, ``heads * Nq`` of them (in a dimension of that size
+                        one head and one query would be another graph)
     ``hidden``          ``(B, N, hidden)``, before GELU
 
 A ``*_backward`` returns the gradient of the activations (empty unless ``x_grad``) and **adds** the gradients of the
@@ -34,7 +36,8 @@ LIBRARY = torch.library.Library("hydravit", "DEF")
 _STEM = "Tensor images, Tensor weight, Tensor? bias, Tensor? cls_token, Tensor? reg_token, Tensor? pos_embed"
 _ATTENTION = (
     "Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
-    "Tensor? layer_scale, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? subnet"
+    "Tensor? layer_scale, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? subnet, "
+    "SymInt queries"
 )
 _MLP = (
     "Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
@@ -81,6 +84,13 @@ NETWORK = (
     "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
 )
 
+# AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
+# hold. `gradients` and `averages` may be empty.
+ADAMW = (
+    "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] averages, "
+    "Tensor rectangles, int[] bounds, Tensor steps) -> ()"
+)
+
 # Integers per slice in `slices`, in the order of the fields in `slices.py`.
 EMBED_INTS, ATTENTION_INTS, MLP_INTS, HEAD_INTS = 2, 10, 4, 4
 
@@ -105,9 +115,9 @@ def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
 
 
 def _attention_block(x, *arguments):
-    slices, save = arguments[8], arguments[12]
-    batch, tokens, _ = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    slices, queries, save = arguments[8], arguments[12], arguments[13]
+    batch, tokens, width = x.shape
+    y = x.new_empty((batch, queries, width))
     if not save:
         return y, x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,))
     heads, head_dim, value_dim = (_column(slices, ATTENTION_INTS, field) for field in (6, 7, 8))
@@ -116,7 +126,7 @@ def _attention_block(x, *arguments):
     return (
         y,
         x.new_empty((batch, tokens, qkv)),
-        x.new_empty((batch, tokens, attended)),
+        x.new_empty((batch, queries, attended)),
         x.new_empty((batch, _largest(heads) * tokens), dtype=torch.float32),
     )
 
@@ -142,7 +152,7 @@ FAKES = {
     "stem": _stem,
     "stem_backward": lambda grad, images, *arguments: _backward(images, arguments[7]),
     "attention_block": _attention_block,
-    "attention_block_backward": lambda grad, x, *arguments: _backward(x, arguments[15]),
+    "attention_block_backward": lambda grad, x, *arguments: _backward(x, arguments[16]),
     "mlp_block": _mlp_block,
     "mlp_block_backward": lambda grad, x, *arguments: _backward(x, arguments[12]),
     "head": _head,
@@ -165,6 +175,8 @@ def _network(images, *arguments):
 define("native")
 LIBRARY.define(f"network_native{NETWORK}")
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
+LIBRARY.define(f"adamw_native{ADAMW}")
+torch.library.register_fake("hydravit::adamw_native", lambda *arguments: None, lib=LIBRARY)
 LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
 torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.

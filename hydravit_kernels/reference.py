@@ -34,21 +34,25 @@ def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet=N
 
 def attention_block(
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
-    slices, eps, subnet=None,
+    slices, eps, subnet=None, queries=None,
 ) -> Tensor:  # fmt: skip
-    """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``."""
+    """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``.
+
+    With ``queries`` for the first so many tokens only.
+    """
 
     def single(x, branch_scale, s):
         if s.heads == 0:
-            return x
+            return x[:, :queries]
         query, key, value = _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps)
+        query = query[:, :, :queries]
         if torch.is_grad_enabled():
             attended = _attention(query, key, s.scale) @ value
         else:  # the fused kernels have no second derivative, so they serve only where no gradient is asked for
             attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
         attended = attended.transpose(1, 2).flatten(2)
         columns = _head_rows(proj_weight.t(), s.proj_column, s.value_dim, s).t()
-        return _add_branch(x, attended, columns, proj_bias, layer_scale, branch_scale, s)
+        return _add_branch(x[:, :queries], attended, columns, proj_bias, layer_scale, branch_scale, s)
 
     return _per_image(single, x, branch_scale, slices, subnet)
 

@@ -45,9 +45,9 @@ def optional(parameter, index):
     return None if parameter is None else parameter[index]
 
 
-def plain_attention(x, p, branch_scale, s):
+def plain_attention(x, p, branch_scale, s, queries):
     if s.heads == 0:
-        return x.clone()
+        return x[:, :queries].clone()
     norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale = p
     e = slice(s.embed_offset, s.embed_offset + s.embed)
     y = F.layer_norm(x, (s.embed,), norm_weight[e], norm_bias[e], EPS)
@@ -55,9 +55,11 @@ def plain_attention(x, p, branch_scale, s):
     rows = [head_rows(start, length, s) for start, length in roles]
     q, k, v = (F.linear(y, qkv_weight[r][:, e], optional(qkv_bias, r)).unflatten(-1, (s.heads, -1)) for r in rows)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q = q[:, :, :queries]
     y = ((q @ k.mT * s.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
     columns = head_rows(s.proj_column, s.value_dim, s)
-    return add_branch(x, F.linear(y, proj_weight[e][:, columns], optional(proj_bias, e)), layer_scale, branch_scale, e)
+    branch = F.linear(y, proj_weight[e][:, columns], optional(proj_bias, e))
+    return add_branch(x[:, :queries], branch, layer_scale, branch_scale, e)
 
 
 def plain_mlp(x, p, branch_scale, s):
@@ -136,7 +138,7 @@ class Block:
             assert parameter is None or not buffer[parameter.isnan()].any(), "gradient outside the slice"
 
 
-def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None):
+def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None, queries=None):
     e = interval(s.embed_offset, s.embed)
     roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
     qkv_rows = torch.cat([head_rows(start, length, s) for start, length in roles])
@@ -153,8 +155,12 @@ def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None):
     ]
     branch_scale = torch.rand(batch) * 2 if plenty else None
     x = torch.randn(batch, tokens, s.embed) if x is None else x
-    constants = (branch_scale, flatten([s]), [s.scale], EPS, None)
-    plain = lambda x, p: plain_attention(x, p, None if branch_scale is None else branch_scale.to(x.dtype), s)  # noqa: E731
+    queries = tokens if queries is None else queries
+
+    def plain(x, p):
+        return plain_attention(x, p, None if branch_scale is None else branch_scale.to(x.dtype), s, queries)
+
+    constants = (branch_scale, flatten([s]), [s.scale], EPS, None, queries)
     return Block("attention_block", x, parameters, constants, plain)
 
 

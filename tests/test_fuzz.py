@@ -211,12 +211,14 @@ def attention_case(case):
         vector() if case.coin("layer_scale") else None,
     ]
     branch_scale = torch.rand(batch) * 2 if case.coin("branch_scale") else None
+    x = stream(case, slices, batch, subnet)
+    queries = case.between("queries", 1, x.shape[1]) if case.coin("few queries", 0.3) else x.shape[1]
     return Block(
         "attention_block",
-        stream(case, slices, batch, subnet),
+        x,
         parameters,
-        (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet),
-        lambda x, p: reference.attention_block(x, *p, as_dtype(branch_scale, x.dtype), slices, EPS, subnet),
+        (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet, queries),
+        lambda x, p: reference.attention_block(x, *p, as_dtype(branch_scale, x.dtype), slices, EPS, subnet, queries),
     )
 
 

@@ -41,6 +41,24 @@ def test_attention_block(isa, name, batch, tokens):
     attention(ATTENTION_SLICES[name], batch, tokens, plenty=batch == 3).check()
 
 
+@pytest.mark.parametrize("batch, tokens, queries", [(3, 50, 1), (1, 197, 33), (7, 197, 1)])
+@pytest.mark.parametrize("name", ATTENTION_SLICES)
+def test_attention_of_the_first_tokens(isa, name, batch, tokens, queries):
+    s = ATTENTION_SLICES[name]
+    block = attention(s, batch, tokens, plenty=batch == 3, queries=queries)
+    block.check()
+    every = Block(block.name, block.x, block.parameters, (*block.constants[:-1], tokens), None)
+    assert torch.equal(block.forward()[0], every.forward()[0][:, :queries])
+    grad, (_, *saved) = torch.randn(block.forward()[0].shape), block.forward(save=True)
+    first, second = (
+        hydravit.attention_block_backward_native(
+            grad, block.x, *saved, *block.parameters, *block.constants, True, *block.zeros()
+        )
+        for saved[0][:, queries:, : s.heads * s.head_dim] in (0.0, float("nan"))  # queries that nobody asked for
+    )
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("batch, tokens", SIZES)
 @pytest.mark.parametrize("name", MLP_SLICES)
 def test_mlp_block(isa, name, batch, tokens):
@@ -239,7 +257,8 @@ def test_every_image_at_its_own_width(isa, name):
         scale = () if not block.saves else (block.constants[0][images],)
         scales = ([s.scale for s in chosen],) if name == "attention" else ()
         pool = (0, 17) if name == "head" else ()
-        return (*scale, *pool, flatten(chosen), *scales, *(() if name == "stem" else (EPS,)), subnet)
+        queries = (17,) if name == "attention" else ()
+        return (*scale, *pool, flatten(chosen), *scales, *(() if name == "stem" else (EPS,)), subnet, *queries)
 
     whole = block.x
     mixed = Block(block.name, whole.clone(), block.parameters, constants(slices, slice(None), subnet), None)
@@ -290,7 +309,7 @@ def replaced(index, value):
 def with_slice(**fields):
     def change(block):
         s = ATTENTION_SLICES["prefix"]._replace(**fields)
-        block.constants = (block.constants[0], flatten([s]), [s.scale], EPS, None)
+        block.constants = (block.constants[0], flatten([s]), [s.scale], *block.constants[3:])
 
     return change
 
@@ -342,6 +361,8 @@ WRONG = {
         with_constant(4, torch.tensor([0, 0, 0], dtype=torch.int32)),
         "^subnet: dtype int64 expected, int32 given$",
     ),
+    "no queries": (with_constant(5, 0), "queries: 1 to 17 tokens expected, 0 given"),
+    "too many queries": (with_constant(5, 18), "queries: 1 to 17 tokens expected, 18 given"),
     "strided subnet": (with_constant(4, torch.zeros(6, dtype=torch.int64)[::2]), "subnet: a contiguous"),
 }
 
@@ -383,7 +404,7 @@ def test_errors_start_with_the_argument():
 def test_several_slices_need_a_subnet():
     block = attention(ATTENTION_SLICES["prefix"], 3, 17)
     s = ATTENTION_SLICES["prefix"]
-    block.constants = (block.constants[0], flatten([s, s]), [s.scale, s.scale], EPS, None)
+    block.constants = (block.constants[0], flatten([s, s]), [s.scale, s.scale], EPS, None, 17)
     with pytest.raises(RuntimeError, match="subnet: an int64 tensor"):
         block.forward()
 

@@ -23,6 +23,7 @@ def test_attention_block():
     inputs = leaves((2, 3, 6), (12,), (12,), (36, 12), (36,), (12, 12), (12,), (12,))
     scale = torch.tensor([0.0, 1.25], dtype=torch.float64)
     check(lambda *t: reference.attention_block(*t, scale, ATTENTION, 1e-3), inputs)
+    check(lambda *t: reference.attention_block(*t, scale, ATTENTION, 1e-3, queries=2), inputs)
 
 
 def test_attention_block_with_one_width_per_image():

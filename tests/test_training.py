@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hydravit.geometry import scala, skd
 from hydravit.recipes import RECIPES, Recipe, get_recipe
 from hydravit.training import Batches, Interrupted, SliceGradients, Trainer, WidthSampler, load_state, make_optimizer
 from hydravit.training.gradients import merge
+from hydravit.training.memory import zeros_like
 
 CONFIG = HydraViTConfig(
     image_size=8, patch_size=4, in_channels=1, num_classes=5, depth=2, max_heads=4, head_dim=8, mlp_ratio=2.0
@@ -292,10 +294,12 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("stop_at", [7, 10])
-@pytest.mark.parametrize("per_image", [False, True])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop_at, per_image):
-    recipe = RECIPE.replace(per_image=per_image)
+@pytest.mark.parametrize(
+    "stop_at, per_image, optimizer",
+    [(7, False, "dense"), (10, True, "dense"), (7, True, "exact"), (7, False, "active"), (10, False, "exact")],
+)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop_at, per_image, optimizer):
+    recipe = RECIPE.replace(per_image=per_image, optimizer=optimizer)
     whole = train(tmp_path / "whole", recipe)
     train(tmp_path / "parts", recipe, stop_at=stop_at)
     torch.rand(5)
@@ -370,6 +374,35 @@ def test_accumulation_and_soft_targets():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optimizers_of_the_slice(tmp_path, backend):
+    """What "exact" trains is what "dense" does, but for rounding; "active" trains something else."""
+    # A large epsilon: AdamW divides the rounding of gradients that are zero (those of key biases) by itself otherwise.
+    recipe = RECIPE.replace(eps=1e-3)
+    trainers = {}
+    for optimizer in ("dense", "exact", "active"):
+        model = make_model(backend=backend, drop_path=0.2)
+        trainers[optimizer] = Trainer(
+            model, recipe.replace(optimizer=optimizer), Images(), out=tmp_path / optimizer, progress=False
+        )
+        trainers[optimizer].run()
+    dense, exact, active = ([t.model, t.average.module] for t in trainers.values())
+    for ours, theirs, resting in zip(exact, dense, active, strict=True):
+        for a, b, c in zip(ours.parameters(), theirs.parameters(), resting.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(a, c, rtol=1e-4, atol=1e-6)
+    logs = [read_log(tmp_path / optimizer) for optimizer in ("dense", "exact")]
+    assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-5)
+
+
+def test_optimizers_of_the_slice_need_one_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="optimizer must be 'dense' on 2 ranks, not 'exact'"):
+        Trainer(make_model(), RECIPE.replace(optimizer="exact"), Images(), progress=False)
+
+
 def test_learning_rate():
     from hydravit.training import make_scheduler
 
@@ -408,7 +441,16 @@ def test_recipes():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"lr": -1.0}, {"heads": (9,)}, {"weights": (1.0,)}, {"smoothing": 1.0}, {"nothing": 1}]
+    "changes",
+    [
+        {"epochs": 0},
+        {"lr": -1.0},
+        {"heads": (9,)},
+        {"weights": (1.0,)},
+        {"smoothing": 1.0},
+        {"nothing": 1},
+        {"optimizer": "sgd"},
+    ],
 )
 def test_recipe_refuses(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -438,3 +480,17 @@ def test_two_ranks_agree(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_taken_where_it_is_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    parameter = torch.empty(4096, 4096).t()
+    before = resident()
+    zeros = zeros_like(parameter)
+    assert (zeros.shape, zeros.stride(), zeros.dtype) == (parameter.shape, parameter.stride(), parameter.dtype)
+    zeros[:64, :64] += 1
+    assert resident() - before < parameter.nbytes / 16
+    assert zeros.sum() == 64 * 64

@@ -37,8 +37,8 @@ class Step(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """``pooled_only``: what computes only the tokens that the head pools, so that fewer operations are executed: the
-    last ``"mlp"``, or in inference the last ``"block"``, whose training then leaves out as much as the MLP's;
+    """``pooled_only``: the last block computes only the tokens that the head pools, so that fewer operations are
+    executed;
     ``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
     ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
 
@@ -58,7 +58,7 @@ class Peer(NamedTuple):
     name: str
     about: str
     ours: bool = False
-    pooled_only: str = ""
+    pooled_only: bool = False
     bound: bool = False
     version: str = ""
     opaque: bool = False

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import hydravit_kernels as kernels
 from bench.peers import Absent, Peer, Step
-from bench.peers.training import block_parameters, block_step, cut_block, train_steps, without_gradients
+from bench.peers.training import OPTIONS, block_parameters, block_step, cut_block, train_steps, without_gradients
 from hydravit import HydraViT
 from hydravit.evaluation.latency import with_backend
 from hydravit.inference import PackedInference
-from hydravit.training import SliceGradients
+from hydravit.training import SliceAdamW, SliceGradients
 from hydravit_kernels import backends
 
 
@@ -101,19 +101,22 @@ def _training(
     backend: str,
     in_place: bool,
     pooled_only: bool,
+    optimizer: str,
     model: HydraViT,
     images: Tensor,
     labels: Tensor,
     heads: Sequence[int],
     amp,
 ) -> dict[int, Step]:
+    """``optimizer``: ``"dense"``, or the mode of ``SliceAdamW``."""
     if amp is not None and backend != "reference":
         raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
     own = _on(copy.deepcopy(model).train(), backend)
     if not pooled_only:
         own.blocks[-1].register_forward_hook(lambda *_: None)  # somebody who would see that tokens are missing
     clear = SliceGradients(own).zero_ if in_place else None
-    return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear)
+    stepper = None if optimizer == "dense" else SliceAdamW(own.parameters(), own, mode=optimizer, **OPTIONS)
+    return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear, stepper)
 
 
 def _peers(backend: str) -> list[Peer]:
@@ -122,11 +125,11 @@ def _peers(backend: str) -> list[Peer]:
         backend,
         about,
         ours=True,
-        pooled_only="block" if backend == "native" else "mlp",
+        pooled_only=True,
         inference=partial(_inference, backend, True),
         mixed=partial(_mixed, backend, True),
         block=partial(_block, backend),
-        training=partial(_training, backend, False, True),
+        training=partial(_training, backend, False, True, "dense"),
     )
     if backend == "reference":
         return [plain]
@@ -136,7 +139,7 @@ def _peers(backend: str) -> list[Peer]:
         ours=True,
         inference=partial(_inference, backend, False),
         mixed=partial(_mixed, backend, False),
-        training=partial(_training, backend, False, False),
+        training=partial(_training, backend, False, False, "dense"),
         without=f"same as {backend}",
     )
     in_place = Peer(
@@ -144,11 +147,32 @@ def _peers(backend: str) -> list[Peer]:
         f"{about}, gradients added in place (SliceGradients)",
         uncapturable="which gradients a step clears depends on the step before",
         ours=True,
+        pooled_only=True,
         block=partial(_block_in_place, backend),
-        training=partial(_training, backend, True, True),
+        training=partial(_training, backend, True, True, "dense"),
         without=f"same as {backend}",
     )
-    return [plain, all_tokens, in_place]
+    return [plain, all_tokens, in_place, *(_slice_optimizer(backend, mode) for mode in _OUTSIDE)]
+
+
+# What becomes of weights outside the slice, by the mode of SliceAdamW.
+_OUTSIDE = {
+    "active": "weights outside rest, unlike all others': only inside the slice, which is compared, is it the same step",
+    "exact": "weights outside get the steps they missed before a wider forward pass, with one width every 256 steps",
+}
+
+
+def _slice_optimizer(backend: str, mode: str) -> Peer:
+    about = f"this repository's {backend} backend, gradients in place, AdamW on the slice only (SliceAdamW)"
+    return Peer(
+        f"{backend}-{mode}",
+        f"{about}: {_OUTSIDE[mode]}",
+        uncapturable="which gradients a step clears depends on the step before",
+        ours=True,
+        pooled_only=True,
+        training=partial(_training, backend, True, True, mode),
+        without=f"same as {backend}",
+    )
 
 
 def _engine_peer(strategy: str, how: str) -> Peer:

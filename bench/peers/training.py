@@ -60,11 +60,13 @@ def block_step(
     return Step(run, outputs)
 
 
+OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}  # of everybody's AdamW
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
     """Dense and fused; on a GPU it may be captured in a CUDA graph."""
     parameters = list(parameters)
-    capturable = parameters[0].is_cuda
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True, capturable=capturable)
+    return torch.optim.AdamW(parameters, **OPTIONS, fused=True, capturable=parameters[0].is_cuda)
 
 
 def train_step(
@@ -108,13 +110,15 @@ def train_steps(
     heads: Sequence[int],
     amp: torch.dtype | None,
     clear: Callable[[], None] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[int, Step]:
     """Per width a step of one optimizer on all parameters of ``model``, the peer's own copy.
 
     ``forward(images, k)`` gives logits; ``clear`` replaces the optimizer's ``zero_grad``. Gradients outside the width
-    are zeros and not None, so AdamW decays and moves every weight in every step, as in the authors' code.
+    are zeros and not None, so AdamW decays and moves every weight in every step, as in the authors' code, unless
+    ``optimizer`` is another.
     """
-    optimizer = make_optimizer(model.parameters())
+    optimizer = optimizer or make_optimizer(model.parameters())
 
     def step(k: int) -> Step:
         def gradients() -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const
   float* logsumexp = block.logsumexp == nullptr ? nullptr : block.logsumexp + image * block.logsumexp_image_stride;
   return {images,
           block.tokens,
+          block.queries,
           block.heads,
           block.head_dim,
           block.value_dim,
@@ -57,9 +58,11 @@ Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const
           block.logsumexp_image_stride};
 }
 
-Axis rows_of(const AttentionBlock& block, const MutableTokens& tokens) {
-  return token_rows(block.tokens, tokens.token_stride, tokens.image_stride);
+// The first `tokens` of every image.
+Axis rows_of(int64_t tokens, const MutableTokens& data) {
+  return token_rows(tokens, data.token_stride, data.image_stride);
 }
+Axis rows_of(int64_t tokens, const Tokens& data) { return token_rows(tokens, data.token_stride, data.image_stride); }
 
 Axis rows_of(const AttentionBlock& block, const Role& role) {
   return segmented(role.weight.row_stride, role.dim, block.pitch * role.weight.row_stride);
@@ -67,7 +70,8 @@ Axis rows_of(const AttentionBlock& block, const Role& role) {
 
 View of_role(const AttentionBlock& block, const Role& role) { return {role.weight.data, rows_of(block, role), {}}; }
 
-// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)).
+// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)), of z and the gradient of
+// `attended` for the queries.
 struct Backward {
   AttentionBlock block;
   AttentionBlockGradients gradients;
@@ -79,43 +83,41 @@ struct Backward {
   MutableTokens d_attended, d_qkv;
 
   int64_t rows() const { return block.batch * block.tokens; }
-  Axis rows_of(const Tokens& tokens) const {
-    return token_rows(block.tokens, tokens.token_stride, tokens.image_stride);
-  }
+  int64_t query_rows() const { return block.batch * block.queries; }
   Norm norm() const {
-    return {rows(), block.embed, block.eps, block.x.data, rows_of(block.x), block.norm_weight, block.norm_bias};
+    const Axis x_rows = rows_of(block.tokens, block.x);
+    return {rows(), block.embed, block.eps, block.x.data, x_rows, block.norm_weight, block.norm_bias};
   }
   NormGradients norm_gradients() const {
-    const Tokens& grad = gradients.grad;
-    const MutableTokens& dx = gradients.x;
-    return {d_normalised,
-            padded_row(block.embed),
-            statistics,
-            grad.data,
-            rows_of(grad),
-            dx.data,
-            rows_of({dx.data, dx.image_stride, dx.token_stride})};
+    return {d_normalised,     padded_row(block.embed),           statistics, gradients.grad.data, residual_rows(),
+            gradients.x.data, rows_of(block.tokens, gradients.x)};
   }
+  // By the rows of all tokens, although only those of the queries are there.
+  Axis residual_rows() const { return rows_of(block.tokens, gradients.grad); }
   Branch branch() const {
-    return {
-        rows(),           block.embed, block.tokens, gradients.grad.data, rows_of(gradients.grad), block.branch_scale,
-        block.layer_scale};
+    return {query_rows(),
+            block.embed,
+            block.queries,
+            gradients.grad.data,
+            rows_of(block.queries, gradients.grad),
+            block.branch_scale,
+            block.layer_scale};
   }
 };
 
-// For at most kBandRows tokens of one image, by one thread: from the gradient of y to that of `attended`.
-void project_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
+// For at most kBandRows queries of one image, by one thread: from the gradient of y to that of `attended`.
+void project_backward_rows(const Backward& chunk, int64_t image, const Range& queries, float* panel) {
   const AttentionBlock& block = chunk.block;
-  const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
+  const int64_t begin = image * block.queries + queries.begin, end = image * block.queries + queries.end;
   const int64_t embed = padded_row(block.embed);
   scale_branch_rows(chunk.branch(), chunk.z, embed, begin, end);
   if (!chunk.needs_qkv) return;
-  const MutableTokens to = rows_from(chunk.d_attended, image, tokens.begin);
+  const MutableTokens to = rows_from(chunk.d_attended, image, queries.begin);
   multiply_rows(end - begin, block.heads * block.value_dim, block.embed, chunk.z + begin * embed, {embed}, chunk.proj,
                 {to.data, {to.token_stride}, {}}, panel);
 }
 
-// The same from the gradients of Q, K and V to that of x.
+// For as many tokens: from the gradients of Q, K and V to that of x.
 void query_key_value_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
   const AttentionBlock& block = chunk.block;
   const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
@@ -125,29 +127,37 @@ void query_key_value_backward_rows(const Backward& chunk, int64_t image, const R
   if (!chunk.needs_normalised) return;
   const MutableTokens d = rows_from(chunk.d_qkv, image, tokens.begin);
   const Roles roles(block);
-  for (int i = 0; i < 3; i++) {
+  const int64_t queries = smaller(tokens.end, larger(tokens.begin, block.queries)) - tokens.begin;
+  for (const int i : {1, 2, 0}) {
     const Role& role = roles.role[i];
+    const int64_t rows = i == 0 ? queries : end - begin;
+    if (rows == 0) continue;
     Output out{chunk.d_normalised + begin * embed, {embed}, {}};
-    out.accumulate = i > 0;
-    multiply_rows(end - begin, block.embed, block.heads * role.dim, d.data + role.column, {d.token_stride},
-                  chunk.roles[i], out, panel);
+    out.accumulate = i != 1;
+    multiply_rows(rows, block.embed, block.heads * role.dim, d.data + role.column, {d.token_stride}, chunk.roles[i],
+                  out, panel);
   }
-  if (chunk.gradients.x.data != nullptr) normalize_backward_rows(chunk.norm(), chunk.norm_gradients(), begin, end);
+  if (chunk.gradients.x.data == nullptr) return;
+  NormGradients through = chunk.norm_gradients();
+  normalize_backward_rows(chunk.norm(), through, begin, begin + queries);
+  through.residual = nullptr;
+  normalize_backward_rows(chunk.norm(), through, begin + queries, end);
 }
 
 // The sums over rows.
 void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
   const AttentionBlock& block = chunk.block;
   const AttentionBlockGradients& gradients = chunk.gradients;
-  const int64_t rows = chunk.rows(), embed = padded_row(block.embed), values = block.heads * block.value_dim;
+  const int64_t embed = padded_row(block.embed), values = block.heads * block.value_dim;
+  const int64_t query_rows = chunk.query_rows();
   const View z{chunk.z, {embed}, {}};
-  const View normalised{
-      chunk.normalised, {kPanel}, segmented(1, kPanel, chunk.panel_stride), chunk.normalised, chunk.panel_stride};
-  const View attended{block.attended.data, rows_of(block, block.attended), {}};
+  const Axis of_panels = segmented(1, kPanel, chunk.panel_stride);
+  const View normalised{chunk.normalised, {kPanel}, of_panels, chunk.normalised, chunk.panel_stride};
+  const View attended{block.attended.data, rows_of(block.queries, block.attended), {}};
   if (gradients.proj_bias != nullptr)
-    add_column_sums(threads, rows, block.embed, gradients.proj_bias, {}, z.data, z.rows);
+    add_column_sums(threads, query_rows, block.embed, gradients.proj_bias, {}, z.data, z.rows);
   if (gradients.proj_weight.data != nullptr)
-    gemm(threads, scratch, block.embed, values, rows, transposed(z), attended,
+    gemm(threads, scratch, block.embed, values, query_rows, transposed(z), attended,
          {gradients.proj_weight.data, {gradients.proj_weight.row_stride}, chunk.proj.columns, true});
   const MutableWeight weights[3] = {gradients.query_weight, gradients.key_weight, gradients.value_weight};
   float* const biases[3] = {gradients.query_bias, gradients.key_bias, gradients.value_bias};
@@ -155,11 +165,15 @@ void add_gradients(const Backward& chunk, const Threads& threads, float* scratch
   for (int i = 0; i < 3; i++) {
     const Role& role = roles.role[i];
     const int64_t columns = block.heads * role.dim, stride = weights[i].row_stride;
-    const View d{chunk.d_qkv.data + role.column, {chunk.d_qkv.token_stride}, {}};
+    const bool few = i == 0 && block.queries < block.tokens;
+    const int64_t rows = few ? query_rows : chunk.rows();
+    const View d{chunk.d_qkv.data + role.column, rows_of(few ? block.queries : block.tokens, chunk.d_qkv), {}};
+    const Axis of_queries = token_rows(block.queries, kPanel, block.tokens * kPanel);
+    const View right = few ? View{chunk.normalised, of_queries, of_panels} : normalised;
     if (biases[i] != nullptr)
       add_column_sums(threads, rows, columns, biases[i], segmented(1, role.dim, block.pitch), d.data, d.rows);
     if (weights[i].data != nullptr)
-      gemm(threads, scratch, columns, block.embed, rows, transposed(d), normalised,
+      gemm(threads, scratch, columns, block.embed, rows, transposed(d), right,
            {weights[i].data, segmented(stride, role.dim, block.pitch * stride), {}, true});
   }
   add_norm_gradients(threads, chunk.norm(), chunk.norm_gradients(), gradients.norm_weight, gradients.norm_bias);
@@ -167,9 +181,25 @@ void add_gradients(const Backward& chunk, const Threads& threads, float* scratch
     float* out = chunk.d_normalised;  // no longer needed
     Output branch{out, {embed}, {}};
     branch.bias = block.proj_bias;
-    gemm(threads, scratch, rows, block.embed, values, attended, proj_of(block), branch);
+    gemm(threads, scratch, query_rows, block.embed, values, attended, proj_of(block), branch);
     add_layer_scale_gradient(threads, chunk.branch(), out, embed, gradients.layer_scale);
   }
+}
+
+// Of a block without heads: the gradient of x is that of y.
+void pass_on(const AttentionBlockGradients& gradients, const AttentionBlock& block, const Threads& threads) {
+  if (gradients.x.data == nullptr) return;
+  parallel_ranges(threads, block.batch, block.tokens * block.embed, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; image++)
+      for (int64_t token = 0; token < block.tokens; token++) {
+        float* to = rows_from(gradients.x, image, token).data;
+        const size_t size = static_cast<size_t>(block.embed) * sizeof(float);
+        if (token < block.queries)
+          std::memcpy(to, rows_from(gradients.grad, image, token).data, size);
+        else
+          std::memset(to, 0, size);
+      }
+  });
 }
 
 }  // namespace
@@ -241,7 +271,7 @@ int attention_block(const AttentionBlock& block, const Threads& threads) {
   const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (columns + values) + tokens * (columns - values));
   const int64_t size = attention_rows_scratch(block);
   MutableTokens qkv{nullptr, tokens * padded_row(columns), padded_row(columns)};
-  MutableTokens attended{nullptr, tokens * padded_row(values), padded_row(values)};
+  MutableTokens attended{nullptr, block.queries * padded_row(values), padded_row(values)};
   const bool pack = block.heads > 0 && many_bands(block.batch * tokens, jobs);
   const Roles roles(block);
   float *scratch, *role_panels[3], *proj_panels;
@@ -273,17 +303,18 @@ int attention_block(const AttentionBlock& block, const Threads& threads) {
     chunk.attended = save ? rows_from(block.attended, image, 0) : attended;
     if (block.branch_scale != nullptr) chunk.branch_scale += image;
     if (block.logsumexp != nullptr) chunk.logsumexp += image * block.logsumexp_image_stride;
-    const auto each_share = [&](const auto& body) {
+    const auto each_share = [&](int64_t count, const auto& body) {
       parallel(threads, jobs, [&](int64_t job) {
-        for_each_share(job, jobs, chunk.batch, tokens, [&](const Share& share) { body(share, scratch + job * size); });
+        for_each_share(job, jobs, chunk.batch, count, [&](const Share& share) { body(share, scratch + job * size); });
       });
     };
     if (block.heads > 0)
-      each_share([&](const Share& share, float* own) {
-        for_each_band(share.tokens,
-                      [&](const Range& band) { query_key_value_rows(chunk, share.image, band, {0, tokens}, own); });
+      each_share(tokens, [&](const Share& share, float* own) {
+        for_each_band(share.tokens, [&](const Range& band) {
+          query_key_value_rows(chunk, share.image, band, {0, block.queries}, own);
+        });
       });
-    each_share([&](const Share& share, float* own) {
+    each_share(block.queries, [&](const Share& share, float* own) {
       attend_rows(chunk, share.image, share.tokens, own);
       for_each_band(share.tokens, [&](const Range& band) { project_rows(chunk, share.image, band, own); });
     });
@@ -308,7 +339,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   backward.proj = transposed(proj_of(block));
   for (int i = 0; i < 3; i++) backward.roles[i] = of_role(block, roles.role[i]);
   backward.d_qkv = {nullptr, tokens * padded_row(roles.columns), padded_row(roles.columns)};
-  backward.d_attended = {nullptr, tokens * padded_row(values), padded_row(values)};
+  backward.d_attended = {nullptr, block.queries * padded_row(values), padded_row(values)};
 
   const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (roles.columns + values));
   const bool pack = backward.needs_qkv && block.heads > 0 && many_bands(block.batch * tokens, jobs);
@@ -318,7 +349,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   Workspace workspace;
   workspace.add(&backward.normalised, panels_size(rows, block.embed));
   workspace.add(&backward.statistics, rows * 2);
-  workspace.add(&backward.z, by_embed);
+  workspace.add(&backward.z, images * block.queries * padded_row(block.embed));
   workspace.add(&backward.d_normalised, by_embed);
   workspace.add(&backward.d_qkv.data, images * backward.d_qkv.image_stride);
   workspace.add(&backward.d_attended.data, images * backward.d_attended.image_stride);
@@ -347,20 +378,19 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
     backward.gradients.grad = rows_from(gradients.grad, image, 0);
     backward.gradients.x = rows_from(gradients.x, image, 0);
     if (block.heads == 0) {
-      const NormGradients d = backward.norm_gradients();
-      if (d.x != nullptr) copy_rows(threads, backward.rows(), block.embed, d.residual, d.residual_rows, d.x, d.x_rows);
+      pass_on(backward.gradients, chunk, threads);
       continue;
     }
-    const auto each_band = [&](const auto& body) {
+    const auto each_band = [&](int64_t count, const auto& body) {
       parallel(threads, jobs, [&](int64_t job) {
-        for_each_share(job, jobs, chunk.batch, tokens, [&](const Share& share) {
+        for_each_share(job, jobs, chunk.batch, count, [&](const Share& share) {
           for_each_band(share.tokens, [&](const Range& band) {
             body(backward, share.image, band, panels + job * round_up(kSweepScratch, 16));
           });
         });
       });
     };
-    each_band(project_backward_rows);
+    each_band(block.queries, project_backward_rows);
     if (backward.needs_qkv) {
       const MutableTokens& d = backward.d_qkv;
       const auto column = [&](int i) {
@@ -368,7 +398,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
       };
       attend_backward(heads_of(chunk, 0, chunk.batch, chunk.qkv, chunk.attended),
                       {column_of(backward.d_attended, 0), column(0), column(1), column(2)}, threads, heads_scratch);
-      each_band(query_key_value_backward_rows);
+      each_band(tokens, query_key_value_backward_rows);
     }
     add_gradients(backward, threads, scratch);
   }

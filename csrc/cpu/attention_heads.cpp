@@ -141,13 +141,13 @@ void differentiate(int64_t tokens, float scale, const float* logsumexp, float* s
 void attend_queries_backward(const Heads& heads, const HeadsGradients& gradients, int64_t image, int64_t head,
                              int64_t query, const BackwardBuffers& buffers) {
   const int64_t tokens = heads.tokens, d = heads.head_dim, dv = heads.value_dim;
-  const int64_t count = smaller<int64_t>(kQueries, tokens - query);
+  const int64_t count = smaller<int64_t>(kQueries, heads.queries - query);
   const Axis q_rows{heads.q.token_stride}, d_rows{gradients.attended.token_stride};
   const float* q = at(heads.q, image, head * d);
   const float* d_attended = at(gradients.attended, image, head * dv);
 
   float logsumexp[kQueries] = {};
-  const float* saved = heads.logsumexp + image * heads.logsumexp_image_stride + head * tokens + query;
+  const float* saved = heads.logsumexp + image * heads.logsumexp_image_stride + head * heads.queries + query;
   std::memcpy(logsumexp, saved, static_cast<size_t>(count) * sizeof(float));
 
   pack_columns(q, q_rows, {}, query, count, 0, d, buffers.query_lanes);
@@ -183,7 +183,7 @@ void attend_head_backward(const Heads& heads, const HeadsGradients& gradients, i
   pack_rows(k, rows, {}, 0, tokens, 0, d, buffers.key_rows);
   pack_rows(at(heads.v, image, head * dv), rows, {}, 0, tokens, 0, dv, buffers.value_rows);
   pack_columns(k, {}, rows, 0, d, 0, tokens, buffers.key_columns);
-  for (int64_t query = 0; query < tokens; query += kQueries)
+  for (int64_t query = 0; query < heads.queries; query += kQueries)
     attend_queries_backward(heads, gradients, image, head, query, buffers);
   float* d_k = at(gradients.k, image, head * d);
   float* d_v = at(gradients.v, image, head * dv);
@@ -223,7 +223,7 @@ void attend(const Heads& heads, int64_t image, int64_t head, const Range& querie
     for (int64_t i = 0; i < rows; i++)
       sums[i] = exponentiate(tokens, heads.scale, scores + i * padded(tokens), &maxima[i]);
     if (heads.logsumexp != nullptr) {
-      float* to = heads.logsumexp + image * heads.logsumexp_image_stride + head * tokens + query;
+      float* to = heads.logsumexp + image * heads.logsumexp_image_stride + head * heads.queries + query;
       for (int64_t i = 0; i < rows; i++) to[i] = maxima[i] + __builtin_logf(sums[i]);
     }
     for (int64_t column = 0; column < dv; column += kTileColumns) {

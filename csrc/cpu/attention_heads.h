@@ -8,18 +8,18 @@ namespace hydravit::HYDRAVIT_ISA {
 
 // Head h of q and k are columns [h * head_dim, (h + 1) * head_dim), of v and attended [h * value_dim, ...).
 struct Heads {
-  int64_t images, tokens, heads, head_dim, value_dim;
+  int64_t images, tokens, queries, heads, head_dim, value_dim;
   float scale;
   Tokens q, k, v;          // same strides
-  MutableTokens attended;  // (images, tokens, heads * value_dim); unused by backward
-  float* logsumexp;        // (images, heads, tokens), images `logsumexp_image_stride` apart; forward: nullable
+  MutableTokens attended;  // (images, queries, heads * value_dim); unused by backward
+  float* logsumexp;        // (images, heads, queries), images `logsumexp_image_stride` apart; forward: nullable
   int64_t logsumexp_image_stride;
 };
 // Some queries of one (image, head), by one thread; `scratch`: attend_scratch(block) floats.
 void attend(const Heads& heads, int64_t image, int64_t head, const Range& queries, float* scratch);
 int64_t attend_scratch(const AttentionBlock& block);
 
-// From the gradient of `attended`: the gradients of q, k and v, laid out like them.
+// From the gradient of `attended`: the gradients of q, k and v, laid out like them; of q for the queries only.
 struct HeadsGradients {
   Tokens attended;
   MutableTokens q, k, v;

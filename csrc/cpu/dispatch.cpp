@@ -34,6 +34,7 @@ struct Kernels {
   decltype(&portable::mlp_block_backward) mlp_block_backward;
   decltype(&portable::head) head;
   decltype(&portable::head_backward) head_backward;
+  decltype(&portable::adamw) adamw;
 };
 
 #define HYDRAVIT_KERNELS(isa, supported) \
@@ -48,7 +49,8 @@ struct Kernels {
    isa::mlp_block,                       \
    isa::mlp_block_backward,              \
    isa::head,                            \
-   isa::head_backward}
+   isa::head_backward,                   \
+   isa::adamw}
 
 #ifdef HYDRAVIT_HAVE_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -153,5 +155,6 @@ int head_cpu(const Head& block, const Threads& threads) { return launch(&Kernels
 int head_backward_cpu(const Head& block, const HeadGradients& gradients, const Threads& threads) {
   return launch(&Kernels::head_backward, block, gradients, threads);
 }
+int adamw_cpu(const Adamw& work, const Threads& threads) { return launch(&Kernels::adamw, work, threads); }
 
 }  // namespace hydravit

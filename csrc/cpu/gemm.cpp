@@ -47,39 +47,54 @@ void pack_panel(const float* data, const Axis& lanes, const Axis& depth, int64_t
                 "a whole-vector store must not reach into another vector's lanes");
   constexpr int kGroup = panel < kWidth ? panel : kWidth;
   const float* rows[panel];
-  const int64_t first = lanes.at(lane);
-  const bool neighbours = count == panel && lanes.at(lane + panel - 1) - first == panel - 1;
-
   for (int64_t begin = depth_begin; begin < depth_end;) {
     int64_t end = depth_end;  // of the depth indices in one segment
     if (depth.segment != 0) end = smaller(end, (begin / depth.segment + 1) * depth.segment);
     const float* base = data + depth.at(begin);
     const int64_t length = end - begin;
     int64_t k = 0;
-    if (neighbours) {
-      for (; k < length; k++) std::memcpy(to + k * panel, base + first + k * depth.stride, panel * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < panel; i++) rows[i] = base + lanes.at(lane + smaller(i, count - 1));
-      if (depth.stride == 1) {
-        for (; k + kWidth <= length; k += kWidth)
-          for (int group = 0; group < panel; group += kGroup)
-            transpose_block<kGroup, panel>(rows + group, k, to + k * panel + group);
-      }
-      for (; k < length; k++)
-        for (int64_t i = 0; i < panel; i++) to[k * panel + i] = rows[i][k * depth.stride];
+    for (int64_t i = 0; i < panel; i++) rows[i] = base + lanes.at(lane + smaller(i, count - 1));
+    if (depth.stride == 1) {
+      for (; k + kWidth <= length; k += kWidth)
+        for (int group = 0; group < panel; group += kGroup)
+          transpose_block<kGroup, panel>(rows + group, k, to + k * panel + group);
     }
+    for (; k < length; k++)
+      for (int64_t i = 0; i < panel; i++) to[k * panel + i] = rows[i][k * depth.stride];
     to += length * panel;
     begin = end;
+  }
+}
+
+// Whole panels whose lanes are neighbours in memory: some side by side, as a depth index of one alone is a short way in
+// a page of its own.
+template <int panel>
+void pack_neighbours(const float* data, const Axis& depth, int64_t panels, int64_t depth_begin, int64_t depth_end,
+                     float* to) {
+  constexpr int64_t kTogether = 8;
+  const int64_t size = panel * (depth_end - depth_begin);
+  for (int64_t first = 0; first < panels; first += kTogether) {
+    const int64_t count = smaller(kTogether, panels - first);
+    float* start = to + first * size;
+    for (int64_t k = depth_begin; k < depth_end; k++, start += panel) {
+      const float* from = data + depth.at(k) + first * panel;
+      for (int64_t i = 0; i < count; i++) std::memcpy(start + i * size, from + i * panel, panel * sizeof(float));
+    }
   }
 }
 
 template <int panel>
 void pack(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count, int64_t depth_begin,
           int64_t depth_end, float* to) {
-  for (int64_t i = 0; i < count; i += panel) {
-    pack_panel<panel>(data, lanes, depth, lane + i, smaller<int64_t>(panel, count - i), depth_begin, depth_end, to);
-    to += panel * (depth_end - depth_begin);
+  const int64_t whole = count / panel;
+  int64_t i = 0;
+  if (whole > 0 && lanes.at(lane + whole * panel - 1) - lanes.at(lane) == whole * panel - 1) {
+    pack_neighbours<panel>(data + lanes.at(lane), depth, whole, depth_begin, depth_end, to);
+    i = whole * panel;
   }
+  for (; i < count; i += panel)
+    pack_panel<panel>(data, lanes, depth, lane + i, smaller<int64_t>(panel, count - i), depth_begin, depth_end,
+                      to + i * (depth_end - depth_begin));
 }
 
 // ---- The register tile ----
@@ -414,9 +429,8 @@ void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t 
 void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels) {
   prefer_huge_pages(panels, panels_size(k, n));
   parallel_ranges(threads, divide_up(n, kPanel), k * kPanel, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; panel++)
-      pack_panel<kPanel>(b.data, b.columns, b.rows, panel * kPanel, smaller(kPanel, n - panel * kPanel), 0, k,
-                         panels + panel * kPanel * k);
+    pack<kPanel>(b.data, b.columns, b.rows, begin * kPanel, smaller(n, end * kPanel) - begin * kPanel, 0, k,
+                 panels + begin * kPanel * k);
   });
 }
 

@@ -14,7 +14,8 @@
   int mlp_block(const MlpBlock& block, const Threads& threads);                                                \
   int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads);   \
   int head(const Head& block, const Threads& threads);                                                         \
-  int head_backward(const Head& block, const HeadGradients& gradients, const Threads& threads);
+  int head_backward(const Head& block, const HeadGradients& gradients, const Threads& threads);                \
+  int adamw(const Adamw& work, const Threads& threads);
 
 #ifdef HYDRAVIT_ISA
 namespace hydravit::HYDRAVIT_ISA {

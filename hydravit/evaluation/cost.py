@@ -19,12 +19,12 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: str = "") -> Cost:
+def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: bool = False) -> Cost:
     """Parameters and multiply-accumulates of one subnetwork.
 
     The products of attention count (queries by keys, weights by values), as they are in the figures of the ViT
     literature; norms, softmax, GELU, residuals and pooling do not. ``pooled_only``: without what the last block
-    computes for tokens that the head does not pool, in its ``"mlp"`` (of class-token pooling) or in the ``"block"``.
+    computes for tokens that the head does not pool.
     """
     tokens, embed = config.tokens, geometry.embed.embed
     macs = math.prod(config.grid) * embed * config.in_channels * config.patch_size**2
@@ -35,10 +35,7 @@ def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: str = "") -> C
         attention, mlp = geometry.attention[-1], geometry.mlp[-1]
         keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
         unpooled = config.prefix_tokens if config.pool == "avg" else tokens - 1
-        if pooled_only == "block":
-            macs -= unpooled * ((embed + tokens) * (keys + values) + 2 * embed * mlp.hidden)  # all but key and value
-        elif config.pool == "token":
-            macs -= unpooled * 2 * embed * mlp.hidden
+        macs -= unpooled * ((embed + tokens) * (keys + values) + 2 * embed * mlp.hidden)  # all but key and value
 
     slices = geometry.parameter_slices(config)
     params = 0

@@ -1,5 +1,6 @@
 """Training of all widths at once: sampled widths, gradients in place, exact resuming."""
 
+from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
 from hydravit.training.checkpoint import load_state, save_state
 from hydravit.training.gradients import LiveSlices, SliceGradients
@@ -11,6 +12,7 @@ __all__ = [
     "Batches",
     "Interrupted",
     "LiveSlices",
+    "SliceAdamW",
     "SliceGradients",
     "Trainer",
     "WidthSampler",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydravit.geometry import Geometry, Intervals
+from hydravit.training.memory import zeros_like
 
 # Unions of widths whose views are kept. Per-image widths make many different unions.
 _CACHED_UNIONS = 64
@@ -52,7 +53,7 @@ class SliceGradients:
         self._buffers: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zeros_like(parameter)
                 self._buffers[name] = parameter, parameter.grad
         self._marked: set[Geometry] = set()
         self._forward: tuple[Geometry, ...] = ()
@@ -87,6 +88,16 @@ class SliceGradients:
         self._forward = tuple(geometries)
         self._marked.update(self._forward)
 
+    @property
+    def marked(self) -> frozenset[Geometry]:
+        """The subnetworks whose slices may hold gradients: those of the forward passes since the last ``zero_``.
+
+        Raises:
+            RuntimeError: if a parameter's buffer was taken away.
+        """
+        self._check_buffers()
+        return frozenset(self._marked)
+
     def buffer(self, parameter: Tensor) -> Tensor | None:
         """Where the gradient of a parameter, or of a view of one, is added: a view of ``.grad``; None if it is frozen.
 
@@ -110,8 +121,7 @@ class SliceGradients:
         Per axis the union of the marked subnetworks' intervals; the rectangles are their products. Parameters of
         skipped branches are left out.
         """
-        self._check_buffers()
-        marked = frozenset(self._marked)
+        marked = self.marked
         if marked not in self._views:
             if len(self._views) >= _CACHED_UNIONS:
                 self._views.clear()

@@ -1,8 +1,9 @@
-"""Optimizer, learning rate and weight average of a recipe: all torch's own, with the recipe's numbers."""
+"""Optimizer, learning rate and weight average of a recipe: torch's own or ours, with the recipe's numbers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,16 +11,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hydravit.recipes import Recipe
+from hydravit.training.adamw import SliceAdamW
 
 _NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe, world: int = 1) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, world: int = 1, average: AveragedModel | None = None
+) -> torch.optim.AdamW | SliceAdamW:
     """AdamW, without decay on vectors (biases, norms, layer scale), tokens and the position embedding, as in DeiT.
 
-    It is the reference's dense AdamW: a weight outside the trained slice has a gradient of zero, not none, so it is
-    still decayed and moved by its momentum. Clearing and clipping touch the slice only; this step and the average do
-    not. Frozen parameters are left out. Raises ``ValueError`` if all are frozen.
+    With ``recipe.optimizer == "dense"`` it is the reference's: a weight outside the trained slice has a gradient of
+    zero, not none, so it is still decayed and moved by its momentum; and whoever steps also updates the average.
+    Otherwise it is ``SliceAdamW`` in that mode, which makes ``average`` the weights' average itself. Frozen parameters
+    are left out. Raises ``ValueError`` if all are frozen.
     """
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -30,17 +35,17 @@ def make_optimizer(model: nn.Module, recipe: Recipe, world: int = 1) -> torch.op
     if not groups[True] and not groups[False]:
         raise ValueError("every parameter of the model is frozen: nothing to train")
     scale = recipe.batch_size * world / recipe.lr_batch if recipe.lr_batch else 1.0
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0}
-            for decayed, parameters in groups.items()
-            if parameters
-        ],
-        lr=recipe.lr * scale,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
-    )
+    options = {"lr": recipe.lr * scale, "betas": recipe.betas, "eps": recipe.eps}
+    decays = [
+        {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0}
+        for decayed, parameters in groups.items()
+        if parameters
+    ]
+    if recipe.optimizer == "dense":
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(decays, **options, fused=fused)
+    options |= {"mode": recipe.optimizer, "ema_decay": average_decay(recipe)}
+    return SliceAdamW(decays, model, average=None if average is None else average.module, **options)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:
@@ -59,17 +64,23 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
     return LambdaLR(optimizer, factor)
 
 
-def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The exponential moving average of the weights, or None.
+def average_decay(recipe: Recipe) -> Callable[[int], float]:
+    """The decay of the average of the weights after ``n`` steps.
 
-    Its decay grows to the recipe's, ``(1 + n) / (10 + n)`` after ``n`` steps, so that short runs forget the start too.
+    It grows to the recipe's, ``(1 + n) / (10 + n)`` at first, so that short runs forget the start too. In single
+    precision, as torch counts in a tensor.
     """
+    return lambda n: min(recipe.ema, float(torch.as_tensor(1 + n) / torch.as_tensor(10 + n)))
+
+
+def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The exponential moving average of the weights, or None."""
     if not recipe.ema:
         return None
+    decay = average_decay(recipe)
 
     def average(averaged, current, count) -> None:
-        decay = min(recipe.ema, float((1 + count) / (10 + count)))
-        get_ema_multi_avg_fn(decay)(averaged, current, count)
+        get_ema_multi_avg_fn(decay(count))(averaged, current, count)
 
     averaged = AveragedModel(model, multi_avg_fn=average)
     averaged.requires_grad_(False)

@@ -19,6 +19,7 @@ import hydravit_kernels as kernels
 from hydravit.evaluation import accuracy
 from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
+from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
 from hydravit.training.checkpoint import Interrupt, load_state, save_state
 from hydravit.training.gradients import SliceGradients
@@ -40,9 +41,10 @@ class Interrupted(RuntimeError):
 class Trainer:
     """Trains a model by a recipe (HydraViT, arXiv 2409.17978, section 3: every step draws a width and trains that).
 
-    Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. The
-    optimizer is the reference's dense AdamW, see ``make_optimizer``. Under torchrun, every rank makes a Trainer after
-    ``init_process_group``; gradients are then ordinary ones, averaged by DistributedDataParallel, and rank 0 writes.
+    Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. So do the
+    optimizer and the average of the weights if the recipe's ``optimizer`` is ``"active"``. Under torchrun, every
+    rank makes a Trainer after ``init_process_group``; gradients are then ordinary ones, averaged by
+    DistributedDataParallel, the optimizer must be ``"dense"``, and rank 0 writes.
 
     Args:
         model: on its device. Frozen parameters stay as they are.
@@ -94,9 +96,11 @@ class Trainer:
             seed=recipe.seed,
             rank=0 if recipe.rank_shared else self.rank,
         )
-        self.optimizer = make_optimizer(model, recipe, self.world)
-        self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
+        if self.world > 1 and recipe.optimizer != "dense":
+            raise ValueError(f"recipe: optimizer must be 'dense' on {self.world} ranks, not {recipe.optimizer!r}")
         self.average = make_average(model, recipe)
+        self.optimizer = make_optimizer(model, recipe, self.world, self.average)
+        self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16 and self.device.type == "cuda")
         self.gradients, self._network = None, model
         self.epoch = self.batch = self.step = 0  # the next batch of the epoch, optimizer steps done
@@ -133,6 +137,8 @@ class Trainer:
                 self.gradients.close()
             self.gradients, self._network = None, self.model  # the process group may be taken down from here on
             self.model.zero_grad(set_to_none=True)
+            if isinstance(self.optimizer, SliceAdamW):
+                self.optimizer.flush()
         return self.trained
 
     def _run_epoch(self, interrupt: Interrupt) -> None:
@@ -203,7 +209,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.average is not None:
+        if self.average is not None and self.recipe.optimizer == "dense":
             self.average.update_parameters(self.model)
 
     def _track(self, losses: Tensor, widths: Tensor) -> float:

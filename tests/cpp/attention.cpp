@@ -6,7 +6,7 @@ namespace {
 
 Arrays arrays_of(const AttentionBlock& block) {
   std::mt19937 generator(1);
-  const int64_t batch = block.batch, n = block.tokens, embed = block.embed, k = block.heads;
+  const int64_t batch = block.batch, n = block.tokens, queries = block.queries, embed = block.embed, k = block.heads;
   const int64_t d = block.head_dim, dv = block.value_dim, pitch = block.pitch;
   Arrays arrays = {{"norm_weight", vector(embed)},
                    {"norm_bias", vector(embed)},
@@ -20,14 +20,14 @@ Arrays arrays_of(const AttentionBlock& block) {
                    {"proj_bias", vector(embed)},
                    {"layer_scale", vector(embed)}};
   for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
-  for (const char* name : {"x", "grad"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("x", tokens(batch, n, embed)), arrays.emplace("grad", tokens(batch, queries, embed));
   arrays.emplace("branch_scale", vector(batch));
   for (auto& [name, array] : arrays) array = random(array, generator);
 
-  for (const char* name : {"y", "d_x"}) arrays.emplace(name, tokens(batch, n, embed));
+  arrays.emplace("y", tokens(batch, queries, embed)), arrays.emplace("d_x", tokens(batch, n, embed));
   arrays.emplace("qkv", tokens(batch, n, k * (2 * d + dv)));
-  arrays.emplace("attended", tokens(batch, n, k * dv));
-  arrays.emplace("logsumexp", Array({{batch, k * n + kGap}, {k, n}}, {{n, 1}}));
+  arrays.emplace("attended", tokens(batch, queries, k * dv));
+  arrays.emplace("logsumexp", Array({{batch, k * queries + kGap}, {k, queries}}, {{queries, 1}}));
   return arrays;
 }
 
@@ -67,21 +67,25 @@ void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {
 
 std::vector<Test> attention_tests() {
   struct Shape {
-    int64_t batch, tokens, embed, heads, head_dim, value_dim, pitch;
+    int64_t batch, tokens, embed, heads, head_dim, value_dim, pitch, queries = tokens;
   };
   const Shape shapes[] = {
-      {1, 1, 3, 1, 5, 5, 5},       {3, 17, 32, 2, 16, 16, 24}, {1, 50, 48, 3, 16, 24, 24}, {3, 50, 80, 2, 24, 5, 40},
-      {2, 17, 32, 0, 16, 16, 16},  {1, 17, 400, 1, 8, 8, 8},  // more channels than one piece of the depth
-      {3, 197, 80, 2, 64, 64, 64}, {7, 197, 3, 1, 5, 3, 9},   // more images than one chunk
+      {1, 1, 3, 1, 5, 5, 5},         {3, 17, 32, 2, 16, 16, 24},
+      {1, 50, 48, 3, 16, 24, 24},    {3, 50, 80, 2, 24, 5, 40},
+      {2, 17, 32, 0, 16, 16, 16},    {1, 17, 400, 1, 8, 8, 8},  // more channels than one piece of the depth
+      {3, 197, 80, 2, 64, 64, 64},   {7, 197, 3, 1, 5, 3, 9},   // more images than one chunk
+      {3, 17, 32, 2, 16, 8, 24, 1},  {2, 50, 48, 3, 16, 24, 24, 37},
+      {2, 17, 32, 0, 16, 16, 16, 5}, {7, 197, 40, 1, 16, 16, 16, 1},
   };
   std::vector<Test> tests;
   for (const Shape& s : shapes) {
     AttentionBlock block{};
-    block.batch = s.batch, block.tokens = s.tokens, block.embed = s.embed, block.heads = s.heads;
+    block.batch = s.batch, block.tokens = s.tokens, block.queries = s.queries;
+    block.embed = s.embed, block.heads = s.heads;
     block.head_dim = s.head_dim, block.value_dim = s.value_dim, block.pitch = s.pitch;
     block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim)), block.eps = 1e-6f;
     const std::string name =
-        named("attention", {s.batch, s.tokens, s.embed, s.heads, s.head_dim, s.value_dim, s.pitch});
+        named("attention", {s.batch, s.tokens, s.embed, s.heads, s.head_dim, s.value_dim, s.pitch, s.queries});
     const auto add = [&](const std::string& what, const Arrays& arrays) {
       tests.emplace_back(
           name + what, arrays, [=](auto& values) { attention_block(block, values); },

@@ -36,6 +36,7 @@ void expect_same(const Array& a, const Array& b, const std::string& what);  // b
 // larger than this call needs, and the address sanitizer sees what is touched beyond.
 void launch(const std::function<int()>& launcher);
 
+std::vector<Test> adamw_tests();
 std::vector<Test> attention_tests();
 std::vector<Test> head_tests();
 std::vector<Test> mlp_tests();

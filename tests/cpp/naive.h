@@ -158,10 +158,25 @@ Matrix<T> probabilities(const AttentionBlock& block, const HeadOf& at, const Mat
   return scores;
 }
 
+// The rows of every image's first `count` tokens of `tokens`.
+template <class T>
+Matrix<T> first_of(const Matrix<T>& a, int64_t tokens, int64_t count) {
+  return matrix<T>(a.rows / tokens * count, a.columns,
+                   [&](int64_t i, int64_t j) { return a(i / count * tokens + i % count, j); });
+}
+
+// For all tokens. Who wants no results of some has no gradients for them either: they are zero.
 template <class T>
 void attention_block(const AttentionBlock& block, Values<T>& v) {
-  v["y"] = v["x"];
-  v["d_x"] = v["grad"];
+  const int64_t queries = block.queries;
+  const Matrix<T>& of_queries = v["grad"];
+  const Matrix<T> grad =
+      of_queries.empty() ? of_queries : matrix<T>(block.batch * block.tokens, block.embed, [&](int64_t i, int64_t j) {
+        const int64_t image = i / block.tokens, token = i % block.tokens;
+        return token < queries ? of_queries(image * queries + token, j) : T(0);
+      });
+  v["y"] = first_of(v["x"], block.tokens, queries);
+  v["d_x"] = grad;
   if (block.heads == 0) return;
   const int64_t n = block.tokens, rows = block.batch * n, d = block.head_dim, dv = block.value_dim;
   const Norm<T> norm(v["x"], v["norm_weight"], v["norm_bias"], block.eps);
@@ -173,9 +188,10 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
     qkv[i] = linear(normalised, v[role + "_weight"], v[role + "_bias"]);
     d_qkv[i] = Matrix<T>{rows, qkv[i].columns, std::vector<T>(qkv[i].values.size())};
   }
-  const Matrix<T>&query = qkv[0], &key = qkv[1], &value = qkv[2];
+  const Matrix<T>&query = qkv[0], &key = qkv[1], &value = qkv[2], untouched = v["qkv"];
   const int64_t columns = query.columns;
   v["qkv"] = matrix<T>(rows, 2 * columns + value.columns, [&](int64_t i, int64_t j) {
+    if (j < columns && i % n >= queries) return untouched(i, j);
     return j < columns ? query(i, j) : j < 2 * columns ? key(i, j - columns) : value(i, j - 2 * columns);
   });
 
@@ -192,14 +208,14 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
         attended(at.row + i, at.v + c) =
             sum<T>(n, [&](int64_t j) { return attention.back()(i, j) * value(at.row + j, at.v + c); });
   }
-  v["logsumexp"] = logsumexp;
-  v["attended"] = attended;
+  v["logsumexp"] = matrix<T>(logsumexp.rows, queries, [&](int64_t i, int64_t j) { return logsumexp(i, j); });
+  v["attended"] = first_of(attended, n, queries);
   const Matrix<T> branch = linear(attended, v["proj_weight"], v["proj_bias"]);
-  v["y"] = plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"]));
-  if (v["grad"].empty()) return;
+  v["y"] = first_of(plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"])), n, queries);
+  if (grad.empty()) return;
 
-  add(v["d_layer_scale"], column_sums(times(branch, scaled(v["grad"], n, v["branch_scale"], {}))));
-  const Matrix<T> z = scaled(v["grad"], n, v["branch_scale"], v["layer_scale"]);
+  add(v["d_layer_scale"], column_sums(times(branch, scaled(grad, n, v["branch_scale"], {}))));
+  const Matrix<T> z = scaled(grad, n, v["branch_scale"], v["layer_scale"]);
   add(v["d_proj_bias"], column_sums(z));
   add(v["d_proj_weight"], product(transposed(z), attended));
   const Matrix<T> d_attended = product(z, v["proj_weight"]);
@@ -233,7 +249,7 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
     add(v["d_" + role + "_weight"], product(transposed(d_qkv[i]), normalised));
     d_normalised = plus(d_normalised, product(d_qkv[i], v[role + "_weight"]));
   }
-  v["d_x"] = plus(v["grad"], norm.backward(d_normalised, v));
+  v["d_x"] = plus(grad, norm.backward(d_normalised, v));
 }
 
 // ---- MLP block ----

@@ -33,7 +33,8 @@ Stem stem_of(const Shape& shape, const Width& width) {
 }
 AttentionBlock attention_of(const Shape& shape, const Width& width) {
   AttentionBlock block{};
-  block.batch = 1, block.tokens = tokens_of(shape), block.embed = width.embed, block.heads = width.heads;
+  block.batch = 1, block.tokens = block.queries = tokens_of(shape);
+  block.embed = width.embed, block.heads = width.heads;
   block.head_dim = block.value_dim = block.pitch = shape.head_dim;
   block.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), block.eps = kEps;
   return block;

@@ -1,0 +1,85 @@
+// The optimizer's op of hydravit_kernels/ops.py on the CPU, on torch's stable ABI.
+#include "checks.h"
+
+namespace hydravit {
+namespace {
+
+constexpr int64_t kRectangleIntegers = 6;  // tensor, program, offset, rows, row stride, columns
+constexpr int64_t kStepNumbers = sizeof(AdamwStep) / sizeof(float);
+
+using Tensors = std::vector<Tensor>;
+
+// One past the last element that a tensor of these sizes and strides reaches.
+int64_t extent_of(const Tensor& tensor) {
+  int64_t extent = 1;
+  for (int64_t axis = 0; axis < tensor.dim(); axis++) extent += (tensor.size(axis) - 1) * tensor.stride(axis);
+  return tensor.numel() == 0 ? 0 : extent;
+}
+
+void check_like(const Tensors& tensors, const char* name, const Tensors& weights, bool optional) {
+  if (optional && tensors.empty()) return;
+  HYDRAVIT_CHECK(tensors.size() == weights.size(), name, ": as many tensors as weights expected, ", tensors.size(),
+                 " for ", weights.size(), " given");
+  for (size_t i = 0; i < tensors.size(); i++) {
+    check_kind(tensors[i], name, ScalarType::Float);
+    HYDRAVIT_CHECK(shape_of(tensors[i]) == shape_of(weights[i]) && strides_of(tensors[i]) == strides_of(weights[i]),
+                   name, "[", i, "]: shape ", text(shape_of(weights[i])), " and strides ", text(strides_of(weights[i])),
+                   " of the weight expected, ", text(shape_of(tensors[i])), " and ", text(strides_of(tensors[i])),
+                   " given");
+  }
+}
+
+void check_table(const Tensor& table, const char* name, ScalarType type, int64_t columns) {
+  check_kind(table, name, type);
+  HYDRAVIT_CHECK(table.dim() == 2 && table.size(1) == columns && table.is_contiguous(), name,
+                 ": a contiguous tensor of shape ", text({kAny, columns}), " expected, ", text(shape_of(table)),
+                 " given");
+}
+
+void adamw(const Tensors& weights, const Tensors& gradients, const Tensors& firsts, const Tensors& seconds,
+           const Tensors& averages, const Tensor& rectangles, const Integers& bounds, const Tensor& steps) {
+  check_like(weights, "weights", weights, false);
+  check_like(gradients, "gradients", weights, true);
+  check_like(firsts, "firsts", weights, false);
+  check_like(seconds, "seconds", weights, false);
+  check_like(averages, "averages", weights, true);
+  check_table(rectangles, "rectangles", ScalarType::Long, kRectangleIntegers);
+  check_table(steps, "steps", ScalarType::Float, kStepNumbers);
+  const int64_t programs = static_cast<int64_t>(bounds.size()) - 1;
+  HYDRAVIT_CHECK(programs >= 0 && bounds.front() >= 0 && bounds.back() <= steps.size(0) &&
+                     std::is_sorted(bounds.begin(), bounds.end()),
+                 "bounds: ascending integers in [0, ", steps.size(0), "] expected, ", text(bounds), " given");
+
+  std::vector<AdamwTensor> tensors;
+  Integers extents;
+  for (size_t i = 0; i < weights.size(); i++) {
+    tensors.push_back({mutable_floats(weights[i]), gradients.empty() ? nullptr : floats(gradients[i]),
+                       mutable_floats(firsts[i]), mutable_floats(seconds[i]),
+                       averages.empty() ? nullptr : mutable_floats(averages[i])});
+    extents.push_back(extent_of(weights[i]));
+  }
+  const auto* all_steps = static_cast<const AdamwStep*>(steps.const_data_ptr());
+  const auto* row = static_cast<const int64_t*>(rectangles.const_data_ptr());
+  std::vector<AdamwRectangle> work;
+  work.reserve(static_cast<size_t>(rectangles.size(0)));
+  for (int64_t i = 0; i < rectangles.size(0); i++, row += kRectangleIntegers) {
+    const int64_t tensor = row[0], program = row[1], offset = row[2], rows = row[3], stride = row[4], columns = row[5];
+    HYDRAVIT_CHECK(tensor >= 0 && tensor < static_cast<int64_t>(weights.size()) && program >= 0 && program < programs,
+                   "rectangles: tensor in [0, ", weights.size(), ") and program in [0, ", programs, ") expected, ",
+                   tensor, " and ", program, " given");
+    const int64_t extent = extents[static_cast<size_t>(tensor)];
+    HYDRAVIT_CHECK(offset >= 0 && rows > 0 && columns > 0 && offset <= extent - columns &&
+                       (rows == 1 || (stride >= columns && stride <= (extent - columns - offset) / (rows - 1))),
+                   "rectangles: rows of columns inside the ", extent, " elements of tensor ", tensor,
+                   " expected; offset ", offset, ", ", rows, " rows ", stride, " apart, ", columns, " columns given");
+    const int64_t begin = bounds[static_cast<size_t>(program)], end = bounds[static_cast<size_t>(program + 1)];
+    work.push_back(
+        {tensors[static_cast<size_t>(tensor)], offset, rows, stride, columns, all_steps + begin, end - begin});
+  }
+  check_status(adamw_cpu({work.data(), static_cast<int64_t>(work.size())}, torch_threads()));
+}
+
+}  // namespace
+}  // namespace hydravit
+
+STABLE_TORCH_LIBRARY_IMPL(hydravit, CPU, m) { m.impl("adamw_native", TORCH_BOX(&hydravit::adamw)); }
