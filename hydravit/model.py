@@ -64,8 +64,7 @@ class HydraViT(DeferredSteps):
         self._select_backend(self.pos_embed)
         self._resolve_geometries()
         if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._geometries}):
-            known = list(self._geometries)
-            raise ValueError(f"trained_heads must be widths of the model, {known}, not {trained_heads}")
+            raise ValueError(f"trained_heads must be widths of the model, {[*self._geometries]}, not {trained_heads}")
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
@@ -140,8 +139,7 @@ class HydraViT(DeferredSteps):
 
     def widths(self, heads: int | Tensor | Geometry | None, batch: int) -> Widths:
         """The subnetworks of one call; ``heads`` as in ``forward``."""
-        if heads is None:
-            heads = self.heads
+        heads = self.heads if heads is None else heads
         if isinstance(heads, Geometry):
             if torch.compiler.is_compiling() or heads not in self._validated:
                 self._validated.add(heads.validate(self.config))
