@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-long bench gpu lint format build report clean
+.PHONY: help demo test test-long bench gpu lint format build resources report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -42,11 +42,14 @@ format: build  ## put Python and C++ in that style
 
 build: .venv/built  ## the environment and the native library, incrementally
 
+resources:  ## registers and spills of every CUDA kernel, to csrc/cuda/resources.csv; needs nvcc, no GPU
+	$(PYTHON) -m bench.resources
+
 report: build  ## what was built, what runs on this machine, and why the rest does not
 	python -m hydravit_kernels
 
 clean:  ## remove what `make` made: environment, builds, caches
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_build_info.py
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_engine.so hydravit_kernels/_build_info.py
 	find hydravit hydravit_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -1,4 +1,6 @@
-"""Builds hydravit_kernels/_C.so with CMake and records the outcome in hydravit_kernels/_build_info.py.
+"""Builds hydravit_kernels/_C.so, and _engine.so where nvcc is, with CMake.
+
+The outcome is recorded in hydravit_kernels/_build_info.py.
 
 HYDRAVIT_BUILD says what must come of it:
     auto (or unset)  as much as this machine allows: CPU and CUDA kernels, CPU kernels only, or pure Python
@@ -26,6 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("HYDRAVIT_BUILD") or "auto"
 TORCH_FLOOR = (2, 11)
+LIBRARIES = ("_C.so", "_engine.so")
 
 
 class NotBuilt(Exception):
@@ -65,8 +68,8 @@ def run(*command) -> None:
         raise NotBuilt(f"{Path(command[0]).name} failed: {summary[:300]}")
 
 
-def build_native() -> tuple[Path, dict]:
-    """Compile, incrementally where it was done before; return the library and what is in it."""
+def build_native() -> tuple[list[Path], dict]:
+    """Compile, incrementally where it was done before; return the libraries and what is in them."""
     if MODE == "none":
         raise NotBuilt("switched off by HYDRAVIT_BUILD=none")
     torch_root, torch_version = find_torch()
@@ -77,22 +80,33 @@ def build_native() -> tuple[Path, dict]:
     toolchain = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")] + [shutil.which("nvcc")]
     build = ROOT / "build" / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
-    cuda = "ON" if MODE == "cuda" else "AUTO"
-    run(cmake, "-S", ROOT, "-B", build, *generator, f"-DTORCH_ROOT={torch_root}", f"-DHYDRAVIT_CUDA={cuda}")
-    run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
-    info = json.loads((build / "build_info.json").read_text())
-    return build / "_C.so", {**info, "torch": torch_version}
+    options = [f"-DTORCH_ROOT={torch_root}", f"-DPython_EXECUTABLE={sys.executable}"]
+
+    def compile_with(cuda: str) -> dict:
+        run(cmake, "-S", ROOT, "-B", build, *generator, *options, f"-DHYDRAVIT_CUDA={cuda}")
+        run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
+        return json.loads((build / "build_info.json").read_text())
+
+    try:
+        info = compile_with("ON" if MODE == "cuda" else "AUTO")
+    except NotBuilt as reason:
+        if MODE == "cuda":
+            raise
+        info = {**compile_with("OFF"), "cuda_why_not": str(reason)}  # an nvcc that does not work costs no CPU kernels
+    built = LIBRARIES if info["cuda_architectures"] else LIBRARIES[:1]
+    return [build / name for name in built], {**info, "torch": torch_version}
 
 
 class BuildNative(build_ext):
     def run(self):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "hydravit_kernels"
         package.mkdir(parents=True, exist_ok=True)
-        target = package / "_C.so"
-        target.unlink(missing_ok=True)  # never ship an earlier build's, never overwrite one that a process has loaded
+        for name in LIBRARIES:  # never ship an earlier build's, never overwrite one that a process has loaded
+            (package / name).unlink(missing_ok=True)
         try:
-            library, info = build_native()
-            shutil.copy(library, target)
+            libraries, info = build_native()
+            for library in libraries:
+                shutil.copy(library, package)
         except NotBuilt as reason:
             if MODE in ("cpu", "cuda"):
                 raise SystemExit(f"hydravit: HYDRAVIT_BUILD={MODE}, but no native library: {reason}") from None
@@ -103,7 +117,7 @@ class BuildNative(build_ext):
 
     def get_outputs(self):
         package = Path(self.build_lib) / "hydravit_kernels"
-        return [str(path) for path in (package / "_C.so", package / "_build_info.py") if path.exists()]
+        return [str(package / name) for name in (*LIBRARIES, "_build_info.py") if (package / name).exists()]
 
     def get_output_mapping(self):
         return {}
@@ -111,7 +125,9 @@ class BuildNative(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]  # the library depends on the platform, not on Python
+        if list(Path(self.bdist_dir).rglob("_engine.so")):  # a module of the Python that built it
+            return super().get_tag()
+        return "py3", "none", super().get_tag()[2]  # _C.so depends on the platform, not on Python
 
 
 if MODE not in ("auto", "cpu", "cuda", "none"):

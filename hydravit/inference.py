@@ -30,7 +30,7 @@ class PackedInference:
     def __init__(self, pooled_only: bool = True):
         self.pooled_only = pooled_only
         self._lock = threading.Lock()
-        self._structure: _Structure | None = None
+        self._structure: Structure | None = None
         self._seen: kernels.Fingerprint | None = None
         self._packed: tuple[kernels.Fingerprint, kernels.Packed] | None = None
         self._slices: dict[tuple[Geometry, ...], kernels.NetworkSlices | None] = {}
@@ -48,7 +48,7 @@ class PackedInference:
             return None
         structure = self._structure
         if structure is None or not structure.holds():
-            structure = self._structure = _Structure(model)
+            structure = self._structure = Structure(model)
         if structure.seen_from_outside():
             return None
         parameters = structure.parameters()
@@ -72,7 +72,7 @@ class PackedInference:
             if self._seen is None or not self._seen.holds(parameters):
                 self._seen = kernels.fingerprint(parameters)
                 return None
-            self._packed = self._seen, kernels.pack(_in_order(model))
+            self._packed = self._seen, kernels.pack(in_order(model))
             return self._packed[1]
 
     def _slices_of(self, geometries: tuple[Geometry, ...]) -> kernels.NetworkSlices | None:
@@ -87,7 +87,7 @@ class PackedInference:
         return slices
 
 
-class _Structure:
+class Structure:
     """The modules of a model, kept so that a call can look at all parameters without walking through them."""
 
     def __init__(self, model: HydraViT):
@@ -110,7 +110,7 @@ class _Structure:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]
 
 
-def _in_order(model: HydraViT) -> list[Tensor | None]:
+def in_order(model: HydraViT) -> list[Tensor | None]:
     """Every parameter in the order of ``hydravit_kernels.pack``."""
     of_blocks = [p for block in model.blocks for p in (*block.attention_parameters(), *block.mlp_parameters())]
     norm = model.norm if model.config.pool == "token" else model.fc_norm

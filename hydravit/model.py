@@ -11,6 +11,7 @@ import hydravit_kernels as kernels
 from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
 from hydravit.deferred import DeferredSteps
+from hydravit.engine import Engine
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.inference import PackedInference
 from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
@@ -56,14 +57,14 @@ class HydraViT(DeferredSteps):
         self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
         init_weights(self)
 
+        self.unseen_writes = 0  # how often `weights_changed` was called
         self.slice_gradients = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
         self._resolve_geometries()
         if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._geometries}):
-            known = list(self._geometries)
-            raise ValueError(f"trained_heads must be widths of the model, {known}, not {trained_heads}")
+            raise ValueError(f"trained_heads must be widths of the model, {[*self._geometries]}, not {trained_heads}")
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
@@ -138,8 +139,7 @@ class HydraViT(DeferredSteps):
 
     def widths(self, heads: int | Tensor | Geometry | None, batch: int) -> Widths:
         """The subnetworks of one call; ``heads`` as in ``forward``."""
-        if heads is None:
-            heads = self.heads
+        heads = self.heads if heads is None else heads
         if isinstance(heads, Geometry):
             if torch.compiler.is_compiling() or heads not in self._validated:
                 self._validated.add(heads.validate(self.config))
@@ -176,8 +176,13 @@ class HydraViT(DeferredSteps):
 
         Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters are noticed anyway.
         """
+        self.unseen_writes += 1
         if self.packed_inference is not None:
             self.packed_inference.drop()
+
+    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str) -> Engine:
+        """Inference with the least latency: see ``hydravit.engine.Engine``."""
+        return Engine(self, max_batch, dtype, **cuda)
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""

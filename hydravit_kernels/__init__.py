@@ -2,6 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
 from hydravit_kernels.ranges import annotate
@@ -11,18 +12,21 @@ from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSl
 __all__ = [
     "AdamWStep",
     "AttentionSlice",
+    "CudaNetwork",
     "EmbedSlice",
     "Fingerprint",
     "HeadSlice",
     "MlpSlice",
     "NetworkSlices",
     "Packed",
+    "SubnetSlices",
     "adamw",
     "annotate",
     "attention_block",
     "attention_map",
     "available_backends",
     "check_backend",
+    "cuda_network_why_not",
     "fingerprint",
     "head",
     "layer_norm",

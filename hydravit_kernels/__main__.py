@@ -7,6 +7,7 @@ import platform
 import torch
 
 from hydravit_kernels import _native, backends
+from hydravit_kernels.engine import cuda_network_why_not
 
 
 def report() -> str:
@@ -26,6 +27,8 @@ def report() -> str:
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for name, state in backends.report(device).items():
             rows[f"{name} on {device}"] = state
+    if torch.cuda.is_available():
+        rows["engine on cuda"] = cuda_network_why_not(torch.device("cuda")) or "available"
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 

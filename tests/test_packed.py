@@ -125,7 +125,7 @@ def test_the_last_block_may_compute_pooled_tokens_only(isa, threads, variant, co
     threads(count)
     config = resolve_config(WIDE, **VARIANTS[variant])
     model, x = make(config), images(config, 5)
-    packed = kernels.pack(inference._in_order(model))
+    packed = kernels.pack(inference.in_order(model))
     for heads in (1, 4, torch.tensor([4, 1, 2, 2, 1])):
         widths = model.widths(heads, 5)
         arguments = (x, packed, of_network(widths.geometries), model.pool_range, widths.eps, widths.subnet)
@@ -693,7 +693,7 @@ def call():
     """Arguments of ``kernels.network``, by name."""
     model = make(SMALL)
     widths = model.widths(2, 3)
-    packed = kernels.pack(inference._in_order(model))
+    packed = kernels.pack(inference.in_order(model))
     return {
         "images": images(SMALL, 3),
         **packed._asdict(),
@@ -831,7 +831,7 @@ def test_no_images():
 def test_wrong_parameters_are_not_packed():
     with pytest.raises(ValueError, match="^parameters: 5 \\+ 14"):
         kernels.pack([])
-    parameters = inference._in_order(make(SMALL))
+    parameters = inference.in_order(make(SMALL))
     for index, name in ((2, "cls_token"), (5, "norm1.weight"), (8, "qkv.bias"), (14, "fc1.weight"), (36, "head.bias")):
         wrong = [*parameters[:index], parameters[index].detach()[..., :-1], *parameters[index + 1 :]]
         with pytest.raises(RuntimeError, match=f"^{name}: shape"):
@@ -863,7 +863,7 @@ def test_opcheck(mixed):
     for classes in (10, 0):
         model = make(SMALL, num_classes=classes)
         widths = model.widths(torch.tensor([2, 1, 4]) if mixed else 2, 3)
-        packed, slices = kernels.pack(inference._in_order(model)), of_network(widths.geometries)
+        packed, slices = kernels.pack(inference.in_order(model)), of_network(widths.geometries)
         arguments = (packed.tensor, packed.offsets, *packed.sizes, *model.pool_range, packed.depth, *slices)
         torch.library.opcheck(
             hydravit.network_native.default,

@@ -1,0 +1,84 @@
+"""``python -m bench.resources``: what every CUDA kernel takes of an SM, as ptxas says; needs nvcc, no GPU.
+
+Writes csrc/cuda/resources.csv, which is committed: registers of a thread, bytes of stack and of spilled registers. The
+first line names the compiler and the sources; tests/test_cuda_resources.py fails where it is of other sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+REPORT = SOURCES / "resources.csv"
+ARCHITECTURES = ("sm_80", "sm_90a")
+FIELDS = ("architecture", "kernel", "registers", "stack", "spill_stores", "spill_loads")
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for.*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes "
+    r"spill stores, (?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.S,
+)
+
+
+def main() -> int:
+    rows = [row for architecture in ARCHITECTURES for row in resources(architecture)]
+    REPORT.write_text(text(rows))
+    print(REPORT.read_text())
+    return int(any(int(row["spill_stores"]) + int(row["spill_loads"]) for row in rows))
+
+
+def fingerprint() -> str:
+    """Of everything that the kernels are compiled from."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def text(rows: list[dict[str, str]]) -> str:
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    file = io.StringIO()
+    file.write(f"# nvcc {re.search(r'V([0-9.]+)', version).group(1)}, sources {fingerprint()}\n")
+    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def read() -> tuple[str, list[dict[str, str]]]:
+    """The first line and the rows of the committed report."""
+    first, *lines = REPORT.read_text().splitlines()
+    return first, list(csv.DictReader(lines))
+
+
+def resources(architecture: str) -> Iterator[dict[str, str]]:
+    """A row for each kernel, with the flags of CMakeLists.txt."""
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-I", SOURCES, "-Xptxas", "-v"]
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(SOURCES.glob("*.cu")):
+            command = ["nvcc", *flags, "-cubin", "-o", Path(folder) / "out.cubin", source]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            for match in sorted(_ENTRY.finditer(log), key=lambda match: match["kernel"]):
+                values = {field: match[field] for field in FIELDS[2:]}
+                yield {"architecture": architecture, "kernel": _readable(match["kernel"]), **values}
+
+
+def _readable(mangled: str) -> str:
+    """``product_kernel<Bf16, k32x32, kBulk>`` of what the compiler calls it."""
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    name = re.sub(r"hydravit::cuda::|\(anonymous namespace\)::|^void ", "", name)
+    for enum in ("Shape", "Loader"):
+        members = re.search(rf"enum class {enum} : int {{ ([^}}]+) }}", (SOURCES / "phase.h").read_text()).group(1)
+        for value, member in enumerate(members.split(", ")):
+            name = name.replace(f"({enum}){value}", member)
+    return re.match(r"\w+(<[^>]*>)?", name).group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

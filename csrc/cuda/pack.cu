@@ -1,0 +1,142 @@
+// Parameters of any floating dtype to the one packed copy that serves every width: matrices to panels of T, the rest to
+// float. What is beyond a matrix, up to whole panels and 64 rows, is zero.
+#include "network.h"
+#include "tile.cuh"
+
+namespace hydravit::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::kBf16) return to_float(load<Bf16>(static_cast<const Bf16*>(data) + index));
+  if (dtype == Dtype::kFp16) return to_float(load<Fp16>(static_cast<const Fp16*>(data) + index));
+  return load<float>(static_cast<const float*>(data) + index);
+}
+
+// ---- Kernels: one chunk or one float for each thread ----
+
+struct MatrixJob {
+  Parameter from;
+  int rows, columns;        // of the parameter
+  int padded_rows, chunks;  // of the panels; chunks along a row
+  void* to;
+};
+
+template <class T>
+__global__ void pack_matrix_kernel(const MatrixJob job) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= static_cast<int64_t>(job.padded_rows) * job.chunks) return;
+  const int row = static_cast<int>(i / job.chunks), column = static_cast<int>(i % job.chunks) * kChunk;
+  float v[kChunk];
+  for (int j = 0; j < kChunk; j++) {
+    const bool inside = row < job.rows && column + j < job.columns;
+    v[j] = inside ? load_as_float(job.from.data, job.from.dtype, row * job.from.row_stride + column + j) : 0.0f;
+  }
+  store<uint4>(static_cast<T*>(job.to) + panel_index(job.padded_rows, row, column), pack_chunk<T>(v));
+}
+
+struct VectorJob {
+  Parameter from;
+  int size, padded_size;
+  float absent;  // the value of a parameter that is not there
+  float* to;
+};
+
+__global__ void pack_vector_kernel(const VectorJob job) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= job.padded_size) return;
+  float value = i < job.size ? job.absent : 0.0f;
+  if (i < job.size && job.from.data != nullptr) value = load_as_float(job.from.data, job.from.dtype, i);
+  store<float>(job.to + i, value);
+}
+
+// What the stem adds to every token: its class or register token or the patches' bias, and its position.
+struct PositionsJob {
+  Parameter bias, cls_token, reg_token, pos_embed;
+  int tokens, embed, cls_tokens, prefix_tokens, unplaced;  // the first `unplaced` tokens have no position
+  float* to;
+};
+
+__global__ void pack_positions_kernel(const PositionsJob job) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= job.tokens * job.embed) return;
+  const int token = i / job.embed, channel = i % job.embed;
+  const auto value = [&](const Parameter& from, int row) {
+    return from.data == nullptr ? 0.0f : load_as_float(from.data, from.dtype, row * from.row_stride + channel);
+  };
+  float sum = token < job.cls_tokens      ? value(job.cls_token, token)
+              : token < job.prefix_tokens ? value(job.reg_token, token - job.cls_tokens)
+                                          : value(job.bias, 0);
+  if (token >= job.unplaced) sum += value(job.pos_embed, token - job.unplaced);
+  store<float>(job.to + i, sum);
+}
+
+// ---- Launchers ----
+
+template <class Job>
+int launch(void (*kernel)(Job), const Job& job, int64_t count, void* stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, job);
+}
+
+}  // namespace
+
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, Dtype dtype,
+         uint8_t* packed, void* stream) {
+  int status = 0;
+  const auto matrix = [&](const Parameter& from, int rows, int columns, const Packed& to) {
+    if (status != 0) return;
+    const MatrixJob job{from, rows, columns, to.rows, to.columns / kChunk, packed + to.offset};
+    const auto kernel = dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;
+    status = launch(kernel, job, static_cast<int64_t>(job.padded_rows) * job.chunks, stream);
+  };
+  const auto vector = [&](const Parameter& from, int size, float absent, const Packed& to) {
+    if (status != 0) return;
+    const VectorJob job{from, size, to.columns, absent, reinterpret_cast<float*>(packed + to.offset)};
+    status = launch(pack_vector_kernel, job, job.padded_size, stream);
+  };
+  const int embed = model.embed, hidden = model.hidden;
+  const Parameter* p = parameters.data();
+  matrix(p[0], embed, model.patch_size(), layout.stem);
+  const PositionsJob positions{p[1],
+                               p[2],
+                               p[3],
+                               p[4],
+                               model.tokens(),
+                               embed,
+                               model.cls_tokens,
+                               model.prefix_tokens(),
+                               model.pos_on_prefix ? 0 : model.prefix_tokens(),
+                               reinterpret_cast<float*>(packed + layout.positions.offset)};
+  if (status == 0) status = launch(pack_positions_kernel, positions, int64_t{model.tokens()} * embed, stream);
+  p += 5;
+  for (const Layout::Block& block : layout.blocks) {
+    vector(p[0], embed, 1.0f, block.norm1_weight);
+    vector(p[1], embed, 0.0f, block.norm1_bias);
+    matrix(p[2], 3 * embed, embed, block.qkv);
+    vector(p[3], 3 * embed, 0.0f, block.qkv_bias);
+    matrix(p[4], embed, embed, block.proj);
+    vector(p[5], embed, 0.0f, block.proj_bias);
+    vector(p[6], embed, 1.0f, block.scale1);
+    vector(p[7], embed, 1.0f, block.norm2_weight);
+    vector(p[8], embed, 0.0f, block.norm2_bias);
+    matrix(p[9], hidden, embed, block.fc1);
+    vector(p[10], hidden, 0.0f, block.fc1_bias);
+    matrix(p[11], embed, hidden, block.fc2);
+    vector(p[12], embed, 0.0f, block.fc2_bias);
+    vector(p[13], embed, 1.0f, block.scale2);
+    p += 14;
+  }
+  vector(p[0], embed, 1.0f, layout.norm_weight);
+  vector(p[1], embed, 0.0f, layout.norm_bias);
+  matrix(p[2], model.classes, embed, layout.head);
+  vector(p[3], model.classes, 0.0f, layout.head_bias);
+  return status;
+}
+
+}  // namespace hydravit::cuda

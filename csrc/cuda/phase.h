@@ -1,0 +1,158 @@
+// The contract of the CUDA kernels: a network is a list of phases, and a phase is what one kernel computes.
+//
+// Kernels see pointers, lengths and strides; offsets of a slice are folded into the pointers. T is the 16-bit dtype.
+//
+// Panels: T matrices (weights and activations alike) lie in panels of 64 channels. A panel holds all rows, 128 bytes
+// each, and of every row the eight 16-byte chunks in the order (chunk ^ row % 8), so that tensor cores' loads meet no
+// bank twice. So any 8 n rows of any panel are contiguous bytes that go to shared memory as they lie, and the first
+// rows of the first panels are the slice of a narrower network: one packed copy serves all widths, with no gap inside a
+// tile.
+//
+// Rows: an image has `image_rows` rows, of which the first `image_tokens` are its tokens and the others are zero.
+#pragma once
+
+#include <cstdint>
+
+namespace hydravit::cuda {
+
+constexpr int kPanel = 64;        // channels
+constexpr int kRowBytes = 128;    // of a panel's row
+constexpr int kChunk = 8;         // channels of a chunk of 16 bytes
+constexpr int kHeadDim = kPanel;  // a head is a panel
+constexpr int kMaxEmbed = 1024;   // channels of a row that a warp normalises in registers
+
+// Where element (row, channel) of a matrix in panels of `rows` rows lies.
+constexpr int64_t panel_index(int64_t rows, int64_t row, int64_t channel) {
+  const int64_t chunk = channel % kPanel / kChunk;
+  return (channel / kPanel * rows + row) * kPanel + (chunk ^ row % 8) * kChunk + channel % kChunk;
+}
+
+enum class Dtype : int { kFp32, kBf16, kFp16 };
+
+// ---- Products: C = f(A W^T) ----
+
+// Rows and columns of one tile of C. Few rows and many columns suit a norm in front, whose float rows are the larger
+// part of what a tile loads.
+enum class Shape : int { k16x32, k32x32, k32x64, k32x128, k128x64 };
+constexpr Shape kShapes[] = {Shape::k16x32, Shape::k32x32, Shape::k32x64, Shape::k32x128, Shape::k128x64};
+struct ShapeSize {
+  int rows, columns, warps_along_rows, warps_along_columns;
+};
+constexpr ShapeSize size_of(Shape shape) {
+  switch (shape) {
+    case Shape::k16x32:
+      return {16, 32, 1, 2};
+    case Shape::k32x32:
+      return {32, 32, 2, 2};
+    case Shape::k32x64:
+      return {32, 64, 2, 2};
+    case Shape::k32x128:
+      return {32, 128, 2, 2};
+    default:
+      return {128, 64, 2, 2};
+  }
+}
+// Of the warps that share a tile, half multiply the even and half the odd 32 channels; the sum's order is the same for
+// every shape, and so are its bits.
+constexpr int kDepthGroups = 2;
+constexpr int kStages = 4;  // tiles of W (and A) in flight
+constexpr int threads_of(Shape shape) {
+  return 32 * kDepthGroups * size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
+}
+
+enum class Source : int {
+  kPanels,   // A lies in panels
+  kNorm,     // layer norm of float rows: each of A's rows is the norm of the mean of `pooled` rows
+  kPatches,  // patches of images; rows of the tokens in front of the patches are zero
+};
+enum class Sink : int {
+  kPanels,     // C + bias, in panels
+  kGelu,       // gelu(C + bias), in panels
+  kResidual,   // residual + layer_scale * (C + bias), float rows
+  kPositions,  // C + positions, float rows
+  kLogits,     // C + bias, float rows without padding
+};
+
+struct Product {
+  Source source;
+  Sink sink;
+  int rows, columns, depth;  // of C and of the sum; columns and depth are multiples of 64
+  int image_rows, image_tokens;
+
+  const void* a;     // T panels, float rows or images
+  int64_t a_stride;  // elements from panel to panel or from row to row
+  int a_image_rows;  // kNorm: row i of A is made of rows i * a_image_rows + a_first, ... of `a`
+  int a_first, pooled;
+  const float *norm_weight, *norm_bias;
+  float eps;
+
+  // kPatches: images (B, channels, grid_height * patch_height, grid_width * patch_width), contiguous
+  Dtype image_dtype;
+  int channels, grid_height, grid_width, patch_height, patch_width, prefix_tokens;
+
+  // W has up to three runs of `segment` rows each, panels of `weight_stride` elements.
+  const void* weight[3];
+  const float* bias[3];
+  int64_t weight_stride;
+  int segment;
+  // Only these tokens' rows of the first segment are wanted (the queries of the last block).
+  int first_token, last_token;
+
+  void* c;                                  // T panels or float rows
+  int64_t c_stride;                         // elements from panel to panel or from row to row
+  int c_columns;                            // kLogits: those without padding
+  const float *residual, *layer_scale;      // residual row of C's row i: (i / image_rows) * residual_image_rows +
+  int residual_image_rows, residual_first;  // residual_first + i % image_rows; rows as long as C's
+  const float* positions;                   // (image_tokens, ...), rows `positions_stride` apart
+  int64_t positions_stride;
+};
+
+// ---- Attention: every head of every image, some queries at a time, all keys ----
+
+constexpr int kKeyGroups = 4;  // warps that share the keys of 16 queries
+struct Attention {
+  int images, heads, image_rows, image_tokens;
+  int query_tiles;              // of 16 queries in a block
+  int first_block, blocks;      // of each head
+  int first_query, last_query;  // that are wanted: the first and the first behind
+  float scale;
+  const void* qkv;  // T panels: the heads' queries, then keys, then values
+  int64_t qkv_stride;
+  void* out;  // T panels, one for a head; query i of an image goes to row i - first_query of its `out_image_rows`
+  int64_t out_stride;
+  int out_image_rows;
+};
+constexpr int threads_of(const Attention& a) { return 32 * kKeyGroups * a.query_tiles; }
+
+// ---- Phases ----
+
+struct Phase {
+  const char* name;
+  bool is_attention;
+  bool early;   // its kernel may start, and fetch weights, before the kernel in front has ended
+  Shape shape;  // of a product
+  int blocks, threads;
+  int64_t shared_bytes;
+  Product product;
+  Attention attention;
+};
+
+// How tiles come to shared memory: by every thread, 16 bytes each (sm_80); or by one thread in bulk (sm_90).
+enum class Loader : int { kAsync, kBulk };
+
+// Bytes of shared memory; the same layout is in the kernels.
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t kBarrierBytes = 1024;  // barriers, and what keeps the tiles behind them aligned
+constexpr int64_t shared_bytes(Shape shape, Source source, int depth) {
+  const ShapeSize size = size_of(shape);
+  const int64_t panels = source == Source::kPanels ? kStages : depth / kPanel;
+  const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
+  return kBarrierBytes + kStages * size.columns * kRowBytes + larger(panels * size.rows * kRowBytes, sums);
+}
+constexpr int64_t shared_bytes(const Attention& a) {
+  const int64_t queries = 16 * a.query_tiles;
+  const int64_t sums = kKeyGroups * queries * (kHeadDim + 8 + 2) * int64_t{sizeof(float)};
+  return kBarrierBytes + queries * kRowBytes + larger(2 * a.image_rows * int64_t{kRowBytes}, sums);
+}
+
+}  // namespace hydravit::cuda

@@ -1,0 +1,115 @@
+// A network as a chain of kernels, one for each phase.
+//
+// A kernel asks for the next one as soon as it runs: that one's blocks then fetch their first weights and wait where
+// its input begins. The wait is for the whole kernel in front, which has itself waited, so all earlier phases have
+// ended.
+#include "attention.cuh"
+#include "network.h"
+#include "product.cuh"
+
+namespace hydravit::cuda {
+
+namespace {
+
+// ---- Kernels ----
+
+template <class T, Shape shape, Loader loader>
+__global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Product product) {
+  if constexpr (can_run(loader)) {
+    uint8_t* memory = shared_memory();
+    let_next_kernel_start();
+    if (!is_wanted(product, blockIdx.x, size_of(shape))) return;
+    Pipe<loader> pipe;
+    pipe.begin(shared_address(memory));
+    __syncthreads();
+    product_tile<T, shape>(product, blockIdx.x, memory, pipe, wait_for_previous_kernel);
+  }
+}
+
+constexpr int kMaxAttentionThreads = 256;
+
+template <class T, Loader loader>
+__global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(const Attention attention) {
+  if constexpr (can_run(loader)) {
+    uint8_t* memory = shared_memory();
+    let_next_kernel_start();
+    Pipe<loader> pipe;
+    pipe.begin(shared_address(memory));
+    __syncthreads();
+    attention_tile<T>(attention, blockIdx.x, memory, pipe, wait_for_previous_kernel);
+  }
+}
+
+// ---- Launchers ----
+
+template <class T, Loader loader, class Visit>
+int visit_kernel(const Phase& phase, const Visit& visit) {
+  if (phase.is_attention) return visit(attention_kernel<T, loader>, phase.attention);
+  switch (phase.shape) {
+    case Shape::k16x32:
+      return visit(product_kernel<T, Shape::k16x32, loader>, phase.product);
+    case Shape::k32x32:
+      return visit(product_kernel<T, Shape::k32x32, loader>, phase.product);
+    case Shape::k32x64:
+      return visit(product_kernel<T, Shape::k32x64, loader>, phase.product);
+    case Shape::k32x128:
+      return visit(product_kernel<T, Shape::k32x128, loader>, phase.product);
+    default:
+      return visit(product_kernel<T, Shape::k128x64, loader>, phase.product);
+  }
+}
+
+// visit(kernel, argument) for the kernel that computes the phase.
+template <class Visit>
+int visit_kernel(const Phase& phase, Dtype dtype, Loader loader, const Visit& visit) {
+  if (loader == Loader::kBulk)
+    return dtype == Dtype::kBf16 ? visit_kernel<Bf16, Loader::kBulk>(phase, visit)
+                                 : visit_kernel<Fp16, Loader::kBulk>(phase, visit);
+  return dtype == Dtype::kBf16 ? visit_kernel<Bf16, Loader::kAsync>(phase, visit)
+                               : visit_kernel<Fp16, Loader::kAsync>(phase, visit);
+}
+
+}  // namespace
+
+int prepare(Dtype dtype, const Device& device) {
+  int status = 0;
+  const auto allow = [&](auto kernel, const auto&) {
+    if (status == 0)
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+    return status;
+  };
+  Phase phase{};
+  for (const Shape shape : kShapes) {
+    phase.shape = shape;
+    visit_kernel(phase, dtype, device.loader, allow);
+  }
+  phase.is_attention = true;
+  return visit_kernel(phase, dtype, device.loader, allow);
+}
+
+int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream) {
+  return visit_kernel(phase, dtype, loader, [&](auto kernel, const auto& argument) -> int {
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(phase.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(phase.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(phase.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &early;
+    config.numAttrs = phase.early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, argument);
+  });
+}
+
+const void* kernel_of(const Phase& phase, Dtype dtype, Loader loader) {
+  const void* found = nullptr;
+  visit_kernel(phase, dtype, loader, [&](auto kernel, const auto&) {
+    found = reinterpret_cast<const void*>(kernel);
+    return 0;
+  });
+  return found;
+}
+
+}  // namespace hydravit::cuda

@@ -1,0 +1,330 @@
+// What runs: where parameters and activations lie, which phases a width has, and how each is cut into tiles.
+#include <algorithm>
+#include <limits>
+
+#include "network.h"
+
+namespace hydravit::cuda {
+
+namespace {
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+constexpr int round_up_int(int value, int unit) { return static_cast<int>(round_up(value, unit)); }
+
+constexpr int kImageUnit = 16;  // rows of an image are a multiple of this: what mma takes, and of the panels' 8
+constexpr int kRowUnit = 128;   // rows of all images: of the largest tile
+
+}  // namespace
+
+// ---- Packed weights ----
+
+Layout::Layout(const Model& model) {
+  const auto place = [&](int64_t size, int rows, int columns) {
+    const Packed packed{bytes, rows, columns};
+    bytes += round_up(size, 1024);
+    return packed;
+  };
+  const auto matrix = [&](int rows, int columns) {
+    rows = round_up_int(rows, kPanel), columns = round_up_int(columns, kPanel);
+    return place(int64_t{2} * rows * columns, rows, columns);
+  };
+  const auto vector = [&](int size) {
+    size = round_up_int(size, kPanel);
+    return place(int64_t{4} * size, 1, size);
+  };
+  const int embed = model.embed, hidden = model.hidden;
+  stem = matrix(embed, model.patch_size());
+  positions = place(int64_t{4} * model.tokens() * embed, model.tokens(), embed);
+  for (int i = 0; i < model.depth; i++) {
+    Block block;
+    block.norm1_weight = vector(embed), block.norm1_bias = vector(embed);
+    block.qkv = matrix(3 * embed, embed), block.qkv_bias = vector(3 * embed);
+    block.proj = matrix(embed, embed), block.proj_bias = vector(embed), block.scale1 = vector(embed);
+    block.norm2_weight = vector(embed), block.norm2_bias = vector(embed);
+    block.fc1 = matrix(hidden, embed), block.fc1_bias = vector(hidden);
+    block.fc2 = matrix(embed, hidden), block.fc2_bias = vector(embed), block.scale2 = vector(embed);
+    blocks.push_back(block);
+  }
+  norm_weight = vector(embed), norm_bias = vector(embed);
+  // A width's own classifier may begin inside of 64 rows; its last tile then ends inside of the 64 behind.
+  const int class_rows = model.classes + kPanel;
+  head = matrix(class_rows, embed), head_bias = vector(class_rows);
+}
+
+// ---- What the kernels cannot compute ----
+
+std::string why_not(const Model& model) {
+  if (model.embed % kPanel) return "channels of the model: a multiple of 64 expected, " + std::to_string(model.embed);
+  if (model.embed > kMaxEmbed) return "channels of the model: at most 1024 expected, " + std::to_string(model.embed);
+  if (model.hidden % kPanel) return "hidden channels: a multiple of 64 expected, " + std::to_string(model.hidden);
+  if (model.classes < 1) return "a classifier expected";
+  return "";
+}
+
+std::string why_not(const Model& model, const Width& width) {
+  const auto off = [](int value) { return value % kPanel != 0; };
+  if (static_cast<int>(width.attention.size()) != model.depth || static_cast<int>(width.mlp.size()) != model.depth)
+    return "one attention and one MLP slice for each block expected";
+  if (off(width.embed_offset) || off(width.embed)) return "the embed interval begins or ends inside of 64 channels";
+  for (const AttentionSlice& a : width.attention)
+    if (a.heads && (off(a.query_row) || off(a.key_row) || off(a.value_row) || off(a.proj_column)))
+      return "the heads' rows or columns begin inside of 64 channels";
+  for (const MlpSlice& m : width.mlp)
+    if (off(m.hidden_offset) || off(m.hidden)) return "the hidden interval begins or ends inside of 64 channels";
+  if (width.class_offset % kChunk) return "the classifier's rows begin inside of 8";
+  return "";
+}
+
+// ---- Workspace ----
+
+Workspace::Workspace(const Model& model, int images)
+    : rows(0), image_rows(round_up(model.tokens(), kImageUnit)), bytes(0) {
+  rows = round_up(images * std::max<int64_t>(image_rows, model.last_pooled - model.first_pooled), kRowUnit);
+  const auto place = [&](int64_t size) {
+    const int64_t offset = bytes;
+    bytes += round_up(size, 1024);
+    return offset;
+  };
+  for (Rows* buffers : {&all, &pooled}) {
+    buffers->stream = place(4 * rows * model.embed);
+    buffers->attended = place(2 * rows * model.embed);
+    buffers->hidden = place(2 * rows * model.hidden);
+  }
+  for (int64_t& offset : qkv) offset = place(2 * rows * 3 * model.embed);
+}
+
+// ---- Tiles ----
+
+namespace {
+
+int tiles_of(const Product& p, Shape shape) {
+  const ShapeSize size = size_of(shape);
+  return (p.rows + size.rows - 1) / size.rows * ((p.columns + size.columns - 1) / size.columns);
+}
+
+// Rough times, estimates and not measurements: what a tile and each of its steps of 64 channels cost at least, and how
+// fast an SM gets what its tiles read and multiplies it.
+constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500;
+
+double time_of(const Product& p, Shape shape, const Device& device, bool together) {
+  const ShapeSize size = size_of(shape);
+  const int64_t tiles = tiles_of(p, shape), processors = device.processors;
+  const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth);
+  const int64_t resident = together ? 1 : std::clamp<int64_t>(fit, 1, 2);
+  const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
+  const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
+  const int row_bytes = p.source == Source::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
+  const double load = (size.rows * row_bytes + size.columns * kRowBytes) / kBytesPerNs;
+  const double multiply = size.rows * size.columns * kPanel / kMultiplyAddsPerNs;
+  const double step = std::max(kStepNs, static_cast<double>(at_once) * std::max(load, multiply));
+  return static_cast<double>(waves) * (kTileNs + p.depth / kPanel * step);
+}
+
+Phase product_phase(const char* name, const Product& p, const Device& device, bool together) {
+  Phase phase{};
+  phase.name = name;
+  phase.product = p;
+  double best = std::numeric_limits<double>::infinity();
+  for (const Shape shape : kShapes) {
+    if (shared_bytes(shape, p.source, p.depth) > device.shared_bytes) continue;
+    if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
+    if (const double time = time_of(p, shape, device, together); time < best) best = time, phase.shape = shape;
+  }
+  phase.blocks = tiles_of(p, phase.shape);
+  phase.threads = threads_of(phase.shape);
+  phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth);
+  return phase;
+}
+
+// ---- Phases ----
+
+class Planner {
+ public:
+  Planner(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
+          const Device& device, const Call& call)
+      : model_(model), layout_(layout), width_(width), workspace_(workspace), device_(device), call_(call) {}
+
+  std::vector<Phase> run() {
+    stem();
+    for (int i = 0; i < model_.depth; i++) {
+      if (width_.attention[i].heads > 0) attention_block(i);
+      if (width_.mlp[i].hidden > 0) mlp_block(i);
+    }
+    head();
+    // Not the first: in front of it the weights themselves may just be packed.
+    for (size_t i = 1; i < phases_.size(); i++) phases_[i].early = device_.loader == Loader::kBulk;
+    return std::move(phases_);
+  }
+
+ private:
+  // The rows of the residual stream that are computed now, and where those of an image's pooled tokens begin.
+  struct Rows {
+    int per_image, tokens, first_pooled;
+    const Workspace::Rows* buffers;
+  };
+
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(call_.workspace + offset);
+  }
+  const float* floats(const Packed& packed, int offset) const {
+    return reinterpret_cast<const float*>(call_.packed + packed.offset) + offset;
+  }
+  int64_t panel() const { return workspace_.rows * kPanel; }
+  int pooled() const { return model_.last_pooled - model_.first_pooled; }
+  void add(const char* name, const Product& p) { phases_.push_back(product_phase(name, p, device_, call_.together)); }
+
+  // Everything of a product but A and C, for all images' rows.
+  Product product(int columns, int depth) const {
+    Product p{};
+    p.rows = call_.images * rows_.per_image, p.columns = columns, p.depth = depth;
+    p.image_rows = rows_.per_image, p.image_tokens = rows_.tokens;
+    p.segment = columns;
+    p.first_token = 0, p.last_token = rows_.tokens;
+    p.a_image_rows = 1, p.pooled = 1;
+    p.eps = width_.eps;
+    return p;
+  }
+  void weight(Product& p, int segment, const Packed& matrix, int row, int column, const float* bias) const {
+    // Bytes: 2 to an element, and whole panels of columns in front.
+    p.weight[segment] = call_.packed + matrix.offset + 2 * (int64_t{column} * matrix.rows + int64_t{row} * kPanel);
+    p.weight_stride = int64_t{matrix.rows} * kPanel;
+    p.bias[segment] = bias;
+  }
+  void normalised(Product& p, const Packed& norm_weight, const Packed& norm_bias) const {
+    p.source = Source::kNorm;
+    p.a = at<float>(rows_.buffers->stream), p.a_stride = width_.embed;
+    p.norm_weight = floats(norm_weight, width_.embed_offset), p.norm_bias = floats(norm_bias, width_.embed_offset);
+  }
+  void panels(Product& p, int64_t offset) const {
+    p.source = Source::kPanels;
+    p.a = at<void>(offset), p.a_stride = panel();
+  }
+  void to_panels(Product& p, Sink sink, int64_t offset) const {
+    p.sink = sink;
+    p.c = at<void>(offset), p.c_stride = panel();
+  }
+  void add_to_stream(Product& p, const Rows& from, const Packed& layer_scale) const {
+    p.sink = Sink::kResidual;
+    p.c = at<float>(rows_.buffers->stream), p.c_stride = width_.embed;
+    p.residual = at<float>(from.buffers->stream);
+    p.residual_image_rows = from.per_image;
+    p.residual_first = from.buffers == rows_.buffers ? 0 : from.first_pooled;
+    p.layer_scale = floats(layer_scale, width_.embed_offset);
+  }
+
+  void stem() {
+    rows_ = {static_cast<int>(workspace_.image_rows), model_.tokens(), model_.first_pooled, &workspace_.all};
+    Product p = product(width_.embed, layout_.stem.columns);
+    p.source = Source::kPatches;
+    p.channels = model_.channels, p.grid_height = model_.grid_height, p.grid_width = model_.grid_width;
+    p.patch_height = model_.patch_height, p.patch_width = model_.patch_width;
+    p.prefix_tokens = model_.prefix_tokens();
+    weight(p, 0, layout_.stem, width_.embed_offset, 0, nullptr);
+    p.sink = Sink::kPositions;
+    p.c = at<float>(rows_.buffers->stream), p.c_stride = width_.embed;
+    p.positions = floats(layout_.positions, width_.embed_offset), p.positions_stride = model_.embed;
+    add("stem", p);
+  }
+
+  void attention_block(int i) {
+    const AttentionSlice& slice = width_.attention[i];
+    const Layout::Block& block = layout_.blocks[i];
+    const bool last = call_.pooled_only && i == model_.depth - 1;
+    const int channels = slice.heads * kHeadDim;
+    Product qkv = product(3 * channels, width_.embed);
+    qkv.segment = channels;
+    const int role_rows[3] = {slice.query_row, slice.key_row, slice.value_row};
+    for (int role = 0; role < 3; role++)
+      weight(qkv, role, block.qkv, role_rows[role], width_.embed_offset, floats(block.qkv_bias, role_rows[role]));
+    normalised(qkv, block.norm1_weight, block.norm1_bias);
+    to_panels(qkv, Sink::kPanels, workspace_.qkv[i % 2]);
+    if (last) qkv.first_token = model_.first_pooled, qkv.last_token = model_.last_pooled;
+    add("norm, qkv", qkv);
+
+    const Rows before = rows_;
+    if (last) rows_ = {pooled(), pooled(), 0, &workspace_.pooled};
+    attention(i, before, last);
+
+    Product proj = product(width_.embed, channels);
+    weight(proj, 0, block.proj, width_.embed_offset, slice.proj_column, floats(block.proj_bias, width_.embed_offset));
+    panels(proj, rows_.buffers->attended);
+    add_to_stream(proj, before, block.scale1);
+    add("proj, residual", proj);
+  }
+
+  void attention(int i, const Rows& before, bool last) {
+    const AttentionSlice& slice = width_.attention[i];
+    Attention a{};
+    a.images = call_.images, a.heads = slice.heads;
+    a.image_rows = before.per_image, a.image_tokens = before.tokens;
+    a.first_query = last ? model_.first_pooled : 0, a.last_query = last ? model_.last_pooled : before.tokens;
+    a.scale = slice.scale;
+    a.qkv = at<void>(workspace_.qkv[i % 2]), a.qkv_stride = panel();
+    a.out = at<void>(rows_.buffers->attended), a.out_stride = panel();
+    a.out_image_rows = rows_.per_image;
+    const auto blocks_of = [&](int query_tiles) {
+      const int queries = 16 * query_tiles;
+      return (a.last_query + queries - 1) / queries - a.first_query / queries;
+    };
+    // Small blocks while they find a free SM: each loads all keys and values.
+    const bool few = a.images * a.heads * blocks_of(1) <= 2 * device_.processors;
+    a.query_tiles = few && !call_.together ? 1 : 2;
+    a.first_block = a.first_query / (16 * a.query_tiles), a.blocks = blocks_of(a.query_tiles);
+    Phase phase{};
+    phase.name = "attention";
+    phase.is_attention = true;
+    phase.attention = a;
+    phase.blocks = a.images * a.heads * a.blocks;
+    phase.threads = threads_of(a);
+    phase.shared_bytes = shared_bytes(a);
+    phases_.push_back(phase);
+  }
+
+  void mlp_block(int i) {
+    const MlpSlice& slice = width_.mlp[i];
+    const Layout::Block& block = layout_.blocks[i];
+    Product fc1 = product(slice.hidden, width_.embed);
+    weight(fc1, 0, block.fc1, slice.hidden_offset, width_.embed_offset, floats(block.fc1_bias, slice.hidden_offset));
+    normalised(fc1, block.norm2_weight, block.norm2_bias);
+    to_panels(fc1, Sink::kGelu, rows_.buffers->hidden);
+    add("norm, fc1, gelu", fc1);
+
+    Product fc2 = product(width_.embed, slice.hidden);
+    weight(fc2, 0, block.fc2, width_.embed_offset, slice.hidden_offset, floats(block.fc2_bias, width_.embed_offset));
+    panels(fc2, rows_.buffers->hidden);
+    add_to_stream(fc2, rows_, block.scale2);
+    add("fc2, residual", fc2);
+  }
+
+  void head() {
+    const Rows rows = rows_;
+    rows_ = {1, 1, 0, rows.buffers};
+    Product p = product(round_up_int(width_.classes, kPanel), width_.embed);
+    weight(p, 0, layout_.head, width_.class_offset, width_.embed_offset,
+           floats(layout_.head_bias, width_.class_offset));
+    normalised(p, layout_.norm_weight, layout_.norm_bias);
+    p.a_image_rows = rows.per_image, p.a_first = rows.first_pooled, p.pooled = pooled();
+    p.sink = Sink::kLogits;
+    p.c_stride = width_.classes, p.c_columns = width_.classes;
+    add("norm, head", p);
+  }
+
+  const Model& model_;
+  const Layout& layout_;
+  const Width& width_;
+  const Workspace& workspace_;
+  const Device& device_;
+  const Call& call_;
+  Rows rows_{};
+  std::vector<Phase> phases_;
+};
+
+}  // namespace
+
+std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
+                        const Device& device, const Call& call) {
+  return Planner(model, layout, width, workspace, device, call).run();
+}
+
+}  // namespace hydravit::cuda

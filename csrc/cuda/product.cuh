@@ -1,0 +1,264 @@
+// One tile of a product: A (BM rows, depth), normalised or gathered where needed, times W^T, and what follows it.
+//
+// Shared memory: barriers | W, kStages tiles [BN][64] | A, kStages tiles [BM][64] or all depth / 64 of them, and later
+// the sums [BM][BN + 4] in float. W does not depend on earlier phases: its first tiles are under way before the wait.
+#pragma once
+
+#include "tile.cuh"
+
+namespace hydravit::cuda {
+
+// ---- A: rows that are made here, T [BM][64] panels ----
+
+// A warp makes two rows at a time: their loads are under way together.
+template <class T, int rows>
+__device__ void normalise_rows(const Product& p, int first_row, uint8_t* panels) {
+  constexpr int kAtOnce = 2, kLoads = kMaxEmbed / 128;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const auto* a = static_cast<const float*>(p.a);
+  const float mean_of_rows = 1.0f / p.pooled, mean_of_channels = 1.0f / p.depth;
+  for (int row = warp * kAtOnce; row < rows; row += warps * kAtOnce) {
+    float4 x[kAtOnce][kLoads] = {};
+#pragma unroll
+    for (int r = 0; r < kAtOnce; r++) {
+      if (first_row + row + r >= p.rows) continue;
+      const int64_t from = static_cast<int64_t>(first_row + row + r) * p.a_image_rows + p.a_first;
+      for (int token = 0; token < p.pooled; token++) {
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+          const int channel = 128 * i + 4 * lane;
+          if (channel >= p.depth) continue;
+          const auto y = load<float4>(a + (from + token) * p.a_stride + channel);
+          x[r][i] = {x[r][i].x + y.x, x[r][i].y + y.y, x[r][i].z + y.z, x[r][i].w + y.w};
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; r++) {
+      float sum = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < kLoads; i++) {
+        float4& v = x[r][i];
+        v = {v.x * mean_of_rows, v.y * mean_of_rows, v.z * mean_of_rows, v.w * mean_of_rows};
+        sum += (v.x + v.y) + (v.z + v.w);
+      }
+      const float mean = warp_sum(sum) * mean_of_channels;
+#pragma unroll
+      for (int i = 0; i < kLoads; i++) {
+        if (128 * i + 4 * lane >= p.depth) continue;
+        float4& v = x[r][i];
+        v = {v.x - mean, v.y - mean, v.z - mean, v.w - mean};
+        squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+      }
+      const float scale = rsqrtf(warp_sum(squares) * mean_of_channels + p.eps);
+#pragma unroll
+      for (int i = 0; i < kLoads; i++) {
+        const int channel = 128 * i + 4 * lane, chunk = channel % kPanel / kChunk;
+        if (channel >= p.depth) continue;
+        const float4 v = x[r][i];
+        const auto w = load<float4>(p.norm_weight + channel), b = load<float4>(p.norm_bias + channel);
+        uint8_t* panel = panels + channel / kPanel * (rows * kRowBytes);
+        uint8_t* to = panel + (row + r) * kRowBytes + ((chunk ^ ((row + r) & 7)) << 4) + channel % kChunk * 2;
+        store<uint2>(to, {pack<T>(v.x * scale * w.x + b.x, v.y * scale * w.y + b.y),
+                          pack<T>(v.z * scale * w.z + b.z, v.w * scale * w.w + b.w)});
+      }
+    }
+  }
+}
+
+__device__ inline float load_pixel(const Product& p, int64_t index) {
+  if (p.image_dtype == Dtype::kBf16) return to_float(load<Bf16>(static_cast<const Bf16*>(p.a) + index));
+  if (p.image_dtype == Dtype::kFp16) return to_float(load<Fp16>(static_cast<const Fp16*>(p.a) + index));
+  return load<float>(static_cast<const float*>(p.a) + index);
+}
+
+template <class T, int rows>
+__device__ void gather_patches(const Product& p, int first_row, uint8_t* panels) {
+  const int chunks = p.depth / kChunk, area = p.patch_height * p.patch_width;
+  const int width = p.grid_width * p.patch_width, height = p.grid_height * p.patch_height;
+  for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
+    const int row = i / chunks, chunk = i % chunks;
+    const int image = (first_row + row) / p.image_rows;
+    const int patch = (first_row + row) % p.image_rows - p.prefix_tokens;
+    const bool inside = first_row + row < p.rows && patch >= 0 && patch < p.grid_height * p.grid_width;
+    const int y = patch / p.grid_width * p.patch_height, x = patch % p.grid_width * p.patch_width;
+    float v[kChunk];
+    for (int j = 0; j < kChunk; j++) {
+      const int element = chunk * kChunk + j, channel = element / area, in_patch = element % area;
+      const int64_t line = (static_cast<int64_t>(image) * p.channels + channel) * height + y + in_patch / p.patch_width;
+      v[j] = inside && channel < p.channels ? load_pixel(p, line * width + x + in_patch % p.patch_width) : 0.0f;
+    }
+    uint8_t* panel = panels + chunk * kChunk / kPanel * (rows * kRowBytes);
+    const int place = chunk % (kPanel / kChunk) ^ (row & 7);
+    store<uint4>(panel + row * kRowBytes + (place << 4), pack_chunk<T>(v));
+  }
+}
+
+// ---- C: what follows the sum ----
+
+__device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+
+template <class T>
+__device__ void finish_chunk(const Product& p, int row, int column, float (&v)[kChunk]) {
+  const int token = row % p.image_rows;
+  const bool inside = row < p.rows && token < p.image_tokens;
+  if (p.sink != Sink::kPositions) {
+    const float* bias = p.bias[column / p.segment] + column % p.segment;
+    for (int i = 0; i < kChunk; i += 4) {
+      const auto b = load<float4>(bias + i);
+      v[i] += b.x, v[i + 1] += b.y, v[i + 2] += b.z, v[i + 3] += b.w;
+    }
+  }
+  if (p.sink == Sink::kPanels || p.sink == Sink::kGelu) {
+    for (int i = 0; i < kChunk; i++) {
+      if (p.sink == Sink::kGelu) v[i] = gelu(v[i]);
+      if (!inside) v[i] = 0.0f;
+    }
+    const int chunk = column % kPanel / kChunk ^ (row & 7);
+    const int64_t at = column / kPanel * p.c_stride + static_cast<int64_t>(row) * kPanel + chunk * kChunk;
+    store<uint4>(static_cast<T*>(p.c) + at, pack_chunk<T>(v));
+    return;
+  }
+  if (row >= p.rows) return;
+  float* c = static_cast<float*>(p.c) + row * p.c_stride + column;
+  if (p.sink == Sink::kLogits) {
+    for (int i = 0; i < kChunk; i++)
+      if (column + i < p.c_columns) store<float>(c + i, v[i]);
+    return;
+  }
+  const bool residual = p.sink == Sink::kResidual;
+  const int64_t from = static_cast<int64_t>(row / p.image_rows) * p.residual_image_rows + p.residual_first + token;
+  const float* add = residual ? p.residual + from * p.c_stride : p.positions + token * p.positions_stride;
+  for (int i = 0; i < kChunk; i += 4) {
+    float4 y{};
+    if (inside) {
+      const auto base = load<float4>(add + column + i);
+      float4 scale{1.0f, 1.0f, 1.0f, 1.0f};
+      if (residual) scale = load<float4>(p.layer_scale + column + i);
+      y = {base.x + scale.x * v[i], base.y + scale.y * v[i + 1], base.z + scale.z * v[i + 2],
+           base.w + scale.w * v[i + 3]};
+    }
+    store<float4>(c + i, y);
+  }
+}
+
+// ---- The tile ----
+
+struct Corner {
+  int row, column;
+};
+// Neighbouring tiles share their weights.
+__device__ inline Corner corner_of(const Product& p, int tile, ShapeSize size) {
+  const int row_tiles = (p.rows + size.rows - 1) / size.rows;
+  return {tile % row_tiles * size.rows, tile / row_tiles * size.columns};
+}
+
+// Whether a row of this tile is wanted.
+__device__ inline bool is_wanted(const Product& p, int tile, ShapeSize size) {
+  const Corner corner = corner_of(p, tile, size);
+  if (corner.column + size.columns > p.segment || p.last_token - p.first_token >= p.image_tokens) return true;
+  const int token = corner.row % p.image_rows, end = token + size.rows;
+  return (p.first_token < end && p.last_token > token) || end > p.image_rows + p.first_token;
+}
+
+// `wait()`, by all threads, until what the tile reads is there.
+template <class T, Shape shape, Loader loader, class Wait>
+__device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
+  constexpr ShapeSize size = size_of(shape);
+  constexpr int kRows = size.rows / size.warps_along_rows, kColumns = size.columns / size.warps_along_columns;
+  constexpr uint32_t kATile = size.rows * kRowBytes, kWTile = size.columns * kRowBytes;
+  constexpr int kAhead = kStages - 1;
+  const auto [first_row, first_column] = corner_of(p, tile, size);
+  const bool streamed = p.source == Source::kPanels;
+  const int steps = p.depth / kPanel;
+
+  uint8_t* a_memory = memory + kBarrierBytes + kStages * kWTile;
+  const uint32_t w_tiles = shared_address(memory + kBarrierBytes), a_tiles = shared_address(a_memory);
+  // W's rows come in runs that lie in one segment each; the last tile may have a run less.
+  constexpr int kRunRows = size.columns < kPanel ? size.columns : kPanel, kRuns = size.columns / kRunRows;
+  const int runs = min(kRuns, (p.columns - first_column) / kRunRows);
+  const T* w[kRuns];
+  for (int i = 0; i < kRuns; i++) {
+    const int column = first_column + (i < runs ? i : 0) * kRunRows;
+    w[i] = static_cast<const T*>(p.weight[column / p.segment]) + static_cast<int64_t>(column % p.segment) * kPanel;
+  }
+  const T* a = static_cast<const T*>(p.a) + static_cast<int64_t>(first_row) * kPanel;
+  const auto copy_w = [&](int step, int filling) {
+    constexpr uint32_t kRun = kRunRows * kRowBytes;
+    pipe.expect(runs * kRun + (streamed ? kATile : 0), filling);
+    for (int i = 0; i < runs; i++)
+      pipe.copy(w_tiles + filling % kStages * kWTile + i * kRun, w[i] + step * p.weight_stride, kRun, filling);
+  };
+  const auto copy_a = [&](int step, int filling) {
+    if (streamed) pipe.copy(a_tiles + filling % kStages * kATile, a + step * p.a_stride, kATile, filling);
+  };
+
+  for (int step = 0; step < kAhead && step < steps; step++) copy_w(step, pipe.filled + step);
+  wait();
+  for (int step = 0; step < kAhead; step++) {
+    if (step < steps) copy_a(step, pipe.filled++);
+    pipe.commit();
+  }
+  if (p.source == Source::kNorm) normalise_rows<T, size.rows>(p, first_row, a_memory);
+  if (p.source == Source::kPatches) gather_patches<T, size.rows>(p, first_row, a_memory);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp / (size.warps_along_rows * size.warps_along_columns);
+  const int row = warp / size.warps_along_columns % size.warps_along_rows * kRows;
+  const int column = warp % size.warps_along_columns * kColumns;
+  float sums[kRows / 16][kColumns / 8][4] = {};
+  for (int step = 0; step < steps; step++) {
+    const int stage = pipe.used % kStages;
+    pipe.template wait<kAhead - 1>();
+    __syncthreads();  // the tiles are there for all; the stage that is filled next is no longer read
+    if (step + kAhead < steps) {
+      copy_w(step + kAhead, pipe.filled);
+      copy_a(step + kAhead, pipe.filled++);
+    }
+    pipe.commit();
+    const uint32_t w_tile = w_tiles + stage * kWTile, a_tile = a_tiles + (streamed ? stage : step) * kATile;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int chunk = group * 4 + half * 2;
+      uint32_t a_part[kRows / 16][4], b_part[kColumns / 16][4];
+#pragma unroll
+      for (int i = 0; i < kRows / 16; i++) load_a(a_part[i], a_tile, row + i * 16, chunk, lane);
+#pragma unroll
+      for (int j = 0; j < kColumns / 16; j++) load_b(b_part[j], w_tile, column + j * 16, chunk, lane);
+#pragma unroll
+      for (int i = 0; i < kRows / 16; i++)
+#pragma unroll
+        for (int j = 0; j < kColumns / 8; j++)
+          multiply_add<T>(sums[i][j], a_part[i], b_part[j / 2][j % 2 * 2], b_part[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+
+  // The sums of both groups meet where A was.
+  constexpr int kPitch = size.columns + 4;
+  auto* all = reinterpret_cast<float*>(a_memory);
+  for (int turn = 0; turn < kDepthGroups; turn++) {
+    __syncthreads();
+    if (group != turn) continue;
+#pragma unroll
+    for (int i = 0; i < kRows / 16; i++)
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int r = row + i * 16 + lane / 4 + e / 2 * 8, c = column + j * 8 + lane % 4 * 2 + e % 2;
+          float* to = all + r * kPitch + c;
+          store<float>(to, turn == 0 ? sums[i][j][e] : load<float>(to) + sums[i][j][e]);
+        }
+  }
+  __syncthreads();
+  constexpr int kChunks = size.columns / kChunk;
+  for (int i = threadIdx.x; i < size.rows * kChunks; i += blockDim.x) {
+    const int r = i / kChunks, c = i % kChunks * kChunk;
+    if (first_column + c >= p.columns) continue;
+    const auto low = load<float4>(all + r * kPitch + c), high = load<float4>(all + r * kPitch + c + 4);
+    float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    finish_chunk<T>(p, first_row + r, first_column + c, v);
+  }
+}
+
+}  // namespace hydravit::cuda

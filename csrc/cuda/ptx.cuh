@@ -1,0 +1,209 @@
+// Every instruction that CUDA C++ has no name for, one small function each; nothing else contains PTX.
+//
+// The tests compile the same kernels for the CPU: they define HYDRAVIT_EMULATOR and bring the second implementation of
+// these functions, by the letter of the PTX ISA (tests/cuda/emulator). Below sm_90 the bulk copies and their barriers
+// do not exist; kernels that use them are compiled there, for one source's sake, and never launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hydravit::cuda {
+
+// 16-bit floats in memory; arithmetic is in float.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+}  // namespace hydravit::cuda
+
+#ifdef HYDRAVIT_EMULATOR
+#include "instructions.h"
+#else
+
+namespace hydravit::cuda {
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasBulkCopies = true;
+#define HYDRAVIT_SM90(...) asm volatile(__VA_ARGS__)
+#else
+constexpr bool kHasBulkCopies = false;
+#define HYDRAVIT_SM90(...) __trap()
+#endif
+
+// ---- Memory ----
+
+// All shared memory is dynamic; its size comes with the launch.
+__device__ inline uint8_t* shared_memory() {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  return memory;
+}
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+template <class V>
+__device__ inline V load(const void* from) {
+  return *static_cast<const V*>(from);
+}
+template <class V>
+__device__ inline void store(void* to, const V& value) {
+  *static_cast<V*>(to) = value;
+}
+
+// ---- 16-bit floats: two to a register, the first in the low half ----
+
+template <class T>
+__device__ uint32_t pack(float first, float second);
+template <>
+__device__ inline uint32_t pack<Bf16>(float first, float second) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  return result;
+}
+template <>
+__device__ inline uint32_t pack<Fp16>(float first, float second) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  return result;
+}
+
+__device__ inline float to_float(Bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+__device__ inline float to_float(Fp16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+__device__ inline float to_float(float value) { return value; }
+
+// ---- Warps: matrices of 8 x 8 16-bit values, products of 16 x 16 with 16 x 8 ----
+
+// Four matrices; lanes 8 i .. 8 i + 7 hold the addresses of the rows of matrix i.
+__device__ inline void load_matrices(uint32_t (&matrices)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row)
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row)
+               : "memory");
+}
+
+template <class T>
+__device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ inline void multiply_add<Bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ inline void multiply_add<Fp16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+// ---- Asynchronous copies to shared memory, sm_80: 16 bytes by every thread, in groups ----
+
+__device__ inline void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `pending` of this thread's newest groups are under way.
+template <int pending>
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- Asynchronous copies to shared memory, sm_90: any multiple of 16 bytes by one thread, counted by a barrier ----
+
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  HYDRAVIT_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copies.
+__device__ inline void barrier_init_fence() { HYDRAVIT_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+// Arrives, and lets the barrier's phase end only after so many bytes.
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  HYDRAVIT_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended.
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  HYDRAVIT_SM90(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity) : "memory");
+}
+__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  HYDRAVIT_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier) : "memory");
+}
+// Orders ordinary accesses before later bulk copies of the same memory.
+__device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" :: : "memory"); }
+
+// ---- Between kernels: a kernel may start before the one in front of it has ended ----
+
+// Until the kernel in front has ended and what it wrote can be seen.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// ---- Between blocks of one kernel: counters in global memory ----
+
+// Adds one, after everything that the block did before its last __syncthreads.
+__device__ inline void count(uint32_t* counter) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+               : "memory");
+}
+// Adds one; whether that was number `round` and the counter begins anew.
+__device__ inline bool count_round(uint32_t* counter, int round) {
+  __threadfence();
+  return atomicInc(counter, static_cast<unsigned>(round - 1)) == static_cast<unsigned>(round - 1);
+}
+// Until the counter, which may overflow, has reached `target`. What never comes ends the kernel after some seconds.
+__device__ inline void wait_for_count(const uint32_t* counter, uint32_t target) {
+  constexpr uint64_t kMostNs = 4'000'000'000;
+  uint64_t start = 0;
+  for (uint32_t tries = 0;; tries++) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(value)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    if (static_cast<int32_t>(value - target) >= 0) return;
+    if (tries % 4096 != 4095) continue;
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (start == 0) start = now;
+    if (now - start > kMostNs) __trap();
+  }
+}
+
+}  // namespace hydravit::cuda
+
+#undef HYDRAVIT_SM90
+#endif

@@ -1,0 +1,86 @@
+// How tiles travel: from panels in global memory to shared memory, and from there to the tensor cores.
+#pragma once
+
+#include "phase.h"
+#include "ptx.cuh"
+
+namespace hydravit::cuda {
+
+// What is compiled for an architecture that lacks bulk copies keeps empty kernels in place of those that use them.
+constexpr bool can_run(Loader loader) { return loader == Loader::kAsync || kHasBulkCopies; }
+
+// Address in shared memory of a chunk of a panel's row; `panel` is the address of a row that is a multiple of 8.
+__device__ inline uint32_t chunk_address(uint32_t panel, int row, int chunk) {
+  return panel + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+// The 16 x 16 part of A (rows, channels) that mma takes, from rows `row` and chunks `chunk` on.
+__device__ inline void load_a(uint32_t (&a)[4], uint32_t panel, int row, int chunk, int lane) {
+  load_matrices(a, chunk_address(panel, row + lane % 16, chunk + lane / 16));
+}
+// Two parts of B^T, 8 rows x 16 channels each: b[0], b[1] of the first, then of the second.
+__device__ inline void load_b(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
+  load_matrices(b, chunk_address(panel, row + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
+}
+// Two parts of B, 16 rows x 8 channels each.
+__device__ inline void load_b_transposed(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
+  load_matrices_transposed(b, chunk_address(panel, row + lane % 16, chunk + lane / 16));
+}
+
+// Tiles under way to shared memory, in order. Filling number i of this block's life ends in barrier i % kStages.
+template <Loader loader>
+struct Pipe {
+  uint32_t barriers;  // kBulk: kStages of them
+  int filled = 0, used = 0;
+
+  // By all threads, once, with a __syncthreads behind it.
+  __device__ void begin(uint32_t memory) {
+    barriers = memory;
+    if constexpr (loader == Loader::kBulk) {
+      if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; i++) barrier_init(barriers + 8 * i, 1);
+        barrier_init_fence();
+      }
+    }
+  }
+  // One filling: how many bytes it will have, and its copies. By all threads.
+  __device__ void expect(uint32_t bytes, int filling) const {
+    if constexpr (loader == Loader::kBulk) {
+      if (threadIdx.x == 0) barrier_expect(barriers + 8 * (filling % kStages), bytes);
+    }
+  }
+  __device__ void copy(uint32_t to, const void* from, uint32_t bytes, int filling) const {
+    if constexpr (loader == Loader::kBulk) {
+      if (threadIdx.x == 0) copy_bulk(to, from, bytes, barriers + 8 * (filling % kStages));
+    } else {
+      const auto* source = static_cast<const uint8_t*>(from);
+      for (uint32_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_async(to + i, source + i);
+    }
+  }
+  // Ends a group of copies; an empty one too, for waiting goes by their number.
+  __device__ void commit() const {
+    if constexpr (loader == Loader::kAsync) copy_async_commit();
+  }
+  // Until the oldest filling is there, behind which `behind` groups were committed. For all threads' copies to be
+  // there, a __syncthreads has to follow.
+  template <int behind>
+  __device__ void wait() {
+    if constexpr (loader == Loader::kBulk)
+      barrier_wait(barriers + 8 * (used % kStages), used / kStages & 1);
+    else
+      copy_async_wait<behind>();
+    used++;
+  }
+};
+
+template <class T>
+__device__ inline uint4 pack_chunk(const float (&v)[kChunk]) {
+  return {pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])};
+}
+
+__device__ inline float warp_sum(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+}  // namespace hydravit::cuda

@@ -1,0 +1,132 @@
+"""The CUDA network behind an engine: one packed copy of the weights and one workspace for every width and batch.
+
+``cuda_network_why_not`` says why there is none. It was never run on a GPU, only on the emulator of tests/cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydravit_kernels import _native
+from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
+
+try:
+    from hydravit_kernels import _engine
+
+    _import_error = ""
+except ImportError as error:
+    _engine, _import_error = None, str(error)
+
+
+class SubnetSlices(NamedTuple):
+    """The slices of one width: one attention and one MLP slice for each block."""
+
+    stem: EmbedSlice
+    attention: Sequence[AttentionSlice]
+    mlp: Sequence[MlpSlice]
+    head: HeadSlice
+    eps: float
+
+
+def cuda_network_why_not(device: torch.device) -> str:
+    """Why there is no CUDA network on this device, or ""."""
+    if device.type != "cuda":
+        return f"has no kernels for device {device.type!r}"
+    if _engine is None:
+        return f"was not built: {_native.build_info.get('cuda_why_not') or _import_error}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"
+
+
+class CudaNetwork:
+    """Every width of a network on one device, in bf16 or fp16 with float accumulation; the residual stream is float.
+
+    Args:
+        parameters: in the order of ``pack``, on the device, in any floating dtype.
+        image_size, pool: of the model; ``pool`` is the first token whose mean the head takes and the first behind.
+        widths: the subnetworks that calls will name by their index.
+        strategy: "chain": a kernel for each phase, recorded as graphs; "persistent": one kernel for all of them.
+        loader: "best" for the device, or "async": the way of sm_80, on a newer device too.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor | None],
+        image_size: tuple[int, int],
+        pool: tuple[int, int],
+        widths: Sequence[SubnetSlices],
+        dtype: torch.dtype,
+        most_images: int,
+        strategy: str = "chain",
+        loader: str = "best",
+    ):
+        stem, classifier = parameters[:5], parameters[-2]
+        embed, channels, patch_height, patch_width = stem[0].shape
+        cls_tokens, reg_tokens, positions = (0 if t is None else t.shape[1] for t in stem[2:])
+        grid = image_size[0] // patch_height, image_size[1] // patch_width
+        sizes = {
+            "depth": len(widths[0].attention), "embed": embed, "hidden": parameters[5 + 9].shape[0],
+            "classes": 0 if classifier is None else classifier.shape[0], "channels": channels,
+            "grid_height": grid[0], "grid_width": grid[1], "patch_height": patch_height, "patch_width": patch_width,
+            "cls_tokens": cls_tokens, "reg_tokens": reg_tokens, "pos_on_prefix": int(positions != grid[0] * grid[1]),
+            "first_pooled": pool[0], "last_pooled": pool[1],
+        }  # fmt: skip
+        self.device = stem[0].device
+        self.most_images = most_images
+        self._classes = [width.head.classes for width in widths]
+        self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
+        for width in widths:
+            self._add(width)
+        sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
+        self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the engine writes at once, and whoever had this memory may still run
+        self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
+        self.pack(parameters)
+
+    def _add(self, width: SubnetSlices) -> None:
+        for a in width.attention:
+            if a.heads and not a.head_dim == a.value_dim == a.pitch == 64:
+                raise ValueError(f"the CUDA network needs heads of 64 channels side by side, not {a}")
+        self._engine.add_width(
+            tuple(width.stem),
+            [(a.query_row, a.key_row, a.value_row, a.proj_column, a.heads, a.scale) for a in width.attention],
+            [(m.hidden_offset, m.hidden) for m in width.mlp],
+            (width.head.class_offset, width.head.classes),
+            width.eps,
+        )
+
+    def pack(self, parameters: Sequence[Tensor | None]) -> None:
+        """Read the parameters again, on the current stream."""
+        rows = [None if p is None else _rows(p.detach()) for p in parameters]
+        table = [(0, "float32", 0) if r is None else (r.data_ptr(), _name(r.dtype), r.stride(0)) for r in rows]
+        self._engine.pack(table, self._stream())
+
+    def run(self, images: Tensor, width: int) -> Tensor:
+        """Images ``(B, C, height, width)`` of any floating dtype to float32 logits, on the current stream."""
+        images = images.contiguous()
+        logits = torch.empty(images.shape[0], self._classes[width], device=self.device)
+        if len(images):
+            ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
+            self._engine.run(width, len(images), *ends, self._stream())
+        return logits
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+
+
+def _rows(parameter: Tensor) -> Tensor:
+    """As a vector, or a matrix whose rows are contiguous: a view wherever that is possible."""
+    if parameter.dim() == 3:  # tokens: (1, count, channels)
+        parameter = parameter[0]
+    if parameter.dim() > 2:
+        parameter = parameter.flatten(1)
+    return parameter if parameter.stride(-1) == 1 else parameter.contiguous()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

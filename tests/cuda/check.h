@@ -1,0 +1,15 @@
+// How the tests of the CUDA kernels report.
+#pragma once
+
+#include <string>
+
+namespace hydravit::cuda::tests {
+
+void begin(const std::string& name);
+void expect(bool right, const std::string& what);
+
+void test_instructions();
+void test_networks();
+void test_schedules();
+
+}  // namespace hydravit::cuda::tests

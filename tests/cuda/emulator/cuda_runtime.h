@@ -1,0 +1,116 @@
+// What of CUDA the kernels and launchers use, for a C++ compiler; see emulator.h.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+#include "emulator.h"
+
+// Objects rather than macros: members of launch configurations have the same names.
+struct BuiltIn {
+  unsigned (*value)();
+  operator unsigned() const { return value(); }
+};
+struct BuiltIns {  // all grids are one-dimensional
+  BuiltIn x;
+};
+inline const BuiltIns threadIdx{{[] { return hydravit::emulator::current().index.x; }}};
+inline const BuiltIns blockIdx{{[] { return hydravit::emulator::current().block->index.x; }}};
+inline const BuiltIns blockDim{{[] { return hydravit::emulator::current().block->threads_of.x; }}};
+inline const BuiltIns gridDim{{[] { return hydravit::emulator::current().block->grid_of.x; }}};
+
+inline void __syncthreads() { hydravit::emulator::block_barrier(); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// ---- The runtime's part that launchers use ----
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  const auto& settings = hydravit::emulator::settings();
+  *value = name == cudaDevAttrMultiProcessorCount            ? settings.processors
+           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? settings.shared_bytes
+                                                             : settings.capability / 10;
+  return cudaSuccess;
+}
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() {
+  hydravit::emulator::synchronize();
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed, cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  hydravit::emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, false, false};
+  for (unsigned i = 0; i < config->numAttrs; i++) {
+    launch.early |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    launch.together |= config->attrs[i].id == cudaLaunchAttributeCooperative;
+  }
+  hydravit::emulator::launch(launch, [=] { kernel(arguments...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,225 @@
+#include "ptx.cuh"
+
+namespace hydravit::cuda {
+
+using namespace emulator;
+
+namespace {
+
+uint16_t half_at(const uint8_t* bytes, int index) {
+  uint16_t value;
+  std::memcpy(&value, bytes + 2 * index, sizeof value);
+  return value;
+}
+
+struct Matrices {
+  uint32_t row;
+  uint32_t* result;
+};
+
+template <bool transposed>
+void execute_load_matrices(void** slots) {
+  const auto slot = [&](int lane) { return static_cast<Matrices*>(slots[lane]); };
+  for (int i = 0; i < 4; i++) {
+    const uint8_t* rows[8];
+    for (int row = 0; row < 8; row++) rows[row] = shared_at(slot(8 * i + row)->row, 16, 16);
+    for (int lane = 0; lane < 32; lane++) {
+      const int major = lane / 4, minor = lane % 4 * 2;
+      const uint32_t low = transposed ? half_at(rows[minor], major) : half_at(rows[major], minor);
+      const uint32_t high = transposed ? half_at(rows[minor + 1], major) : half_at(rows[major], minor + 1);
+      slot(lane)->result[i] = high << 16 | low;
+    }
+  }
+}
+
+struct Product {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+};
+
+template <class T>
+float half_of(uint32_t pair, int index) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16 * index)});
+}
+
+template <class T>
+void execute_multiply_add(void** slots) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const auto* slot = static_cast<Product*>(slots[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 2; j++) a[group + i % 2 * 8][pair + i / 2 * 8 + j] = half_of<T>(slot->a[i], j);
+    for (int i = 0; i < 2; i++)
+      for (int j = 0; j < 2; j++) b[pair + i * 8 + j][group] = half_of<T>(slot->b[i], j);
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    float* c = static_cast<Product*>(slots[lane])->c;
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float sum = 0;
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
+      c[i] += sum;
+    }
+  }
+}
+
+struct Shuffle {
+  float value, result;
+  int lanes;
+};
+
+void execute_shuffle(void** slots) {
+  for (int lane = 0; lane < 32; lane++) {
+    auto* slot = static_cast<Shuffle*>(slots[lane]);
+    slot->result = static_cast<Shuffle*>(slots[lane ^ slot->lanes])->value;
+  }
+}
+
+void move(const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); }
+
+Barrier& barrier_at(uint32_t address) {
+  shared_at(address, 8, 8);
+  auto& barriers = current().block->barriers;
+  const auto found = barriers.find(address);
+  if (found == barriers.end()) fail("an mbarrier that was never initialised");
+  return found->second;
+}
+
+void end_phase(Barrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  barrier.pending = barrier.arrivals;
+  barrier.phase++;
+}
+
+void finish_copies(Barrier& barrier) {
+  for (const Copy& copy : barrier.copies) {
+    move(copy);
+    barrier.bytes -= static_cast<int64_t>(copy.bytes);
+  }
+  barrier.copies.clear();
+  end_phase(barrier);
+}
+
+}  // namespace
+
+uint8_t* shared_memory() { return current().block->shared; }
+uint32_t shared_address(const void* pointer) {
+  if (!is_shared(pointer)) fail("a shared address of memory that is not");
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - current().block->shared);
+}
+
+float to_float(Bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+float to_float(Fp16 value) {
+  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return value.bits & 0x8000 ? -magnitude : magnitude;
+}
+void from_float(float value, Bf16& result) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  result.bits = std::isnan(value) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+void from_float(float value, Fp16& result) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) {
+    result.bits = 0x7fff;
+  } else if (magnitude == 0.0f) {
+    result.bits = sign;
+  } else if (magnitude >= 65520.0f) {
+    result.bits = sign | 0x7c00;
+  } else {
+    int exponent = 0;
+    std::frexp(magnitude, &exponent);
+    const int unit = std::max(exponent - 11, -24);  // the last place's power of two
+    const auto places = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, -unit)));
+    // A carry out of the fraction moves into the exponent, as it should.
+    result.bits = static_cast<uint16_t>(sign | (unit == -24 ? places : ((unit + 24) << 10) + places));
+  }
+}
+
+void load_matrices(uint32_t (&matrices)[4], uint32_t row) {
+  Matrices slot{row, matrices};
+  collective("ldmatrix", &slot, execute_load_matrices<false>);
+}
+void load_matrices_transposed(uint32_t (&matrices)[4], uint32_t row) {
+  Matrices slot{row, matrices};
+  collective("ldmatrix.trans", &slot, execute_load_matrices<true>);
+}
+
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product slot{c, a, {b0, b1}};
+  collective("mma", &slot, execute_multiply_add<T>);
+}
+template void multiply_add<Bf16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void multiply_add<Fp16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+
+float shuffle_xor(float value, int lanes) {
+  Shuffle slot{value, 0, lanes};
+  collective("shfl", &slot, execute_shuffle);
+  return slot.result;
+}
+
+void copy_async(uint32_t to, const void* from) {
+  check_global(from, 16, 16);
+  const Copy copy{shared_at(to, 16, 16), static_cast<const uint8_t*>(from), 16};
+  if (settings().copies == Copies::kAtOnce) move(copy);
+  current().open.push_back(copy);
+}
+void copy_async_commit() {
+  current().groups.push_back(std::move(current().open));
+  current().open.clear();
+}
+void copy_async_wait_for(size_t pending) {
+  auto& groups = current().groups;
+  for (; groups.size() > pending; groups.pop_front())
+    if (settings().copies == Copies::kLate)
+      for (const Copy& copy : groups.front()) move(copy);
+}
+
+void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  shared_at(barrier, 8, 8);
+  current().block->barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+}
+void barrier_expect(uint32_t address, uint32_t bytes) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.pending == 0) fail("too many arrivals at an mbarrier");
+  barrier.pending--;
+  barrier.bytes += bytes;
+  end_phase(barrier);
+}
+void barrier_wait(uint32_t address, uint32_t parity) {
+  Barrier& barrier = barrier_at(address);
+  if (barrier.phase % 2 == parity) finish_copies(barrier);
+  while (barrier.phase % 2 == parity) {
+    wait_while(&barrier.phase, barrier.phase, "mbarrier");
+    finish_copies(barrier);
+  }
+}
+void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
+  if (bytes == 0 || bytes % 16) fail("a bulk copy of no multiple of 16 bytes");
+  check_global(from, bytes, 16);
+  Barrier& barrier = barrier_at(address);
+  barrier.copies.push_back({shared_at(to, bytes, 16), static_cast<const uint8_t*>(from), bytes});
+  if (settings().copies == Copies::kAtOnce) finish_copies(barrier);
+}
+
+void count(uint32_t* counter) {
+  check_global(counter, 4, 4);
+  ++*counter;
+}
+bool count_round(uint32_t* counter, int round) {
+  check_global(counter, 4, 4);
+  *counter = (*counter + 1) % static_cast<uint32_t>(round);
+  return *counter == 0;
+}
+void wait_for_count(const uint32_t* counter, uint32_t target) {
+  check_global(counter, 4, 4);
+  while (static_cast<int32_t>(*counter - target) < 0) wait_while(counter, *counter, "a counter");
+}
+
+}  // namespace hydravit::cuda

@@ -1,0 +1,190 @@
+// The emulator itself: 16-bit floats, what the warp instructions do with their lanes, and the mistakes that it finds.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <bit>
+#include <cstdio>
+#include <vector>
+
+#include "check.h"
+#include "ptx.cuh"
+
+namespace hydravit::cuda::tests {
+
+namespace {
+
+using emulator::Copies;
+
+template <class T>
+void test_halves(const char* name, uint16_t infinity, uint16_t one) {
+  begin(std::string("conversions of ") + name);
+  for (int bits = 0; bits < 0x10000; bits++) {
+    const T half{static_cast<uint16_t>(bits)};
+    T again;
+    from_float(to_float(half), again);
+    if ((bits & 0x7fff) > infinity)
+      expect(std::isnan(to_float(again)), "NaN stays NaN");
+    else
+      expect(again.bits == bits, "a value is its own nearest: " + std::to_string(bits));
+    if ((bits & 0x7fff) >= infinity - 1) continue;
+    // Between two neighbours: the even one; a little off: the nearer one.
+    const T next{static_cast<uint16_t>(bits + 1)};
+    const float middle = to_float(half) / 2 + to_float(next) / 2;
+    from_float(middle, again);
+    expect(again.bits == (bits % 2 == 0 ? bits : bits + 1), "halfway goes to the even one: " + std::to_string(bits));
+    from_float(std::nextafter(middle, to_float(next)), again);
+    expect(again.bits == bits + 1, "beyond halfway: " + std::to_string(bits));
+  }
+  expect(to_float(T{one}) == 1.0f && to_float(T{infinity}) == INFINITY, "one and infinity");
+  expect(pack<T>(1.0f, 0.0f) == one, "the first of two is in the low half");
+}
+
+// Runs a kernel of one block.
+template <class Body>
+void run(unsigned threads, size_t shared_bytes, const Body& body) {
+  emulator::launch({dim3(1), dim3(threads), shared_bytes, false, false}, body);
+  emulator::synchronize();
+}
+
+void test_matrices() {
+  begin("ldmatrix and mma");
+  float a[16][16], b[8][16], sums[16][8];
+  uint32_t plain[32][4], transposed[32][4];
+  run(32, 768, [&] {
+    uint8_t* memory = shared_memory();
+    const int lane = threadIdx.x;
+    if (lane == 0)
+      for (int i = 0; i < 24 * 16; i++) {
+        const float value = static_cast<float>(i * 37 % 23 - 11);
+        (i < 256 ? a[i / 16][i % 16] : b[i / 16 - 16][i % 16]) = value;
+        Bf16 half;
+        from_float(value, half);
+        store(memory + 2 * i, half);
+      }
+    __syncthreads();
+    load_matrices(plain[lane], shared_address(memory + lane % 16 * 32 + lane / 16 * 16));
+    load_matrices_transposed(transposed[lane], shared_address(memory + lane % 16 * 32 + lane / 16 * 16));
+    uint32_t of_b[4];
+    load_matrices(of_b, shared_address(memory + 512 + lane % 8 * 32 + lane / 8 % 2 * 16));
+    float c[4] = {1, 1, 1, 1};
+    multiply_add<Bf16>(c, plain[lane], of_b[0], of_b[1]);
+    for (int i = 0; i < 4; i++) sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = c[i];
+  });
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 8; j++) {
+      float right = 1;
+      for (int k = 0; k < 16; k++) right += a[i][k] * b[j][k];
+      expect(sums[i][j] == right, "the product");
+    }
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++) {  // matrix i: rows from i % 2 * 8, columns from i / 2 * 8
+      const int row = i % 2 * 8, column = i / 2 * 8, major = lane / 4, minor = lane % 4 * 2;
+      expect(plain[lane][i] == pack<Bf16>(a[row + major][column + minor], a[row + major][column + minor + 1]),
+             "a matrix");
+      expect(transposed[lane][i] == pack<Bf16>(a[row + minor][column + major], a[row + minor + 1][column + major]),
+             "a transposed matrix");
+    }
+}
+
+// What reads before the wait, and what is there behind it.
+void test_copies() {
+  auto* from = static_cast<float*>(emulator::allocate(16));
+  std::fill_n(from, 4, 5.0f);
+  for (const Copies copies : {Copies::kAtOnce, Copies::kLate})
+    for (const bool bulk : {false, true}) {
+      begin("asynchronous copies");
+      emulator::settings().copies = copies;
+      float before = 0, after = 0;
+      run(32, 64, [&] {
+        uint8_t* memory = shared_memory();
+        const uint32_t to = shared_address(memory), barrier = shared_address(memory + 32);
+        if (threadIdx.x > 0) return;
+        if (bulk) {
+          barrier_init(barrier, 1);
+          barrier_expect(barrier, 16);
+          copy_bulk(to, from, 16, barrier);
+        } else {
+          copy_async(to, from);
+          copy_async_commit();
+        }
+        before = load<float>(memory);
+        if (bulk)
+          barrier_wait(barrier, 0);
+        else
+          copy_async_wait<0>();
+        after = load<float>(memory);
+      });
+      expect(copies == Copies::kAtOnce ? before == 5.0f : std::isnan(before), "before the wait");
+      expect(after == 5.0f, "behind the wait");
+    }
+  emulator::settings() = {};
+  emulator::release_all();
+}
+
+// Whether the emulator stops at it.
+template <class Body>
+void expect_stop(const char* what, const Body& body) {
+  begin(std::string("a mistake: ") + what);
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    if (freopen("/dev/null", "w", stdout) == nullptr) _exit(0);
+    run(64, 1024, body);
+    emulator::synchronize();
+    emulator::release_all();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  expect(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, "is found");
+}
+
+void test_mistakes() {
+  auto* global = static_cast<uint8_t*>(emulator::allocate(64));
+  expect_stop("a barrier that some threads never reach", [] {
+    if (threadIdx.x < 40) __syncthreads();
+  });
+  expect_stop("different instructions in one warp", [] {
+    uint32_t m[4];
+    if (threadIdx.x % 2)
+      load_matrices(m, 0);
+    else
+      shuffle_xor(1.0f, 1);
+  });
+  expect_stop("reading behind shared memory", [] { load<float>(shared_memory() + 1024); });
+  expect_stop("matrices behind shared memory", [] {
+    uint32_t m[4];
+    load_matrices(m, 1024);
+  });
+  expect_stop("reading behind a global buffer", [=] { load<float>(global + 64); });
+  expect_stop("misaligned reading", [=] { load<uint4>(global + 8); });
+  expect_stop("writing in front of a global buffer without asking", [=] { global[-1] = 0; });
+  expect_stop("copying behind a global buffer", [=] { copy_async(0, global + 64); });
+  expect_stop("ending before copies have", [=] {
+    copy_async(0, global);
+    copy_async_commit();
+  });
+  expect_stop("a barrier that was not initialised", [] { barrier_wait(0, 0); });
+  expect_stop("bytes that never come", [] {
+    if (threadIdx.x == 0) barrier_init(0, 1), barrier_expect(0, 16);
+    __syncthreads();
+    barrier_wait(0, 0);
+  });
+  expect_stop("a count that never comes", [=] {
+    store<uint32_t>(global, 0);
+    wait_for_count(reinterpret_cast<uint32_t*>(global), 1);
+  });
+  emulator::release_all();
+}
+
+}  // namespace
+
+void test_instructions() {
+  test_halves<Bf16>("bf16", 0x7f80, 0x3f80);
+  test_halves<Fp16>("fp16", 0x7c00, 0x3c00);
+  test_matrices();
+  test_copies();
+  test_mistakes();
+}
+
+}  // namespace hydravit::cuda::tests

@@ -1,0 +1,203 @@
+// The network in plain loops over the full parameters, in double; `Round` after every operation makes it what eager
+// PyTorch computes in a 16-bit dtype, and sets the kernels' error budget.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "network.h"
+
+namespace hydravit::cuda::tests {
+
+struct Matrix {
+  int rows = 0, columns = 0;  // none: absent
+  std::vector<float> values;
+
+  bool present() const { return rows > 0; }
+  double at(int row, int column) const { return values[static_cast<size_t>(row) * columns + column]; }
+};
+
+using Round = std::function<double(double)>;
+using Rows = std::vector<std::vector<double>>;
+
+// Parameters in the order of network.h.
+class Reference {
+ public:
+  Reference(const Model& model, const Width& width, const std::vector<Matrix>& parameters, const Round& round)
+      : model_(model), width_(width), parameters_(parameters), round_(round) {}
+
+  // One image (channels, height, width) to its logits.
+  std::vector<double> run(const float* image) const {
+    Rows x = stem(image);
+    for (int i = 0; i < model_.depth; i++) {
+      const Matrix* p = &parameters_[5 + 14 * i];
+      if (width_.attention[i].heads > 0) attention_block(x, p, width_.attention[i]);
+      if (width_.mlp[i].hidden > 0) mlp_block(x, p + 7, width_.mlp[i]);
+    }
+    return head(x, &parameters_[5 + 14 * model_.depth]);
+  }
+
+ private:
+  double parameter(const Matrix& p, int row, int column, double absent) const {
+    return p.present() ? round_(p.at(row, column)) : absent;
+  }
+
+  Rows linear(const Rows& x, const Matrix& weight, int row, int column, int rows, const Matrix& bias,
+              int bias_at) const {
+    Rows y(x.size(), std::vector<double>(rows));
+    for (size_t i = 0; i < x.size(); i++)
+      for (int j = 0; j < rows; j++) {
+        double sum = 0;
+        for (size_t k = 0; k < x[i].size(); k++) sum += x[i][k] * round_(weight.at(row + j, column + int(k)));
+        y[i][j] = round_(sum + parameter(bias, 0, bias_at + j, 0));
+      }
+    return y;
+  }
+
+  Rows norm(const Rows& x, const Matrix* p) const {
+    Rows y = x;
+    for (auto& row : y) {
+      double mean = 0, variance = 0;
+      for (const double v : row) mean += v / double(row.size());
+      for (const double v : row) variance += (v - mean) * (v - mean) / double(row.size());
+      const double scale = 1 / std::sqrt(variance + width_.eps);
+      for (size_t j = 0; j < row.size(); j++) {
+        const int channel = width_.embed_offset + int(j);
+        row[j] = round_((row[j] - mean) * scale * parameter(p[0], 0, channel, 1) + parameter(p[1], 0, channel, 0));
+      }
+    }
+    return y;
+  }
+
+  void add_branch(Rows& x, const Rows& branch, const Matrix& layer_scale) const {
+    for (size_t i = 0; i < x.size(); i++)
+      for (size_t j = 0; j < x[i].size(); j++) {
+        const double scale = parameter(layer_scale, 0, width_.embed_offset + int(j), 1);
+        x[i][j] = round_(x[i][j] + round_(scale * branch[i][j]));
+      }
+  }
+
+  Rows stem(const float* image) const {
+    const Matrix* p = parameters_.data();
+    const int height = model_.grid_height * model_.patch_height, width = model_.grid_width * model_.patch_width;
+    Rows patches;
+    for (int y = 0; y < model_.grid_height; y++)
+      for (int x = 0; x < model_.grid_width; x++) {
+        patches.emplace_back();
+        for (int c = 0; c < model_.channels; c++)
+          for (int i = 0; i < model_.patch_height; i++)
+            for (int j = 0; j < model_.patch_width; j++)
+              patches.back().push_back(
+                  round_(image[(c * height + y * model_.patch_height + i) * width + x * model_.patch_width + j]));
+      }
+    Rows rows = linear(patches, p[0], width_.embed_offset, 0, width_.embed, p[1], width_.embed_offset), x;
+    for (int token = 0; token < model_.tokens(); token++) {
+      x.emplace_back();
+      for (int j = 0; j < width_.embed; j++) {
+        const int channel = width_.embed_offset + j, unplaced = model_.pos_on_prefix ? 0 : model_.prefix_tokens();
+        const double value = token < model_.cls_tokens        ? parameter(p[2], token, channel, 0)
+                             : token < model_.prefix_tokens() ? parameter(p[3], token - model_.cls_tokens, channel, 0)
+                                                              : rows[token - model_.prefix_tokens()][j];
+        x.back().push_back(round_(value + (token < unplaced ? 0 : parameter(p[4], token - unplaced, channel, 0))));
+      }
+    }
+    return x;
+  }
+
+  void attention_block(Rows& x, const Matrix* p, const AttentionSlice& s) const {
+    const Rows normed = norm(x, p);
+    const int columns = s.heads * kHeadDim;
+    const auto role = [&](int row) { return linear(normed, p[2], row, width_.embed_offset, columns, p[3], row); };
+    const Rows q = role(s.query_row), k = role(s.key_row), v = role(s.value_row);
+    Rows attended(x.size(), std::vector<double>(columns));
+    for (int head = 0; head < s.heads; head++)
+      for (size_t i = 0; i < x.size(); i++) {
+        std::vector<double> scores(x.size());
+        double highest = -INFINITY, sum = 0;
+        for (size_t j = 0; j < x.size(); j++) {
+          for (int c = head * kHeadDim; c < (head + 1) * kHeadDim; c++) scores[j] += q[i][c] * k[j][c];
+          scores[j] *= s.scale;
+          highest = std::max(highest, scores[j]);
+        }
+        for (double& score : scores) sum += score = std::exp(score - highest);
+        for (int c = head * kHeadDim; c < (head + 1) * kHeadDim; c++) {
+          for (size_t j = 0; j < x.size(); j++) attended[i][c] += round_(scores[j] / sum) * v[j][c];
+          attended[i][c] = round_(attended[i][c]);
+        }
+      }
+    const int first = width_.embed_offset;
+    add_branch(x, linear(attended, p[4], first, s.proj_column, width_.embed, p[5], first), p[6]);
+  }
+
+  void mlp_block(Rows& x, const Matrix* p, const MlpSlice& s) const {
+    const int first = width_.embed_offset;
+    Rows hidden = linear(norm(x, p), p[2], s.hidden_offset, first, s.hidden, p[3], s.hidden_offset);
+    for (auto& row : hidden)
+      for (double& v : row) v = round_(v / 2 * (1 + std::erf(v * std::sqrt(0.5))));
+    add_branch(x, linear(hidden, p[4], first, s.hidden_offset, width_.embed, p[5], first), p[6]);
+  }
+
+  std::vector<double> head(const Rows& x, const Matrix* p) const {
+    Rows pooled(1, std::vector<double>(width_.embed));
+    const int count = model_.last_pooled - model_.first_pooled;
+    for (int j = 0; j < width_.embed; j++) {
+      for (int token = model_.first_pooled; token < model_.last_pooled; token++) pooled[0][j] += x[token][j] / count;
+      pooled[0][j] = round_(pooled[0][j]);
+    }
+    return linear(norm(pooled, p), p[2], width_.class_offset, width_.embed_offset, width_.classes, p[3],
+                  width_.class_offset)[0];
+  }
+
+  const Model& model_;
+  const Width& width_;
+  const std::vector<Matrix>& parameters_;
+  const Round& round_;
+};
+
+// Full parameters, random inside the slice of `width` and NaN outside, by the shapes of the model.
+inline std::vector<Matrix> random_parameters(const Model& m, const Width& w, bool with_optional, std::mt19937& random) {
+  using Runs = std::vector<std::pair<int, int>>;  // (offset, length)
+  const auto make = [&](int rows, int columns, const Runs& row_runs, const Runs& column_runs, float mean = 0) {
+    int terms = 0;
+    for (const auto& [offset, length] : column_runs) terms += length;
+    const bool vector = rows == 1;
+    std::normal_distribution<float> normal(mean, vector ? 0.3f : 1 / std::sqrt(static_cast<float>(terms)));
+    Matrix p{rows, columns, std::vector<float>(static_cast<size_t>(rows) * columns, NAN)};
+    for (const auto& [row, row_count] : row_runs)
+      for (const auto& [column, count] : column_runs)
+        for (int i = row; i < row + row_count; i++)
+          for (int j = column; j < column + count; j++) p.values[static_cast<size_t>(i) * columns + j] = normal(random);
+    return p;
+  };
+  const auto optional = [&](Matrix p) { return with_optional ? p : Matrix{}; };
+  const Runs one{{0, 1}}, embed{{w.embed_offset, w.embed}}, classes{{w.class_offset, w.classes}};
+  const auto all = [](int count) { return Runs{{0, count}}; };
+  const auto of_embed = [&](float mean = 0) { return make(1, m.embed, one, embed, mean); };
+
+  const int placed = m.tokens() - (m.pos_on_prefix ? 0 : m.prefix_tokens());
+  std::vector<Matrix> result{make(m.embed, m.patch_size(), embed, all(m.patch_size())), optional(of_embed()),
+                             m.cls_tokens ? make(m.cls_tokens, m.embed, all(m.cls_tokens), embed) : Matrix{},
+                             m.reg_tokens ? make(m.reg_tokens, m.embed, all(m.reg_tokens), embed) : Matrix{},
+                             make(placed, m.embed, all(placed), embed)};
+  for (int i = 0; i < m.depth; i++) {
+    const AttentionSlice& a = w.attention[i];
+    const int columns = a.heads * kHeadDim;
+    const Runs roles{{a.query_row, columns}, {a.key_row, columns}, {a.value_row, columns}};
+    const Runs hidden{{w.mlp[i].hidden_offset, w.mlp[i].hidden}};
+    for (Matrix p :
+         {of_embed(1), of_embed(), make(3 * m.embed, m.embed, roles, embed), optional(make(1, 3 * m.embed, one, roles)),
+          make(m.embed, m.embed, embed, {{a.proj_column, columns}}), optional(of_embed()), optional(of_embed(1)),
+          of_embed(1), of_embed(), make(m.hidden, m.embed, hidden, embed), optional(make(1, m.hidden, one, hidden)),
+          make(m.embed, m.hidden, embed, hidden), optional(of_embed()), optional(of_embed(1))})
+      result.push_back(std::move(p));
+  }
+  result.push_back(of_embed(1));
+  result.push_back(of_embed());
+  result.push_back(make(m.classes, m.embed, classes, embed));
+  result.push_back(optional(make(1, m.classes, one, classes)));
+  return result;
+}
+
+}  // namespace hydravit::cuda::tests

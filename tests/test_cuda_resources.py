@@ -1,0 +1,39 @@
+"""The committed report of what the CUDA kernels take of an SM."""
+
+import shutil
+
+import pytest
+
+from bench import resources
+
+
+def test_the_report_is_of_these_sources():
+    """If it is not: ``make resources``, where nvcc is."""
+    assert resources.read()[0].endswith(f"sources {resources.fingerprint()}")
+
+
+def test_no_kernel_spills():
+    rows = resources.read()[1]
+    assert {row["architecture"] for row in rows} == set(resources.ARCHITECTURES)
+    assert len(rows) > 40
+    for row in rows:
+        assert row["spill_stores"] == row["spill_loads"] == row["stack"] == "0", row
+
+
+def test_two_blocks_share_an_sm():
+    """Of the chain's kernels, whose threads number 256 at most: an SM has 65536 registers."""
+    for row in resources.read()[1]:
+        if row["kernel"].startswith(("product_kernel", "attention_kernel")):
+            assert int(row["registers"]) <= 128, row
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_compiling_says_the_same(architecture):
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc was not found")
+    first, rows = resources.read()
+    found = list(resources.resources(architecture))
+    assert not any(int(row["spill_stores"]) + int(row["spill_loads"]) for row in found)
+    if first == resources.text([]).splitlines()[0]:  # this compiler
+        assert found == [row for row in rows if row["architecture"] == architecture]

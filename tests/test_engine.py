@@ -1,0 +1,252 @@
+"""The engine object: on the CPU, and the CUDA one on the emulator, which computes what a GPU is asked to."""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budget import assert_within_budget
+from small import images, poison, shake
+
+from hydravit import HydraViT, HydraViTConfig, geometry
+from hydravit.config import resolve_config
+from hydravit.training import SliceAdamW, SliceGradients
+from hydravit_kernels import _native, engine
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+# Heads of 64 channels, as the CUDA kernels need them; 17 tokens.
+CONFIG = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10, mlp_ratio=1.0)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The module of the CUDA engine, for this CPU."""
+    folder = tmp_path_factory.mktemp("emulated")
+    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}")
+    for command in (
+        ("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHYDRAVIT_EMULATOR=ON", *options),
+        ("cmake", "--build", folder),
+    ):
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+    spec = importlib.util.spec_from_file_location("_engine", folder / "_engine.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("cuda", "persistent"))])
+def kind(request, monkeypatch):
+    """Engines of models on the CPU are, for "cuda" and "persistent", those of CUDA on the emulator."""
+    if request.param != "cpu":
+        from hydravit import engine as of_model
+
+        monkeypatch.setattr(engine, "_engine", request.getfixturevalue("emulated"))
+        monkeypatch.setattr(engine, "cuda_network_why_not", lambda device: "")
+        monkeypatch.setattr(of_model.kernels, "cuda_network_why_not", lambda device: "")
+        strategy = {"cuda": "chain", "persistent": "persistent"}[request.param]
+        network = functools.partial(of_model._CudaNetwork, strategy=strategy)
+        monkeypatch.setattr(of_model, "_CpuNetwork", network)
+        monkeypatch.setitem(of_model.DTYPES, "cpu", of_model.DTYPES["cuda"])
+    return request.param
+
+
+def make(**overrides):
+    return shake(HydraViT(resolve_config(CONFIG, **overrides), backend="native").eval())
+
+
+@torch.no_grad()
+def check(engine, x, **options):
+    """Within the error budget of eager PyTorch in the engine's dtype; of the CPU, the same bits as the model."""
+    model = engine.model
+    logits = engine(x, **options)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    if engine.dtype == torch.float32:
+        assert torch.equal(logits, model(x, **options))
+        return
+    reference = HydraViT(model.config, backend="reference").eval()
+    reference.load_state_dict(model.state_dict())
+    exact = reference.double()(x.double(), **options)
+    eager = reference.to(engine.dtype)(x.to(engine.dtype), **options)
+    assert_within_budget(logits.to(engine.dtype), eager, exact)
+
+
+def test_every_width_and_batch(kind):
+    model = make()
+    engine = model.engine(max_batch=3)
+    for heads in (3, 1, 2):
+        for batch in (1, 3):
+            check(engine, images(CONFIG, batch), heads=heads)
+    model.heads, x = 2, images(CONFIG, 2)
+    assert torch.equal(engine(x), engine(x, heads=2))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"pool": "avg", "register_tokens": 2, "layer_scale": 0.3},
+        {"qkv_bias": False, "no_embed_class": True, "separate_classifiers": (1, 2, 3), "num_classes": 64},
+        {"in_channels": 1, "image_size": (15, 35), "patch_size": 5, "geometry": "dynabert"},
+        {"geometry": "matformer", "pool": "avg", "class_token": False, "image_size": 4},
+    ],
+    ids=lambda overrides: ", ".join(overrides),
+)
+def test_variants(kind, overrides):
+    model = make(**overrides)
+    check(model.engine(), images(model.config, 2), heads=2)
+
+
+def test_float16(kind):
+    if kind != "cpu":
+        check(make().engine(dtype=torch.float16), images(CONFIG, 2), heads=2)
+
+
+def test_the_same_bits_at_any_batch(kind):
+    engine, x = make().engine(max_batch=9), images(CONFIG, 9)
+    for heads in (1, 3):
+        together = engine(x, heads=heads)
+        assert torch.equal(together, torch.cat([engine(x[i : i + 1], heads=heads) for i in range(9)]))
+
+
+def test_nothing_outside_the_slice_is_read(kind):
+    for heads in (1, 2):
+        model = make()
+        poison(model, [model.geometry(heads)])
+        assert model.engine()(images(CONFIG), heads=heads).isfinite().all()
+
+
+def test_changed_weights_are_noticed(kind):
+    model, x = make(), images(CONFIG)
+    engine = model.engine()
+    before = engine(x)
+
+    def changed(change):
+        nonlocal before
+        change()
+        after = engine(x)
+        assert not torch.equal(after, before), change
+        assert torch.equal(after, model.engine()(x))
+        before = after
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    changed(optimizer.step)
+    with torch.no_grad():
+        changed(lambda: model.head.bias.add_(1.0))
+    changed(lambda: model.load_state_dict(make().state_dict()))
+    changed(lambda: setattr(model.norm, "weight", torch.nn.Parameter(model.norm.weight.detach() * 2)))
+    changed(lambda: setattr(model.blocks[0], "mlp", make().blocks[0].mlp))
+    model.head.bias.data[0] += 1.0
+    changed(model.weights_changed)
+
+
+def test_steps_that_the_optimizer_owes_come_first(kind):
+    model, x = make(), images(CONFIG)
+    gradients, optimizer = SliceGradients(model), SliceAdamW(model.parameters(), model, lr=0.1, weight_decay=0.5)
+    engine = model.engine()
+    for heads in (3, 1):  # the second step leaves most of what the first moved behind
+        gradients.zero_()
+        model(x, heads=heads).sum().backward()
+        optimizer.step()
+    logits = engine(x)
+    optimizer.flush()
+    assert torch.equal(logits, model.engine()(x)) and torch.equal(logits, engine(x))
+
+
+def test_unchanged_weights_are_packed_once(kind, monkeypatch):
+    model, x = make(), images(CONFIG)
+    engine = model.engine()
+    monkeypatch.setattr(engine._network, "pack", None)
+    for heads in (1, 2, 3, 1):
+        engine(x, heads=heads)
+
+
+def test_images_of_any_strides(kind):
+    engine, x = make().engine(), images(CONFIG, 3)
+    for view in (x.to(memory_format=torch.channels_last), x.flip(0)[::2], x.repeat_interleave(2, 3)[..., ::2]):
+        assert torch.equal(engine(view), engine(view.contiguous()))
+
+
+def test_wrong_arguments_raise(kind):
+    model = make()
+    with pytest.raises(ValueError, match="^max_batch must be an integer of at least 1, not 0"):
+        model.engine(max_batch=0)
+    with pytest.raises(ValueError, match="^dtype must be .* not torch.float64"):
+        model.engine(dtype=torch.float64)
+    with pytest.raises(ValueError, match="^strategy: for engines on CUDA only"):
+        model.engine(strategy="chain")
+    engine, x = model.engine(max_batch=2), images(CONFIG, 3)
+    with pytest.raises(ValueError, match="^images: at most max_batch=2 expected, 3 given"):
+        engine(x)
+    with pytest.raises(ValueError, match="^heads must be in 1..3, not 4"):
+        engine(x[:1], heads=4)
+    with pytest.raises(TypeError, match="^heads must be an int"):
+        engine(x[:1], heads=1.0)
+    with pytest.raises(ValueError, match=r"^images must be \(B, 3, 16, 16\)"):
+        engine(x[..., 1:])
+    with pytest.raises(TypeError, match="^images are torch.float64"):
+        engine(x[:1].double())
+
+
+def test_untrained_widths_are_refused(kind):
+    model = HydraViT(CONFIG, trained_heads=(1, 3)).eval()
+    engine, x = model.engine(), images(CONFIG)
+    with pytest.raises(ValueError, match="was not trained"):
+        engine(x, heads=2)
+    model.allow_untrained = True
+    with pytest.raises(ValueError, match="was no width of the model when the engine was made"):
+        engine(x, heads=2)
+    assert model.engine()(x, heads=2).isfinite().all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"head_dim": 32, "max_heads": 4}, "heads of 64 channels"),
+        ({"max_heads": 17, "depth": 1}, "at most 1024"),
+        ({"mlp_ratio": 2.625}, "hidden channels: a multiple of 64"),
+        ({"num_classes": 0}, "a classifier expected"),
+        ({"image_size": 256}, "attention needs .* bytes of shared memory"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
+def test_models_that_the_kernels_cannot_compute(kind, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make(**overrides).engine()
+
+
+def test_models_that_packed_inference_cannot_serve():
+    with pytest.raises(ValueError, match="^engine: packed weights cannot serve heads=1"):
+        make(head_dim=16, geometry="hydravit").engine()
+
+
+def test_a_moved_model_needs_a_new_engine():
+    engine = HydraViT(CONFIG).engine()
+    engine.model.to("meta")
+    with pytest.raises(RuntimeError, match="^the model was moved from cpu to meta"):
+        engine(images(CONFIG))
+
+
+def test_without_a_cuda_engine_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(engine, "_engine", None)
+    assert "was not built: " in engine.cuda_network_why_not(torch.device("cuda"))
+    assert "has no kernels for device 'meta'" in engine.cuda_network_why_not(torch.device("meta"))
+    with pytest.raises(RuntimeError, match="has no kernels for device 'meta'"):
+        HydraViT(CONFIG).to("meta").engine()
+
+
+def test_geometries_keep_their_slices():
+    """The engine's table of widths is the model's."""
+    model = make()
+    assert list(model.engine()._network.widths) == list(model.allowed_heads)
+    assert geometry.every_width(CONFIG).keys() == set(model.allowed_heads)

@@ -1,0 +1,95 @@
+"""The CUDA engine on a CUDA device: what tests/test_engine.py asks of the emulator, and what only a device can show."""
+
+import random
+
+import pytest
+import torch
+from budget import assert_within_budget
+from small import images, shake
+
+from hydravit import HydraViT, HydraViTConfig
+from hydravit_kernels import cuda_network_why_not
+
+DEVICE = torch.device("cuda")
+_WHY_NOT = cuda_network_why_not(DEVICE) if torch.cuda.is_available() else f"torch {torch.__version__} finds no device"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_WHY_NOT), reason=f"the CUDA network {_WHY_NOT}")]
+
+TINY = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10)
+BASE = HydraViTConfig()
+WAYS = [{"strategy": s, "loader": loader} for s in ("chain", "persistent") for loader in ("best", "async")]
+
+
+def make(config):
+    return shake(HydraViT(config, backend="reference").eval()).to(DEVICE)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", [TINY, BASE], ids=["tiny", "base"])
+@torch.no_grad()
+def test_within_the_error_budget(config, dtype, way):
+    model = make(config)
+    engine, x = model.engine(dtype=dtype, **way), images(config, 8).to(DEVICE)
+    exact = HydraViT(config, backend="reference").eval().double()
+    exact.load_state_dict(model.state_dict())
+    eager = HydraViT(config, backend="reference").eval().to(DEVICE, dtype)
+    eager.load_state_dict(model.state_dict())
+    for heads in {1, config.max_heads // 2, config.max_heads}:
+        logits = engine(x, heads=heads).to(dtype)
+        expected = exact(x[:2].double().cpu(), heads=heads)
+        assert_within_budget(logits[:2].cpu(), eager(x[:2].to(dtype), heads=heads).cpu(), expected)
+
+
+@torch.no_grad()
+def test_every_way_and_batch_has_the_same_bits():
+    model, x = make(BASE), images(BASE, 8).to(DEVICE)
+    expected = {heads: model.engine()(x, heads=heads) for heads in range(1, 13)}
+    for way in WAYS:
+        engine = model.engine(**way)
+        for heads, logits in expected.items():
+            assert torch.equal(engine(x, heads=heads), logits)
+            for i in (0, 7):
+                assert torch.equal(engine(x[i : i + 1], heads=heads)[0], logits[i])
+
+
+@pytest.mark.parametrize("strategy", ["chain", "persistent"])
+def test_ten_thousand_calls(strategy):
+    """Random widths and batches, one after the other without waiting: the bits of the first time, always."""
+    engine, x = make(BASE).engine(strategy=strategy), images(BASE, 8).to(DEVICE)
+    first, wrong = {}, torch.zeros((), dtype=torch.int64, device=DEVICE)
+    draw = random.Random(0)
+    for _ in range(10_000):
+        key = draw.randint(1, 12), draw.randint(1, 8)
+        logits = engine(x[: key[1]], heads=key[0])
+        wrong += (logits != first.setdefault(key, logits)).sum()
+    assert wrong.item() == 0 and len(first) == 96
+
+
+def test_on_the_current_stream():
+    engine, x = make(BASE).engine(), images(BASE, 1).to(DEVICE)
+    expected, stream = engine(x, heads=3), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        later = torch.zeros_like(x).copy_(x)  # not there yet for any other stream
+        logits = engine(later, heads=3)
+    stream.synchronize()
+    assert torch.equal(logits, expected)
+
+
+def test_a_steady_call_allocates_its_logits_only():
+    engine, x = make(BASE).engine(), images(BASE, 1).to(DEVICE)
+    engine(x)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+    for heads in range(1, 13):
+        engine(x, heads=heads)
+    allocated = torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
+    assert allocated <= 12 * 4096
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
+def test_engine_under_the_sanitizer(way):
+    engine = make(TINY).engine(max_batch=3, **way)
+    for heads in (1, 2, 3):
+        assert engine(images(TINY, heads).to(DEVICE), heads=heads).isfinite().all()
