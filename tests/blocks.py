@@ -159,6 +159,44 @@ class Block:
         for parameter, buffer in zip(self.parameters, buffers, strict=True):
             assert parameter is None or not buffer[parameter.isnan()].any(), "gradient outside the slice"
 
+    def check_adding(self):
+        """Gradients are added to what the buffers hold inside of the slice, nothing is touched outside."""
+        grad = torch.randn_like(self.forward()[0])
+        alone, added = self.zeros(), [None if p is None else torch.ones_like(p) for p in self.parameters]
+        dx = self.backward(grad, alone)
+        self.backward(grad, added)
+        for parameter, a, b in zip(self.parameters, alone, added, strict=True):
+            if parameter is not None:
+                assert torch.equal(b[parameter.isnan()], torch.ones_like(b[parameter.isnan()]))
+                torch.testing.assert_close(b, a + 1, rtol=1e-4, atol=1e-4 * a.abs().max().item())
+        # Each gradient by itself is the same as all together; what is not wanted is not touched.
+        for i, expected in enumerate(alone):
+            if expected is not None:
+                buffers = [b if j == i else None for j, b in enumerate(self.zeros())]
+                assert self.backward(grad, buffers, x_grad=False).numel() == 0
+                assert torch.equal(buffers[i], expected)
+        assert torch.equal(self.backward(grad, [None] * len(alone)), dx)
+
+    def check_row_strides(self):
+        """The same bits from parameters, and in buffers, whose rows lie further apart, with NaN between."""
+        grad = torch.randn_like(self.forward()[0])
+        y, buffers = self.forward()[0], self.zeros()
+        dx = self.backward(grad, buffers)
+
+        def strided(t):
+            if t is None or t.dim() < 2:
+                return t
+            shape = [t.shape[0] * 2, *t.shape[1:]] if t.dim() == 4 else [*t.shape[:-1], t.shape[-1] + 3]
+            room = torch.full(shape, float("nan"), device=t.device)
+            view = room[::2] if t.dim() == 4 else room[..., : t.shape[-1]]
+            return view.copy_(t)
+
+        self.parameters = [strided(p) for p in self.parameters]
+        again = [None if b is None else strided(torch.zeros_like(b)) for b in buffers]
+        assert torch.equal(self.forward()[0], y) and torch.equal(self.backward(grad, again), dx)
+        for a, b in zip(again, buffers, strict=True):
+            assert a is None or torch.equal(a, b)
+
 
 def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None, queries=None):
     e = interval(s.embed_offset, s.embed)

@@ -154,44 +154,12 @@ def test_a_captured_graph_replays(name):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_gradients_are_added_inside_the_slice_only(name):
-    block = BLOCKS[name]().on("triton", DEVICE)
-    grad = torch.randn_like(block.forward()[0])
-    alone, added = block.zeros(), [None if p is None else torch.ones_like(p) for p in block.parameters]
-    dx = block.backward(grad, alone)
-    block.backward(grad, added)
-    for parameter, a, b in zip(block.parameters, alone, added, strict=True):
-        if parameter is not None:
-            assert torch.equal(b[parameter.isnan()], torch.ones_like(b[parameter.isnan()]))
-            torch.testing.assert_close(b, a + 1, rtol=1e-4, atol=1e-4 * a.abs().max().item())
-    # Each gradient by itself is the same as all together; what is not wanted is not touched.
-    for i, expected in enumerate(alone):
-        if expected is not None:
-            buffers = [b if j == i else None for j, b in enumerate(block.zeros())]
-            assert block.backward(grad, buffers, x_grad=False).numel() == 0
-            assert torch.equal(buffers[i], expected)
-    assert torch.equal(block.backward(grad, [None] * len(alone)), dx)
+    BLOCKS[name]().on("triton", DEVICE).check_adding()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_row_strided_parameters(name):
-    block = BLOCKS[name]().on("triton", DEVICE)
-    grad = torch.randn_like(block.forward()[0])
-    y, buffers = block.forward()[0], block.zeros()
-    dx = block.backward(grad, buffers)
-
-    def strided(t):  # the same values, rows further apart, NaN between
-        if t is None or t.dim() < 2:
-            return t
-        shape = [t.shape[0] * 2, *t.shape[1:]] if t.dim() == 4 else [*t.shape[:-1], t.shape[-1] + 3]
-        room = torch.full(shape, float("nan"), device=t.device)
-        view = room[::2] if t.dim() == 4 else room[..., : t.shape[-1]]
-        return view.copy_(t)
-
-    block.parameters = [strided(p) for p in block.parameters]
-    again = [None if b is None else strided(torch.zeros_like(b)) for b in buffers]
-    assert torch.equal(block.forward()[0], y) and torch.equal(block.backward(grad, again), dx)
-    for a, b in zip(again, buffers, strict=True):
-        assert a is None or torch.equal(a, b)
+    BLOCKS[name]().on("triton", DEVICE).check_row_strides()
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp", "head"])

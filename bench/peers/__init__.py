@@ -37,8 +37,7 @@ class Step(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """``pooled_only``: the last block computes only the tokens that the head pools, so that fewer operations are
-    executed;
+    """``pooled_only``: its last block computes only the tokens that the head pools, so it executes fewer operations;
     ``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
     ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
 

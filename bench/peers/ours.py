@@ -180,7 +180,7 @@ def _engine_peer(strategy: str, how: str) -> Peer:
         f"engine-{strategy}",
         f"this repository's CUDA engine, {how}",
         ours=True,
-        pooled_only="block",
+        pooled_only=True,
         opaque=True,
         uncapturable="a call is one launch already",
         inference=partial(_engine, strategy),

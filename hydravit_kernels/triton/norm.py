@@ -79,6 +79,20 @@ def norm_forward(batch: Batch, x: Tensor, weight: Tensor, bias: Tensor, parts: P
     return Norm(y, mean, rstd)
 
 
+@triton.jit
+def _scaled_and_centred(
+    grad, x, grad_stride, x_stride, norm_weight, part, row, here, k, row_mean, row_rstd,
+):  # fmt: skip
+    """Columns ``k`` of the gradient times the gain, and of the normalised rows."""
+    k_here = k < part.columns
+    mask = here[:, None] & k_here[None, :]
+    # A branch without outputs is skipped: its norm has no say.
+    gain = tl.load(norm_weight + part.column + k, mask=k_here & (part.rows > 0), other=0.0).to(tl.float32)
+    scaled = tl.load(grad + row[:, None] * grad_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    return scaled * gain[None, :], (value - row_mean[:, None]) * row_rstd[:, None], mask
+
+
 # Grid: (groups * tiles of rows,).
 @triton.jit(do_not_specialize=["rows_per_group"])
 def _backward_kernel(
@@ -99,26 +113,18 @@ def _backward_kernel(
     product_sum = tl.zeros((ROWS,), tl.float32)
     for start in range(0, part.columns, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
-        k_here = k < part.columns
-        mask = here[:, None] & k_here[None, :]
-        # A branch without outputs is skipped: its norm has no say.
-        gain = tl.load(norm_weight + part.column + k, mask=k_here & (part.rows > 0), other=0.0).to(tl.float32)
-        scaled = tl.load(grad + row[:, None] * grad_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        scaled *= gain[None, :]
-        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        scaled, centred, _ = _scaled_and_centred(
+            grad, x, grad_stride, x_stride, norm_weight, part, row, here, k, row_mean, row_rstd
+        )
         scaled_sum += tl.sum(scaled, 1)
-        product_sum += tl.sum(scaled * (value - row_mean[:, None]) * row_rstd[:, None], 1)
+        product_sum += tl.sum(scaled * centred, 1)
     scaled_mean = scaled_sum / part.columns
     product_mean = product_sum / part.columns
     for start in range(0, part.columns, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
-        k_here = k < part.columns
-        mask = here[:, None] & k_here[None, :]
-        gain = tl.load(norm_weight + part.column + k, mask=k_here & (part.rows > 0), other=0.0).to(tl.float32)
-        scaled = tl.load(grad + row[:, None] * grad_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        scaled *= gain[None, :]
-        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        centred = (value - row_mean[:, None]) * row_rstd[:, None]
+        scaled, centred, mask = _scaled_and_centred(
+            grad, x, grad_stride, x_stride, norm_weight, part, row, here, k, row_mean, row_rstd
+        )
         result = (scaled - scaled_mean[:, None] - centred * product_mean[:, None]) * row_rstd[:, None]
         if residual is not None:
             place = row[:, None] * residual_stride + k[None, :]
