@@ -102,9 +102,8 @@ class HydraViT(DeferredSteps):
     @heads.setter
     def heads(self, heads: int) -> None:
         self._check_heads(heads)
-        # torch.compile makes a graph per value of a module's int attribute, but only one for all values of a dimension
-        # (from 2 up: 0 and 1 are always special). So the width is kept as the length of an empty tensor.
-        self._heads_as_shape = torch.empty(heads + 1, 0, device="cpu")
+        # An empty tensor's length: torch.compile makes a graph per value of an int attribute, but one for lengths > 1.
+        self._heads_as_shape = self._lengths[heads]
 
     @property
     def allowed_heads(self) -> tuple[int, ...]:
@@ -116,6 +115,7 @@ class HydraViT(DeferredSteps):
     def _resolve_geometries(self) -> None:
         """The slices of every width, once, so that a call only looks them up."""
         self._geometries = every_width(self.config)
+        self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._geometries}
         self._validated: set[Geometry] = set()  # others that calls brought along
 
     def _make_geometry(self, heads: int) -> Geometry:

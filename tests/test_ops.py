@@ -2,7 +2,6 @@
 
 import copy
 import socket
-import statistics
 import time
 
 import pytest
@@ -237,21 +236,24 @@ def test_switching_width_prepares_nothing(backend):
 
 @pytest.mark.long
 def test_switching_costs_under_one_percent():
-    """All that another width adds to a call, in ViT-B: setting it and looking its slices up. Medians, in one run."""
+    """All that another width adds to a call, in ViT-B: setting it and looking its slices up.
+
+    The least of each: what else runs on the machine only adds, and to a few microseconds far more than to a pass.
+    """
     model, images = hydravit.fused_model(config="base").eval(), torch.randn(1, 3, 224, 224)
     switch, forward = [], []
     with torch.inference_mode():
-        for heads in (1, 2, 1):
+        for heads in (3, 4, 3):
             model(images, heads=heads)
         for i in range(30):
             start = time.perf_counter()
-            model.heads = 1 + i % 2
+            model.heads = 3 + i % 2
             model.widths(None, 1)
             middle = time.perf_counter()
             model(images)
             switch.append(middle - start)
             forward.append(time.perf_counter() - middle)
-    assert statistics.median(switch) < 0.01 * statistics.median(forward)
+    assert min(switch) < 0.01 * min(forward)
 
 
 def _ddp_worker(rank, port, backend, queue):
