@@ -17,7 +17,8 @@ Dtype dtype_of(const std::string& name) {
   if (name == "float32") return Dtype::kFp32;
   if (name == "bfloat16") return Dtype::kBf16;
   if (name == "float16") return Dtype::kFp16;
-  throw std::invalid_argument("dtype: float32, bfloat16 or float16 expected, " + name + " given");
+  if (name == "float8_e4m3fn") return Dtype::kE4m3;
+  throw std::invalid_argument("dtype: float32, bfloat16, float16 or float8_e4m3fn expected, " + name + " given");
 }
 
 template <class T>

@@ -22,7 +22,7 @@ const char* error_text(int status) { return cudaGetErrorString(static_cast<cudaE
 
 Engine::Engine(const Model& model, Dtype dtype, int most_images, const Device& device, Strategy strategy)
     : model_(model),
-      layout_(model),
+      layout_(model, dtype),
       dtype_(dtype),
       most_images_(most_images),
       device_(device),
@@ -108,7 +108,7 @@ int Engine::use_memory(uint8_t* packed, uint8_t* workspace, uint8_t* schedules) 
 
 int Engine::pack(const std::vector<Parameter>& parameters, void* stream) {
   if (const int status = cudaSetDevice(device_.index)) return status;
-  return cuda::pack(model_, layout_, parameters, dtype_, packed_, stream);
+  return cuda::pack(model_, layout_, parameters, packed_, stream);
 }
 
 int Engine::run(int width, int images, const Ends& ends, void* stream) {

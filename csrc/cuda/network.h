@@ -50,6 +50,7 @@ std::string why_not(const Model& model, const Width& width);
 struct Packed {
   int64_t offset;  // bytes
   int rows, columns;
+  int64_t scales;  // of an E4m3 matrix: where its rows' scales begin, bytes
 };
 struct Layout {
   struct Block {
@@ -60,8 +61,9 @@ struct Layout {
   std::vector<Block> blocks;
   Packed norm_weight, norm_bias, head, head_bias;
   int64_t bytes = 0;
+  Dtype dtype;  // of the matrices
 
-  explicit Layout(const Model& model);
+  Layout(const Model& model, Dtype dtype);
 };
 
 struct Parameter {   // a parameter on the device
@@ -70,8 +72,8 @@ struct Parameter {   // a parameter on the device
   int64_t row_stride;
 };
 // Packs all parameters; absent biases become zeros, absent layer scales ones.
-int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, Dtype dtype,
-         uint8_t* packed, void* stream);
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
+         void* stream);
 
 // ---- The phases of one call ----
 

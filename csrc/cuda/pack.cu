@@ -1,5 +1,12 @@
-// Parameters of any floating dtype to the one packed copy that serves every width: matrices to panels of T, the rest to
-// float. What is beyond a matrix, up to whole panels and 64 rows, is zero.
+// Parameters of any floating dtype to the one packed copy that serves every width: matrices to panels of T or E4m3, the
+// rest to float. What is beyond a matrix, up to whole panels and 64 rows, is zero.
+//
+// An E4m3 row is divided by its scale, which makes the largest weight of the whole row the largest E4m3, so that all
+// widths have the same quantised weights. NaN and infinite weights become NaN and do not count for the scale: they show
+// in the widths that read them and in no other.
+#include <bit>
+#include <cfloat>
+
 #include "network.h"
 #include "tile.cuh"
 
@@ -15,14 +22,20 @@ __device__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
   return load<float>(static_cast<const float*>(data) + index);
 }
 
-// ---- Kernels: one chunk or one float for each thread ----
+// ---- Kernels: one chunk or one float for each thread, where nothing else is said ----
 
 struct MatrixJob {
   Parameter from;
   int rows, columns;        // of the parameter
   int padded_rows, chunks;  // of the panels; chunks along a row
   void* to;
+  float* scales;  // E4m3
 };
+
+__device__ float weight_at(const MatrixJob& job, int row, int column) {
+  if (row >= job.rows || column >= job.columns) return 0.0f;
+  return load_as_float(job.from.data, job.from.dtype, row * job.from.row_stride + column);
+}
 
 template <class T>
 __global__ void pack_matrix_kernel(const MatrixJob job) {
@@ -30,11 +43,53 @@ __global__ void pack_matrix_kernel(const MatrixJob job) {
   if (i >= static_cast<int64_t>(job.padded_rows) * job.chunks) return;
   const int row = static_cast<int>(i / job.chunks), column = static_cast<int>(i % job.chunks) * kChunk;
   float v[kChunk];
-  for (int j = 0; j < kChunk; j++) {
-    const bool inside = row < job.rows && column + j < job.columns;
-    v[j] = inside ? load_as_float(job.from.data, job.from.dtype, row * job.from.row_stride + column + j) : 0.0f;
-  }
+  for (int j = 0; j < kChunk; j++) v[j] = weight_at(job, row, column + j);
   store<uint4>(static_cast<T*>(job.to) + panel_index(job.padded_rows, row, column), pack_chunk<T>(v));
+}
+
+constexpr float kLargestE4m3 = 448.0f, kSmallestNormalE4m3 = 0x1p-6f;
+
+// To nearest, ties to even; what would be above the largest is NaN. The same bits as torch's.
+__device__ uint32_t round_to_e4m3(float value) {
+  const uint32_t sign = std::bit_cast<uint32_t>(value) >> 31 << 7;
+  const float magnitude = fabsf(value);
+  if (!(magnitude < 480.0f)) return sign | 0x7f;
+  if (magnitude >= kSmallestNormalE4m3) {  // 20 bits of the fraction go, and the exponent's bias of 127 becomes 7
+    const auto bits = std::bit_cast<uint32_t>(magnitude), odd = bits >> 20 & 1;
+    return sign | (((bits + 0x7ffff + odd) >> 20) - (120 << 3));
+  }
+  constexpr float kSameUnit = 0x1p14f;  // the last place of its fraction is the subnormals'
+  return sign | (std::bit_cast<uint32_t>(magnitude + kSameUnit) - std::bit_cast<uint32_t>(kSameUnit));
+}
+
+// A warp for each row. No scale is subnormal, so that no finite weight leaves E4m3's range.
+__global__ void scale_rows_kernel(const MatrixJob job) {
+  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32), lane = threadIdx.x % 32;
+  if (row >= job.padded_rows) return;
+  float largest = 0;
+  for (int column = lane; column < job.columns; column += 32) {
+    const float magnitude = fabsf(weight_at(job, row, column));
+    if (magnitude <= FLT_MAX) largest = fmaxf(largest, magnitude);
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
+  if (lane == 0) store<float>(job.scales + row, fmaxf(largest / kLargestE4m3, FLT_MIN));
+}
+
+// Two chunks for each thread: the 16 bytes that lie together.
+__global__ void quantise_matrix_kernel(const MatrixJob job) {
+  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int pairs = job.chunks / 2;
+  if (pair >= static_cast<int64_t>(job.padded_rows) * pairs) return;
+  const int row = static_cast<int>(pair / pairs), column = static_cast<int>(pair % pairs) * 2 * kChunk;
+  const float scale = load<float>(job.scales + row);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const int channel = column + i / 4 * 2 + i % 4 / 2 * 8 + i % 2;  // of byte i, see e4m3_index
+    words[i / 4] |= round_to_e4m3(weight_at(job, row, channel) / scale) << 8 * (i % 4);
+  }
+  const int64_t to = e4m3_index(job.padded_rows, row, column);
+  store<uint4>(static_cast<uint8_t*>(job.to) + to, {words[0], words[1], words[2], words[3]});
 }
 
 struct VectorJob {
@@ -86,14 +141,26 @@ int launch(void (*kernel)(Job), const Job& job, int64_t count, void* stream) {
 
 }  // namespace
 
-int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, Dtype dtype,
-         uint8_t* packed, void* stream) {
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
+         void* stream) {
   int status = 0;
   const auto matrix = [&](const Parameter& from, int rows, int columns, const Packed& to) {
     if (status != 0) return;
-    const MatrixJob job{from, rows, columns, to.rows, to.columns / kChunk, packed + to.offset};
-    const auto kernel = dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;
-    status = launch(kernel, job, static_cast<int64_t>(job.padded_rows) * job.chunks, stream);
+    const MatrixJob job{from,
+                        rows,
+                        columns,
+                        to.rows,
+                        to.columns / kChunk,
+                        packed + to.offset,
+                        reinterpret_cast<float*>(packed + to.scales)};
+    const int64_t chunks = int64_t{job.padded_rows} * job.chunks;
+    if (layout.dtype != Dtype::kE4m3) {
+      const auto kernel = layout.dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;
+      status = launch(kernel, job, chunks, stream);
+      return;
+    }
+    status = launch(scale_rows_kernel, job, int64_t{job.padded_rows} * 32, stream);
+    if (status == 0) status = launch(quantise_matrix_kernel, job, chunks / 2, stream);
   };
   const auto vector = [&](const Parameter& from, int size, float absent, const Packed& to) {
     if (status != 0) return;

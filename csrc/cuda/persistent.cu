@@ -25,23 +25,23 @@ struct Counters {
 
 // ---- The kernel ----
 
-template <class T, Loader loader, class Wait>
+template <class W, Loader loader, class Wait>
 __device__ void step_tile(const Step& step, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
   if (step.is_attention)
-    attention_tile<T>(step.attention, tile, memory, pipe, wait);
+    attention_tile<Activation<W>>(step.attention, tile, memory, pipe, wait);
   else if (!is_wanted(step.product, tile, size_of(step.shape)))
     return;
   else if (step.shape == Shape::k32x32)
-    product_tile<T, Shape::k32x32>(step.product, tile, memory, pipe, wait);
+    product_tile<W, Shape::k32x32>(step.product, tile, memory, pipe, wait);
   else if (step.shape == Shape::k32x64)
-    product_tile<T, Shape::k32x64>(step.product, tile, memory, pipe, wait);
+    product_tile<W, Shape::k32x64>(step.product, tile, memory, pipe, wait);
   else if (step.shape == Shape::k32x128)
-    product_tile<T, Shape::k32x128>(step.product, tile, memory, pipe, wait);
+    product_tile<W, Shape::k32x128>(step.product, tile, memory, pipe, wait);
   else
-    product_tile<T, Shape::k128x64>(step.product, tile, memory, pipe, wait);
+    product_tile<W, Shape::k128x64>(step.product, tile, memory, pipe, wait);
 }
 
-template <class T, Loader loader>
+template <class W, Loader loader>
 __global__ void __launch_bounds__(kThreads, 1)
     network_kernel(const Step* steps, int step_count, uint32_t* counter_memory, const Ends ends) {
   if constexpr (can_run(loader)) {
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Step* input = step.input < 0 ? nullptr : steps + step.input;
       for (int tile = (static_cast<int>(blockIdx.x) - step.first_block + blocks) % blocks; tile < step.tiles;
            tile += blocks) {
-        step_tile<T>(step, tile, memory, pipe, [&] {
+        step_tile<W>(step, tile, memory, pipe, [&] {
           if (input == nullptr) return;
           const Range groups = groups_read(step, *input, tile);
           for (int group = groups.begin + threadIdx.x; group < groups.end; group += kThreads)
@@ -87,12 +87,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- Launcher ----
 
+namespace {
+
+using Kernel = void (*)(const Step*, int, uint32_t*, Ends);
+template <class W>
+Kernel kernel_of(Loader loader) {
+  return loader == Loader::kBulk ? network_kernel<W, Loader::kBulk> : network_kernel<W, Loader::kAsync>;
+}
+
+}  // namespace
+
 int launch(const Schedule& schedule, const Step* steps, uint32_t* counters, const Ends& ends, Dtype dtype,
            Loader loader, void* stream) {
-  const auto kernel =
-      dtype == Dtype::kBf16
-          ? (loader == Loader::kBulk ? network_kernel<Bf16, Loader::kBulk> : network_kernel<Bf16, Loader::kAsync>)
-          : (loader == Loader::kBulk ? network_kernel<Fp16, Loader::kBulk> : network_kernel<Fp16, Loader::kAsync>);
+  const Kernel kernel = dtype == Dtype::kBf16   ? kernel_of<Bf16>(loader)
+                        : dtype == Dtype::kFp16 ? kernel_of<Fp16>(loader)
+                                                : kernel_of<E4m3>(loader);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(schedule.shared_bytes));
   if (status != cudaSuccess) return status;

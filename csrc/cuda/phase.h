@@ -8,6 +8,10 @@
 // rows of the first panels are the slice of a narrower network: one packed copy serves all widths, with no gap inside a
 // tile.
 //
+// Weights may be E4m3 instead, with a float scale for each row; T is then Fp16. Of 8 rows of a panel, the 16 channels
+// that one product of the tensor cores takes lie together, 128 bytes: 16 of each row, whose n-th word holds channels
+// 2 n, 2 n + 1, 2 n + 8 and 2 n + 9. So lane l of a warp needs word l. 8 n rows are contiguous bytes here too.
+//
 // Rows: an image has `image_rows` rows, of which the first `image_tokens` are its tokens and the others are zero.
 #pragma once
 
@@ -27,7 +31,14 @@ constexpr int64_t panel_index(int64_t rows, int64_t row, int64_t channel) {
   return (channel / kPanel * rows + row) * kPanel + (chunk ^ row % 8) * kChunk + channel % kChunk;
 }
 
-enum class Dtype : int { kFp32, kBf16, kFp16 };
+// Where element (row, channel) of an E4m3 matrix in panels of `rows` rows lies.
+constexpr int64_t e4m3_index(int64_t rows, int64_t row, int64_t channel) {
+  const int64_t word = row % 8 * 4 + channel % 8 / 2, in_word = channel % 16 / 8 * 2 + channel % 2;
+  return (channel / kPanel * rows + row / 8 * 8) * kPanel + channel % kPanel / 16 * 128 + word * 4 + in_word;
+}
+
+enum class Dtype : int { kFp32, kBf16, kFp16, kE4m3 };
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : dtype == Dtype::kE4m3 ? 1 : 2; }
 
 // ---- Products: C = f(A W^T) ----
 
@@ -92,7 +103,7 @@ struct Product {
 
   // W has up to three runs of `segment` rows each, panels of `weight_stride` elements.
   const void* weight[3];
-  const float* bias[3];
+  const float *weight_scale[3], *bias[3];  // scales: of E4m3, one for each row
   int64_t weight_stride;
   int segment;
   // Only these tokens' rows of the first segment are wanted (the queries of the last block).
@@ -143,11 +154,12 @@ enum class Loader : int { kAsync, kBulk };
 // Bytes of shared memory; the same layout is in the kernels.
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kBarrierBytes = 1024;  // barriers, and what keeps the tiles behind them aligned
-constexpr int64_t shared_bytes(Shape shape, Source source, int depth) {
+constexpr int64_t shared_bytes(Shape shape, Source source, int depth, Dtype weights) {
   const ShapeSize size = size_of(shape);
   const int64_t panels = source == Source::kPanels ? kStages : depth / kPanel;
   const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
-  return kBarrierBytes + kStages * size.columns * kRowBytes + larger(panels * size.rows * kRowBytes, sums);
+  return kBarrierBytes + kStages * size.columns * kPanel * bytes_of(weights) +
+         larger(panels * size.rows * kRowBytes, sums);
 }
 constexpr int64_t shared_bytes(const Attention& a) {
   const int64_t queries = 16 * a.query_tiles;

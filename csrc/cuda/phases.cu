@@ -13,7 +13,7 @@ namespace {
 
 // ---- Kernels ----
 
-template <class T, Shape shape, Loader loader>
+template <class W, Shape shape, Loader loader>
 __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Product product) {
   if constexpr (can_run(loader)) {
     uint8_t* memory = shared_memory();
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Pro
     Pipe<loader> pipe;
     pipe.begin(shared_address(memory));
     __syncthreads();
-    product_tile<T, shape>(product, blockIdx.x, memory, pipe, wait_for_previous_kernel);
+    product_tile<W, shape>(product, blockIdx.x, memory, pipe, wait_for_previous_kernel);
   }
 }
 
@@ -42,31 +42,40 @@ __global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(cons
 
 // ---- Launchers ----
 
-template <class T, Loader loader, class Visit>
+template <class W, Loader loader, class Visit>
 int visit_kernel(const Phase& phase, const Visit& visit) {
-  if (phase.is_attention) return visit(attention_kernel<T, loader>, phase.attention);
+  if (phase.is_attention) return visit(attention_kernel<Activation<W>, loader>, phase.attention);
   switch (phase.shape) {
     case Shape::k16x32:
-      return visit(product_kernel<T, Shape::k16x32, loader>, phase.product);
+      return visit(product_kernel<W, Shape::k16x32, loader>, phase.product);
     case Shape::k32x32:
-      return visit(product_kernel<T, Shape::k32x32, loader>, phase.product);
+      return visit(product_kernel<W, Shape::k32x32, loader>, phase.product);
     case Shape::k32x64:
-      return visit(product_kernel<T, Shape::k32x64, loader>, phase.product);
+      return visit(product_kernel<W, Shape::k32x64, loader>, phase.product);
     case Shape::k32x128:
-      return visit(product_kernel<T, Shape::k32x128, loader>, phase.product);
+      return visit(product_kernel<W, Shape::k32x128, loader>, phase.product);
     default:
-      return visit(product_kernel<T, Shape::k128x64, loader>, phase.product);
+      return visit(product_kernel<W, Shape::k128x64, loader>, phase.product);
   }
+}
+
+template <class W, class Visit>
+int visit_kernel(const Phase& phase, Loader loader, const Visit& visit) {
+  return loader == Loader::kBulk ? visit_kernel<W, Loader::kBulk>(phase, visit)
+                                 : visit_kernel<W, Loader::kAsync>(phase, visit);
 }
 
 // visit(kernel, argument) for the kernel that computes the phase.
 template <class Visit>
 int visit_kernel(const Phase& phase, Dtype dtype, Loader loader, const Visit& visit) {
-  if (loader == Loader::kBulk)
-    return dtype == Dtype::kBf16 ? visit_kernel<Bf16, Loader::kBulk>(phase, visit)
-                                 : visit_kernel<Fp16, Loader::kBulk>(phase, visit);
-  return dtype == Dtype::kBf16 ? visit_kernel<Bf16, Loader::kAsync>(phase, visit)
-                               : visit_kernel<Fp16, Loader::kAsync>(phase, visit);
+  switch (dtype) {
+    case Dtype::kBf16:
+      return visit_kernel<Bf16>(phase, loader, visit);
+    case Dtype::kFp16:
+      return visit_kernel<Fp16>(phase, loader, visit);
+    default:
+      return visit_kernel<E4m3>(phase, loader, visit);
+  }
 }
 
 }  // namespace

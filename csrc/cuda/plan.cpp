@@ -18,15 +18,17 @@ constexpr int kRowUnit = 128;   // rows of all images: of the largest tile
 
 // ---- Packed weights ----
 
-Layout::Layout(const Model& model) {
+Layout::Layout(const Model& model, Dtype dtype) : dtype(dtype) {
   const auto place = [&](int64_t size, int rows, int columns) {
-    const Packed packed{bytes, rows, columns};
+    const Packed packed{bytes, rows, columns, 0};
     bytes += round_up(size, 1024);
     return packed;
   };
   const auto matrix = [&](int rows, int columns) {
     rows = round_up_int(rows, kPanel), columns = round_up_int(columns, kPanel);
-    return place(int64_t{2} * rows * columns, rows, columns);
+    Packed packed = place(int64_t{bytes_of(dtype)} * rows * columns, rows, columns);
+    if (dtype == Dtype::kE4m3) packed.scales = place(int64_t{4} * rows, 1, rows).offset;
+    return packed;
   };
   const auto vector = [&](int size) {
     size = round_up_int(size, kPanel);
@@ -106,33 +108,33 @@ int tiles_of(const Product& p, Shape shape) {
 // fast an SM gets what its tiles read and multiplies it.
 constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500;
 
-double time_of(const Product& p, Shape shape, const Device& device, bool together) {
+double time_of(const Product& p, Shape shape, Dtype weights, const Device& device, bool together) {
   const ShapeSize size = size_of(shape);
   const int64_t tiles = tiles_of(p, shape), processors = device.processors;
-  const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth);
+  const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth, weights);
   const int64_t resident = together ? 1 : std::clamp<int64_t>(fit, 1, 2);
   const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
   const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
   const int row_bytes = p.source == Source::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
-  const double load = (size.rows * row_bytes + size.columns * kRowBytes) / kBytesPerNs;
+  const double load = (size.rows * row_bytes + size.columns * kPanel * bytes_of(weights)) / kBytesPerNs;
   const double multiply = size.rows * size.columns * kPanel / kMultiplyAddsPerNs;
   const double step = std::max(kStepNs, static_cast<double>(at_once) * std::max(load, multiply));
   return static_cast<double>(waves) * (kTileNs + p.depth / kPanel * step);
 }
 
-Phase product_phase(const char* name, const Product& p, const Device& device, bool together) {
+Phase product_phase(const char* name, const Product& p, Dtype weights, const Device& device, bool together) {
   Phase phase{};
   phase.name = name;
   phase.product = p;
   double best = std::numeric_limits<double>::infinity();
   for (const Shape shape : kShapes) {
-    if (shared_bytes(shape, p.source, p.depth) > device.shared_bytes) continue;
+    if (shared_bytes(shape, p.source, p.depth, weights) > device.shared_bytes) continue;
     if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
-    if (const double time = time_of(p, shape, device, together); time < best) best = time, phase.shape = shape;
+    if (const double time = time_of(p, shape, weights, device, together); time < best) best = time, phase.shape = shape;
   }
   phase.blocks = tiles_of(p, phase.shape);
   phase.threads = threads_of(phase.shape);
-  phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth);
+  phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth, weights);
   return phase;
 }
 
@@ -172,7 +174,9 @@ class Planner {
   }
   int64_t panel() const { return workspace_.rows * kPanel; }
   int pooled() const { return model_.last_pooled - model_.first_pooled; }
-  void add(const char* name, const Product& p) { phases_.push_back(product_phase(name, p, device_, call_.together)); }
+  void add(const char* name, const Product& p) {
+    phases_.push_back(product_phase(name, p, layout_.dtype, device_, call_.together));
+  }
 
   // Everything of a product but A and C, for all images' rows.
   Product product(int columns, int depth) const {
@@ -186,8 +190,10 @@ class Planner {
     return p;
   }
   void weight(Product& p, int segment, const Packed& matrix, int row, int column, const float* bias) const {
-    // Bytes: 2 to an element, and whole panels of columns in front.
-    p.weight[segment] = call_.packed + matrix.offset + 2 * (int64_t{column} * matrix.rows + int64_t{row} * kPanel);
+    const int64_t elements = int64_t{column} * matrix.rows + int64_t{row} * kPanel;  // whole panels are in front
+    p.weight[segment] = call_.packed + matrix.offset + bytes_of(layout_.dtype) * elements;
+    if (layout_.dtype == Dtype::kE4m3)
+      p.weight_scale[segment] = reinterpret_cast<const float*>(call_.packed + matrix.scales) + row;
     p.weight_stride = int64_t{matrix.rows} * kPanel;
     p.bias[segment] = bias;
   }

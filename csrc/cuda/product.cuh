@@ -98,10 +98,18 @@ __device__ void gather_patches(const Product& p, int first_row, uint8_t* panels)
 
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
-template <class T>
+template <class W>
 __device__ void finish_chunk(const Product& p, int row, int column, float (&v)[kChunk]) {
+  using T = Activation<W>;
   const int token = row % p.image_rows;
   const bool inside = row < p.rows && token < p.image_tokens;
+  if constexpr (std::is_same_v<W, E4m3>) {
+    const float* scale = p.weight_scale[column / p.segment] + column % p.segment;
+    for (int i = 0; i < kChunk; i += 4) {
+      const auto s = load<float4>(scale + i);
+      v[i] *= s.x, v[i + 1] *= s.y, v[i + 2] *= s.z, v[i + 3] *= s.w;
+    }
+  }
   if (p.sink != Sink::kPositions) {
     const float* bias = p.bias[column / p.segment] + column % p.segment;
     for (int i = 0; i < kChunk; i += 4) {
@@ -162,11 +170,12 @@ __device__ inline bool is_wanted(const Product& p, int tile, ShapeSize size) {
 }
 
 // `wait()`, by all threads, until what the tile reads is there.
-template <class T, Shape shape, Loader loader, class Wait>
+template <class W, Shape shape, Loader loader, class Wait>
 __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
+  using T = Activation<W>;
   constexpr ShapeSize size = size_of(shape);
   constexpr int kRows = size.rows / size.warps_along_rows, kColumns = size.columns / size.warps_along_columns;
-  constexpr uint32_t kATile = size.rows * kRowBytes, kWTile = size.columns * kRowBytes;
+  constexpr uint32_t kATile = size.rows * kRowBytes, kWTile = size.columns * kPanel * sizeof(W);
   constexpr int kAhead = kStages - 1;
   const auto [first_row, first_column] = corner_of(p, tile, size);
   const bool streamed = p.source == Source::kPanels;
@@ -177,14 +186,14 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
   // W's rows come in runs that lie in one segment each; the last tile may have a run less.
   constexpr int kRunRows = size.columns < kPanel ? size.columns : kPanel, kRuns = size.columns / kRunRows;
   const int runs = min(kRuns, (p.columns - first_column) / kRunRows);
-  const T* w[kRuns];
+  const W* w[kRuns];
   for (int i = 0; i < kRuns; i++) {
     const int column = first_column + (i < runs ? i : 0) * kRunRows;
-    w[i] = static_cast<const T*>(p.weight[column / p.segment]) + static_cast<int64_t>(column % p.segment) * kPanel;
+    w[i] = static_cast<const W*>(p.weight[column / p.segment]) + static_cast<int64_t>(column % p.segment) * kPanel;
   }
   const T* a = static_cast<const T*>(p.a) + static_cast<int64_t>(first_row) * kPanel;
   const auto copy_w = [&](int step, int filling) {
-    constexpr uint32_t kRun = kRunRows * kRowBytes;
+    constexpr uint32_t kRun = kRunRows * kPanel * sizeof(W);
     pipe.expect(runs * kRun + (streamed ? kATile : 0), filling);
     for (int i = 0; i < runs; i++)
       pipe.copy(w_tiles + filling % kStages * kWTile + i * kRun, w[i] + step * p.weight_stride, kRun, filling);
@@ -224,7 +233,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
 #pragma unroll
       for (int i = 0; i < kRows / 16; i++) load_a(a_part[i], a_tile, row + i * 16, chunk, lane);
 #pragma unroll
-      for (int j = 0; j < kColumns / 16; j++) load_b(b_part[j], w_tile, column + j * 16, chunk, lane);
+      for (int j = 0; j < kColumns / 16; j++) load_weights<W>(b_part[j], w_tile, column + j * 16, chunk, lane);
 #pragma unroll
       for (int i = 0; i < kRows / 16; i++)
 #pragma unroll
@@ -257,7 +266,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
     if (first_column + c >= p.columns) continue;
     const auto low = load<float4>(all + r * kPitch + c), high = load<float4>(all + r * kPitch + c + 4);
     float v[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    finish_chunk<T>(p, first_row + r, first_column + c, v);
+    finish_chunk<W>(p, first_row + r, first_column + c, v);
   }
 }
 

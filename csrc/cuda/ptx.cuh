@@ -2,7 +2,8 @@
 //
 // The tests compile the same kernels for the CPU: they define HYDRAVIT_EMULATOR and bring the second implementation of
 // these functions, by the letter of the PTX ISA (tests/cuda/emulator). Below sm_90 the bulk copies and their barriers
-// do not exist; kernels that use them are compiled there, for one source's sake, and never launched.
+// do not exist; kernels that use them are compiled there, for one source's sake, and never launched. Below sm_89 there
+// is no conversion of 8-bit floats; tile.cuh does without.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +18,10 @@ struct Bf16 {
 };
 struct Fp16 {
   uint16_t bits;
+};
+// 8-bit floats, of weights: 4 bits of exponent and 3 of fraction, no infinity, NaN where all of both are ones.
+struct E4m3 {
+  uint8_t bits;
 };
 
 }  // namespace hydravit::cuda
@@ -35,6 +40,14 @@ constexpr bool kHasBulkCopies = false;
 #define HYDRAVIT_SM90(...) __trap()
 #endif
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+constexpr bool kHasE4m3Conversion = true;
+#define HYDRAVIT_SM89(...) asm(__VA_ARGS__)
+#else
+constexpr bool kHasE4m3Conversion = false;
+#define HYDRAVIT_SM89(...) __trap()
+#endif
+
 // ---- Memory ----
 
 // All shared memory is dynamic; its size comes with the launch.
@@ -44,6 +57,12 @@ __device__ inline uint8_t* shared_memory() {
 }
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t result;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(result) : "r"(address) : "memory");
+  return result;
 }
 
 template <class V>
@@ -79,6 +98,19 @@ __device__ inline float to_float(Fp16 value) {
   return result;
 }
 __device__ inline float to_float(float value) { return value; }
+
+// Two products of fp16.
+__device__ inline uint32_t multiply_fp16(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+// Two e4m3, the first in the low byte, to fp16.
+__device__ inline uint32_t convert_e4m3(uint16_t pair) {
+  uint32_t result = 0;
+  HYDRAVIT_SM89("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(pair));
+  return result;
+}
 
 // ---- Warps: matrices of 8 x 8 16-bit values, products of 16 x 16 with 16 x 8 ----
 
@@ -205,5 +237,6 @@ __device__ inline void wait_for_count(const uint32_t* counter, uint32_t target) 
 
 }  // namespace hydravit::cuda
 
+#undef HYDRAVIT_SM89
 #undef HYDRAVIT_SM90
 #endif

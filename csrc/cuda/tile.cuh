@@ -1,6 +1,8 @@
 // How tiles travel: from panels in global memory to shared memory, and from there to the tensor cores.
 #pragma once
 
+#include <type_traits>
+
 #include "phase.h"
 #include "ptx.cuh"
 
@@ -8,6 +10,10 @@ namespace hydravit::cuda {
 
 // What is compiled for an architecture that lacks bulk copies keeps empty kernels in place of those that use them.
 constexpr bool can_run(Loader loader) { return loader == Loader::kAsync || kHasBulkCopies; }
+
+// What the activations are beside weights of W.
+template <class W>
+using Activation = std::conditional_t<std::is_same_v<W, E4m3>, Fp16, W>;
 
 // Address in shared memory of a chunk of a panel's row; `panel` is the address of a row that is a multiple of 8.
 __device__ inline uint32_t chunk_address(uint32_t panel, int row, int chunk) {
@@ -25,6 +31,34 @@ __device__ inline void load_b(uint32_t (&b)[4], uint32_t panel, int row, int chu
 // Two parts of B, 16 rows x 8 channels each.
 __device__ inline void load_b_transposed(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
   load_matrices_transposed(b, chunk_address(panel, row + lane % 16, chunk + lane / 16));
+}
+
+// Two e4m3 to fp16, exactly, where no instruction does it: sign, exponent and fraction in fp16's places are the value
+// times 2^-8, subnormals included. NaN would be 480; it is given fp16's highest exponent.
+__device__ inline uint32_t convert_e4m3_bits(uint16_t pair) {
+  const uint32_t in_upper_bytes = (uint32_t{pair} << 8 & 0x0000ff00) | (uint32_t{pair} << 16 & 0xff000000);
+  const uint32_t magnitudes = in_upper_bytes & 0x7f007f00;
+  const uint32_t nan = (magnitudes + 0x01000100) & 0x80008000;
+  const uint32_t small = (in_upper_bytes & 0x80008000) | magnitudes >> 1;
+  return multiply_fp16(small, 0x5c005c00) | (nan - (nan >> 5));
+}
+
+// Two parts of W^T, as load_b's; of chunks, the even ones.
+template <class W>
+__device__ inline void load_weights(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
+  load_b(b, panel, row, chunk, lane);
+}
+template <>
+__device__ inline void load_weights<E4m3>(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
+#pragma unroll
+  for (int part = 0; part < 2; part++) {
+    const uint32_t values = load_shared(panel + (row + 8 * part) * kPanel + chunk / 2 * 128 + lane * 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const auto pair = static_cast<uint16_t>(values >> 16 * i);
+      b[2 * part + i] = kHasE4m3Conversion ? convert_e4m3(pair) : convert_e4m3_bits(pair);
+    }
+  }
 }
 
 // Tiles under way to shared memory, in order. Filling number i of this block's life ends in barrier i % kStages.

@@ -8,6 +8,7 @@ namespace hydravit::cuda::tests {
 void begin(const std::string& name);
 void expect(bool right, const std::string& what);
 
+void test_e4m3();
 void test_instructions();
 void test_networks();
 void test_schedules();

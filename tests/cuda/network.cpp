@@ -58,7 +58,7 @@ Width prefix(const Model& m, int heads, int hidden) {
 class Network {
  public:
   Network(const Case& test, Dtype dtype, int images)
-      : test_(test), dtype_(dtype), images_(images), layout_(test.model) {
+      : test_(test), dtype_(dtype), images_(images), layout_(test.model, dtype) {
     std::mt19937 random(7);
     expect(why_not(test.model).empty() && why_not(test.model, test.width).empty(), test.name + " is possible");
     parameters_ = random_parameters(test.model, test.width, test.with_optional, random);
@@ -85,7 +85,7 @@ class Network {
     const size_t count = static_cast<size_t>(images) * test_.width.classes;
     const Ends ends{upload(pixels, test_.stored).data, test_.stored,
                     static_cast<float*>(emulator::allocate(4 * count))};
-    expect(pack(model, layout_, sources, dtype_, packed, nullptr) == 0, "packing");
+    expect(pack(model, layout_, sources, packed, nullptr) == 0, "packing");
     const Device device{processors, loader == Loader::kBulk ? 232448 : 166912, loader, 0};
     const Call call{packed, memory, images, pooled_only, together};
     std::vector<Phase> phases = plan(model, layout_, test_.width, workspace, device, call);
@@ -108,23 +108,27 @@ class Network {
 
   void check_error(const std::vector<float>& logits) const {
     const Round exact = [](double v) { return v; }, half = [&](double v) { return rounded(v, dtype_); };
-    double ours = 0, eager = 0, squares = 0;
+    std::vector<Matrix> stored = parameters_;
+    if (test_.stored != Dtype::kFp32)
+      for (Matrix& p : stored)
+        for (float& v : p.values) v = static_cast<float>(rounded(v, test_.stored));
+    const std::vector<Matrix> packed = dtype_ == Dtype::kE4m3 ? quantised(stored) : stored;
+    double ours = 0, eager = 0, squares = 0, quantisation = 0;
     for (int image = 0; image < images_; image++) {
-      std::vector<Matrix> stored = parameters_;
       std::vector<float> pixels(pixels_.values.begin() + static_cast<int64_t>(image) * pixels_.columns,
                                 pixels_.values.begin() + static_cast<int64_t>(image + 1) * pixels_.columns);
-      if (test_.stored != Dtype::kFp32) {
-        for (Matrix& p : stored)
-          for (float& v : p.values) v = static_cast<float>(rounded(v, test_.stored));
+      if (test_.stored != Dtype::kFp32)
         for (float& v : pixels) v = static_cast<float>(rounded(v, test_.stored));
-      }
-      const auto right = Reference(test_.model, test_.width, stored, exact).run(pixels.data());
-      const auto low = Reference(test_.model, test_.width, stored, half).run(pixels.data());
+      const auto right = Reference(test_.model, test_.width, packed, exact).run(pixels.data());
+      const auto low = Reference(test_.model, test_.width, packed, half).run(pixels.data());
+      const auto before =
+          dtype_ == Dtype::kE4m3 ? Reference(test_.model, test_.width, stored, exact).run(pixels.data()) : right;
       for (size_t i = 0; i < right.size(); i++) {
         const double error = logits[image * right.size() + i] - right[i];
         ours += error * error;
         eager += (low[i] - right[i]) * (low[i] - right[i]);
         squares += right[i] * right[i];
+        quantisation += (right[i] - before[i]) * (right[i] - before[i]);
       }
     }
     const double unit = dtype_ == Dtype::kBf16 ? 1.0 / 128 : 1.0 / 1024;
@@ -133,6 +137,8 @@ class Network {
     std::snprintf(text, sizeof text, "error %.2e, allowed %.2e, eager's %.2e", std::sqrt(ours), allowed,
                   std::sqrt(eager));
     expect(std::sqrt(ours) <= allowed, text);
+    if (dtype_ == Dtype::kE4m3)
+      std::printf("  rounding the weights moves the logits by %.1f %%\n", 100 * std::sqrt(quantisation / squares));
   }
 
  private:
@@ -176,8 +182,9 @@ std::vector<Case> cases() {
 
 void test_networks() {
   for (const Case& test : cases())
-    for (const Dtype dtype : {Dtype::kBf16, Dtype::kFp16}) {
-      begin(test.name + (dtype == Dtype::kBf16 ? ", bf16" : ", fp16"));
+    for (const auto& [dtype, dtype_name] :
+         {std::pair{Dtype::kBf16, ", bf16"}, {Dtype::kFp16, ", fp16"}, {Dtype::kE4m3, ", e4m3"}}) {
+      begin(test.name + dtype_name);
       emulator::settings() = {};
       Network network(test, dtype, 3);
       const std::vector<float> logits = network.run(Loader::kBulk, 132, true);

@@ -2,6 +2,8 @@
 // PyTorch computes in a 16-bit dtype, and sets the kernels' error budget.
 #pragma once
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <functional>
 #include <random>
@@ -18,6 +20,50 @@ struct Matrix {
   bool present() const { return rows > 0; }
   double at(int row, int column) const { return values[static_cast<size_t>(row) * columns + column]; }
 };
+
+// ---- E4m3 by its definition ----
+
+inline double e4m3_value(uint8_t code) {
+  const int exponent = code >> 3 & 15, fraction = code & 7;
+  const double magnitude = exponent > 0 ? std::ldexp(1 + fraction / 8.0, exponent - 7) : std::ldexp(fraction / 8.0, -6);
+  return std::copysign((code & 0x7f) == 0x7f ? NAN : magnitude, code & 0x80 ? -1.0 : 1.0);
+}
+// Ties to even. Above 464, halfway to what would be the next, is NaN.
+inline uint8_t nearest_e4m3(double value) {
+  int nearest = 0x7f;
+  double least = INFINITY;
+  for (int code = 0; code < 0x7f && std::fabs(value) <= 464; code++) {
+    const double distance = std::fabs(std::fabs(value) - e4m3_value(static_cast<uint8_t>(code)));
+    if (distance < least || (distance == least && code % 2 == 0)) least = distance, nearest = code;
+  }
+  return static_cast<uint8_t>(nearest | (std::signbit(value) ? 0x80 : 0));
+}
+// Of finite weights the largest becomes 448.
+inline float e4m3_scale(const Matrix& p, int row) {
+  float largest = 0;
+  for (int j = 0; j < p.columns; j++)
+    if (const float v = p.values[static_cast<size_t>(row) * p.columns + j]; std::isfinite(v))
+      largest = std::max(largest, std::fabs(v));
+  return std::max(largest / 448, FLT_MIN);
+}
+// The parameters as an engine of E4m3 weights has them.
+inline std::vector<Matrix> quantised(std::vector<Matrix> parameters) {
+  const size_t head = parameters.size() - 4;
+  for (size_t i = 0; i < parameters.size(); i++) {
+    const size_t in_block = i < 5 || i >= head ? 0 : (i - 5) % 14;
+    const bool is_weight = in_block == 2 || in_block == 4 || in_block == 9 || in_block == 11;
+    if (i != 0 && i != head + 2 && !is_weight) continue;
+    Matrix& p = parameters[i];
+    for (int row = 0; row < p.rows; row++) {
+      const float scale = e4m3_scale(p, row);
+      for (int j = 0; j < p.columns; j++) {
+        float& v = p.values[static_cast<size_t>(row) * p.columns + j];
+        v = static_cast<float>(e4m3_value(nearest_e4m3(v / scale)) * scale);
+      }
+    }
+  }
+  return parameters;
+}
 
 using Round = std::function<double(double)>;
 using Rows = std::vector<std::vector<double>>;

@@ -174,7 +174,7 @@ Width prefix(const Model& m, int heads) {
 }
 
 Schedule schedule_of(const Model& model, const Width& width, int images, int processors) {
-  const Layout layout(model);
+  const Layout layout(model, Dtype::kBf16);
   const Workspace workspace(model, images);
   const Device device{processors, 232448, Loader::kBulk, 0};
   uint8_t* const nowhere = nullptr;

@@ -110,6 +110,8 @@ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - current().block->shared);
 }
 
+uint32_t load_shared(uint32_t address) { return load<uint32_t>(shared_at(address, 4, 4)); }
+
 float to_float(Bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 float to_float(Fp16 value) {
   const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
@@ -117,6 +119,13 @@ float to_float(Fp16 value) {
                           : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                           : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
   return value.bits & 0x8000 ? -magnitude : magnitude;
+}
+float to_float(E4m3 value) {
+  const int exponent = value.bits >> 3 & 15, fraction = value.bits & 7;
+  const float magnitude = exponent == 15 && fraction == 7 ? NAN
+                          : exponent == 0                 ? std::ldexp(static_cast<float>(fraction), -9)
+                                                          : std::ldexp(static_cast<float>(fraction + 8), exponent - 10);
+  return value.bits & 0x80 ? -magnitude : magnitude;
 }
 void from_float(float value, Bf16& result) {
   const auto bits = std::bit_cast<uint32_t>(value);
@@ -139,6 +148,13 @@ void from_float(float value, Fp16& result) {
     // A carry out of the fraction moves into the exponent, as it should.
     result.bits = static_cast<uint16_t>(sign | (unit == -24 ? places : ((unit + 24) << 10) + places));
   }
+}
+
+uint32_t multiply_fp16(uint32_t a, uint32_t b) {
+  return pack<Fp16>(half_of<Fp16>(a, 0) * half_of<Fp16>(b, 0), half_of<Fp16>(a, 1) * half_of<Fp16>(b, 1));
+}
+uint32_t convert_e4m3(uint16_t pair) {
+  return pack<Fp16>(to_float(E4m3{static_cast<uint8_t>(pair)}), to_float(E4m3{static_cast<uint8_t>(pair >> 8)}));
 }
 
 void load_matrices(uint32_t (&matrices)[4], uint32_t row) {

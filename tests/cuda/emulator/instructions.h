@@ -13,6 +13,8 @@ namespace hydravit::cuda {
 uint8_t* shared_memory();
 uint32_t shared_address(const void* pointer);
 
+uint32_t load_shared(uint32_t address);
+
 template <class V>
 V load(const void* from) {
   if (!emulator::is_shared(from)) emulator::check_global(from, sizeof(V), alignof(V));
@@ -26,10 +28,11 @@ void store(void* to, const V& value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// ---- 16-bit floats ----
+// ---- 16-bit and 8-bit floats ----
 
 float to_float(Bf16 value);
 float to_float(Fp16 value);
+float to_float(E4m3 value);
 inline float to_float(float value) { return value; }
 void from_float(float value, Bf16& result);  // to nearest, ties to even
 void from_float(float value, Fp16& result);
@@ -41,6 +44,11 @@ uint32_t pack(float first, float second) {
   from_float(second, high);
   return static_cast<uint32_t>(high.bits) << 16 | low.bits;
 }
+
+constexpr bool kHasE4m3Conversion = true;
+
+uint32_t multiply_fp16(uint32_t a, uint32_t b);
+uint32_t convert_e4m3(uint16_t pair);
 
 // ---- Warps ----
 
