@@ -40,7 +40,7 @@ class _Ready(NamedTuple):
 
 def row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: str = "call", **values) -> dict:
     """A row of ``results.COLUMNS``; what is not given is None."""
-    floating, moved = needs(workload, alone=peer.bound, pooled_only=peer.pooled_only)
+    floating, moved = needs(workload, peer.bound, peer.pooled_only, 1 if peer.weights == "e4m3" else None)
     return {
         **dict.fromkeys(COLUMNS),
         "task": workload.task,
@@ -52,6 +52,7 @@ def row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: s
         "launch": launch,
         "peer": peer.name,
         "about": peer.about,
+        "weights": peer.weights,
         "ours": peer.ours,
         "bound": peer.bound,
         "status": status,
@@ -89,7 +90,7 @@ def measure(
                 start = time.perf_counter()
                 steps = _set_up(peer, workload, model)
                 prepared, outputs = time.perf_counter() - start, {k: step.outputs for k, step in steps.items()}
-                facts = {"prepare_s": prepared, **_check(reference, outputs)}
+                facts = {"prepare_s": prepared, **_check(reference, peer, outputs)}
             except Exception as error:
                 rows.append(_reason_row(workload, peer, error))
                 continue
@@ -144,9 +145,9 @@ def _logits(workload: Workload, heads: int, run: Callable[[], Tensor]) -> dict[s
     return {"logits": logits[images_of(workload, heads)] if len(logits) == workload.batch else logits}
 
 
-def _check(reference: Reference, outputs: dict[int, Callable[[], dict[str, Tensor]]]) -> dict:
+def _check(reference: Reference, peer: Peer, outputs: dict[int, Callable[[], dict[str, Tensor]]]) -> dict:
     """The worst error of all widths and what is allowed. Raises ``Refused``."""
-    errors = [reference.check(k, compute()) for k, compute in outputs.items()]
+    errors = [reference.check(k, compute(), peer.weights == "e4m3") for k, compute in outputs.items()]
     error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
     return {"error": error, "allowed": allowed}
 
@@ -156,7 +157,7 @@ def _check_again(workload: Workload, ready: list[_Ready], reference: Reference, 
     for entry in list(ready):
         try:
             if entry.outputs:
-                _check(reference, entry.outputs)
+                _check(reference, entry.peer, entry.outputs)
         except Exception as error:
             ready.remove(entry)
             found = _reason_row(workload, entry.peer, error, entry.launch)
@@ -221,7 +222,7 @@ def _graph(
         with torch.inference_mode():
             for replay in replays.values():
                 replay().fill_(float("nan"))  # what the capture left there would pass
-        _check(reference, outputs)
+        _check(reference, peer, outputs)
     return _Ready(peer, "graph", outputs, _variants(workload, replays), facts)
 
 

@@ -23,6 +23,7 @@ COLUMNS = {
     "launch": "call; on a GPU also graph: replays of a captured CUDA graph",
     "peer": "name",
     "about": "what the peer is",
+    "weights": "e4m3 where the matrices are rounded to it: another dtype, which is allowed larger errors",
     "ours": "whether the peer is a backend of this repository",
     "bound": "whether the peer is no competitor, but what the workload could cost at best",
     "status": "measured; absent: cannot run here; refused: wrong outputs; failed: it broke; skipped: no time left",
@@ -122,8 +123,12 @@ def means(rows: Iterable[dict], ours: str) -> dict[tuple, float]:
 
 
 def baseline(rows: Iterable[dict]) -> str | None:
-    """The peer that "ours" means: of those of ours that were measured, native, else triton, else the first."""
-    names = list(dict.fromkeys(row["peer"] for row in rows if row["ours"] and row["status"] == "measured"))
+    """The peer that "ours" means: of those of ours that were measured, native, else triton, else the first.
+
+    None whose weights are of another dtype: it does another thing than those it would be compared with.
+    """
+    of_ours = [row for row in rows if row["ours"] and row["status"] == "measured" and not row.get("weights")]
+    names = list(dict.fromkeys(row["peer"] for row in of_ours))
     return next((name for name in ("native", "triton") if name in names), names[0] if names else None)
 
 

@@ -120,18 +120,20 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False, pooled_only: bool = False) -> Needs:
+def needs(workload: Workload, alone: bool = False, pooled_only: bool = False, weight_bytes: int | None = None) -> Needs:
     """What one call of the workload (of several widths: one of each) cannot do without.
 
     ``alone``: of networks that nest nothing, whose optimizer has the width's own parameters only. ``pooled_only``: as
-    in ``bench.peers.Peer``.
+    in ``bench.peers.Peer``. ``weight_bytes``: of a weight in inference, where it is not of the workload's dtype.
     """
     config = resolve_config(workload.config)
-    parts = [_needs_of_width(workload, config, k, alone, pooled_only) for k in workload.heads]
+    parts = [_needs_of_width(workload, config, k, alone, pooled_only, weight_bytes) for k in workload.heads]
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
-def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool) -> Needs:
+def _needs_of_width(
+    workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool, weight_bytes: int | None
+) -> Needs:
     geometries = every_width(config)
     geometry = geometries[heads]
     training = workload.task.startswith("training")
@@ -147,7 +149,7 @@ def _needs_of_width(workload: Workload, config: HydraViTConfig, heads: int, alon
         return Needs(2 * batch * (3 * macs - stem), images * size + 7 * 4 * stepped)
     if workload.task.startswith(("attention", "mlp")):
         return _needs_of_block(workload, config, geometry)
-    return Needs(2 * batch * macs, size * (images + params + batch * geometry.head.classes))
+    return Needs(2 * batch * macs, size * (images + batch * geometry.head.classes) + (weight_bytes or size) * params)
 
 
 def _needs_of_block(workload: Workload, config: HydraViTConfig, geometry: Geometry) -> Needs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from hydravit.model import HydraViT
 
 
-# Of weights and activations, by the device's type; the first is the default.
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+# Of weights and activations, by the device's type; the first is the default. Beside 8-bit weights activations are fp16.
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float8_e4m3fn)}
 
 
 class Engine:
@@ -33,7 +34,9 @@ class Engine:
 
     Args:
         max_batch: the most images of one call.
-        dtype: of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16.
+        dtype: of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16, and
+            float8_e4m3fn for the matrices beside float16 activations: half the bytes, and other logits
+            (``with_e4m3_weights`` shows which).
         cuda: how CUDA does it: ``strategy`` "chain" (a kernel for each phase, recorded as graphs; the default) or
             "persistent" (one kernel); ``loader`` "best" (the default) or "async" (the way of sm_80, on any GPU).
     Raises:
@@ -92,6 +95,17 @@ class Engine:
             return True
         # Of what torch keeps no versions, only `weights_changed` tells.
         return self._fingerprint is not None and not self._fingerprint.holds(self._structure.parameters())
+
+
+def with_e4m3_weights(model: HydraViT) -> HydraViT:
+    """A copy of the model whose matrices are rounded as engines of dtype float8_e4m3fn round them, for any device."""
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in in_order(rounded):
+            if parameter is not None and parameter.dim() in (2, 4):  # tokens and positions have three axes
+                rows, scales = kernels.to_e4m3(parameter)
+                parameter.copy_((rows.double() * scales.double()).view_as(parameter))
+    return rounded
 
 
 class _CpuNetwork:

@@ -2,7 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
-from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not
+from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not, to_e4m3
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
 from hydravit_kernels.ranges import annotate
@@ -37,5 +37,6 @@ __all__ = [
     "select",
     "slices_of_network",
     "stem",
+    "to_e4m3",
     "widest",
 ]

@@ -42,11 +42,27 @@ def cuda_network_why_not(device: torch.device) -> str:
     return "" if major >= 8 else f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"
 
 
+def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float8_e4m3fn and their float scales ``(rows, 1)``, bit for bit what a network of that dtype packs.
+
+    The largest weight of a row becomes the largest number of the dtype. The row is that of the full matrix, so that
+    every width has the same weights. NaN and infinite weights become NaN and do not count for the scale.
+    """
+    rows = weight.detach().flatten(1).float()
+    finite = rows.isfinite()
+    largest = rows.abs().where(finite, 0.0).amax(1, keepdim=True)
+    scales = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp(min=torch.finfo(torch.float32).tiny)
+    # What becomes of an infinite number differs between versions of PyTorch.
+    return (rows / scales).where(finite, torch.nan).to(torch.float8_e4m3fn), scales
+
+
 class CudaNetwork:
     """Every width of a network on one device, in bf16 or fp16 with float accumulation; the residual stream is float.
 
+    Of float8_e4m3fn are only the matrices, each row with a float scale; activations are then fp16.
+
     Args:
-        parameters: in the order of ``pack``, on the device, in any floating dtype.
+        parameters: in the order of ``pack``, on the device, in any floating dtype of 16 or 32 bits.
         image_size, pool: of the model; ``pool`` is the first token whose mean the head takes and the first behind.
         widths: the subnetworks that calls will name by their index.
         strategy: "chain": a kernel for each phase, recorded as graphs; "persistent": one kernel for all of them.

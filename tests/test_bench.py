@@ -24,6 +24,7 @@ from bench.run import main
 from bench.timer import SPREAD, Effort, Witness, interleave, spread
 from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
 from hydravit import HydraViTConfig
+from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation.cost import costs
 
 CPU = torch.device("cpu")
@@ -78,6 +79,24 @@ def test_one_changed_weight_of_the_full_size_network_is_refused():
         model.blocks[6].attn.qkv.weight[0, 0] += 1.0
         with pytest.raises(Refused, match="logits at k=3 is off by"):
             reference.check(3, {"logits": model(images, heads=3)})
+
+
+def test_rounded_weights_are_allowed_what_they_change_and_no_more():
+    def change(model):
+        model.load_state_dict(with_e4m3_weights(model).state_dict())
+
+    def and_a_mistake(model):
+        change(model)
+        model.blocks[1].mlp.fc2.weight[5] *= 2  # as if its scale were wrong
+
+    apart = [wrong(c)._replace(name=c.__name__, ours=True, weights="e4m3") for c in (change, and_a_mistake)]
+    found = {row["peer"]: row for row in measure(INFERENCE, [peer("views"), *apart, wrong(change)], CPU, QUICK, quiet)}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "views": "measured", "change": "measured", "and_a_mistake": "refused", "wrong": "refused",
+    }  # fmt: skip
+    assert found["change"]["error"] > found["views"]["allowed"]
+    assert found["change"]["weights"] == "e4m3" and results.baseline(found.values()) is None
+    assert found["views"]["mbyte"] - found["change"]["mbyte"] == pytest.approx(3e-6 * costs(SMALL)[3].params)
 
 
 def test_a_peer_that_goes_wrong_while_it_is_timed_is_refused():

@@ -76,7 +76,8 @@ def test_evaluate_writes_table_json_and_plot(folder, capsys):
     assert (out / "results.png").exists()
     assert hydravit(*digits, "--accuracy-only", "--heads", "all") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["1", "3"]
-    assert hydravit(*digits, "--accuracy-only", "--heads", "2", "--allow-untrained") == 0
+    assert hydravit(*digits, "--accuracy-only", "--heads", "2", "--allow-untrained", "--weights", "e4m3") == 0
+    assert "e4m3 top-1" in capsys.readouterr().out
 
 
 def test_evaluate_skips_and_counts_corrupt_files(folder, tmp_path, capsys):

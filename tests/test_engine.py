@@ -13,6 +13,8 @@ from small import images, poison, shake
 
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
+from hydravit.engine import DTYPES, with_e4m3_weights
+from hydravit.inference import in_order
 from hydravit.training import SliceAdamW, SliceGradients
 from hydravit_kernels import _native, engine
 
@@ -65,18 +67,23 @@ def make(**overrides):
 
 @torch.no_grad()
 def check(engine, x, **options):
-    """Within the error budget of eager PyTorch in the engine's dtype; of the CPU, the same bits as the model."""
-    model = engine.model
+    """Within the error budget of eager PyTorch in the engine's dtype; of the CPU, the same bits as the model.
+
+    Of 8-bit weights: of eager PyTorch in the activations' dtype with the same weights.
+    """
+    model, dtype = engine.model, engine.dtype
     logits = engine(x, **options)
     assert logits.dtype == torch.float32 and not logits.requires_grad
-    if engine.dtype == torch.float32:
+    if dtype == torch.float32:
         assert torch.equal(logits, model(x, **options))
         return
+    if dtype == torch.float8_e4m3fn:
+        model, dtype = with_e4m3_weights(model), torch.float16
     reference = HydraViT(model.config, backend="reference").eval()
     reference.load_state_dict(model.state_dict())
     exact = reference.double()(x.double(), **options)
-    eager = reference.to(engine.dtype)(x.to(engine.dtype), **options)
-    assert_within_budget(logits.to(engine.dtype), eager, exact)
+    eager = reference.to(dtype)(x.to(dtype), **options)
+    assert_within_budget(logits.to(dtype), eager, exact)
 
 
 def test_every_width_and_batch(kind):
@@ -104,9 +111,80 @@ def test_variants(kind, overrides):
     check(model.engine(), images(model.config, 2), heads=2)
 
 
-def test_float16(kind):
-    if kind != "cpu":
-        check(make().engine(dtype=torch.float16), images(CONFIG, 2), heads=2)
+def other_dtypes(kind):
+    return DTYPES["cuda"][1:] if kind != "cpu" else ()
+
+
+def test_other_dtypes(kind):
+    model = make(separate_classifiers=(1, 2, 3), num_classes=64)
+    for dtype in other_dtypes(kind):
+        engine = model.engine(dtype=dtype)
+        for heads in (1, 2, 3):
+            check(engine, images(CONFIG, 2), heads=heads)
+
+
+def in_panels(rows):
+    """8-bit rows as csrc/cuda/phase.h says they lie, panel by panel."""
+    height, width = rows.shape[0] + -rows.shape[0] % 8, rows.shape[1] + -rows.shape[1] % 64
+    padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, width - rows.shape[1], 0, height - rows.shape[0]))
+    # (eights of rows, row, panel, sixteens of channels, eights, pairs, channel)
+    return padded.view(height // 8, 8, width // 64, 4, 2, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES["cuda"], ids=str)
+def test_the_cpu_has_float32_only(dtype):
+    with pytest.raises(ValueError, match=f"^dtype must be torch.float32 on cpu, not {dtype}"):
+        make().engine(dtype=dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
+def test_packing_rounds_to_e4m3_as_pytorch_does(kind):
+    model = make(in_channels=1, num_classes=70)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight[3, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38])
+        model.blocks[0].mlp.fc2.weight[:2].mul_(torch.tensor([[1e-30], [1e-42]]))
+        model.blocks[1].attn.qkv.weight[5] = 0.0
+    packed = model.engine(dtype=torch.float8_e4m3fn)._network._network._memory[0].numpy().tobytes()
+    for parameter in in_order(model):
+        if parameter is not None and parameter.dim() in (2, 4):
+            rows, scales = engine.to_e4m3(parameter)
+            for expected in (*in_panels(rows), scales):
+                assert expected.numpy().tobytes() in packed, parameter.shape
+
+
+@pytest.mark.long
+def test_e4m3_halves_what_is_packed(emulated):
+    base = {"depth": 12, "embed": 768, "hidden": 3072, "classes": 1000, "channels": 3, "grid_height": 14}
+    base |= {"grid_width": 14, "patch_height": 16, "patch_width": 16, "cls_tokens": 1, "reg_tokens": 0}
+    base |= {"pos_on_prefix": 1, "first_pooled": 0, "last_pooled": 1}
+    sizes = [emulated.Engine(base, dtype, 1, 0, "chain", "best").packed_bytes for dtype in ("float16", "float8_e4m3fn")]
+    assert sizes[1] <= 0.52 * sizes[0]
+
+
+def test_a_nan_shows_in_the_widths_that_read_it(kind):
+    for dtype in (None, *other_dtypes(kind)):
+        model = make()
+        with torch.no_grad():
+            model.blocks[0].mlp.fc2.weight[0, 64] = float("nan")
+        engine = model.engine(dtype=dtype)
+        assert engine(images(CONFIG), heads=1).isfinite().all()
+        assert engine(images(CONFIG), heads=2).isnan().all()
+
+
+def test_e4m3_weights_for_any_device():
+    model = make(separate_classifiers=(1, 2, 3), num_classes=64)
+    rounded = with_e4m3_weights(model)
+    for (name, before), after in zip(model.named_parameters(), rounded.parameters(), strict=True):
+        if before.dim() == 1 or name in ("cls_token", "pos_embed", "head.bias"):
+            assert torch.equal(after, before), name
+            continue
+        # Half a unit in the last of 3 places; below the smallest normal number, 2**-6, half of that's.
+        columns = before[0].numel() if before.dim() == 4 else before.shape[-1]
+        before, after = (p.detach().reshape(-1, columns) for p in (before, after))
+        scale = before.abs().amax(1, keepdim=True) / 448
+        unit = 2.0 ** (before / scale).abs().log2().floor().clamp(min=-6.0) / 8 * scale
+        assert ((after - before).abs() <= unit / 2 * (1 + 1e-6)).all() and not torch.equal(after, before), name
 
 
 def test_the_same_bits_at_any_batch(kind):
@@ -117,10 +195,11 @@ def test_the_same_bits_at_any_batch(kind):
 
 
 def test_nothing_outside_the_slice_is_read(kind):
-    for heads in (1, 2):
-        model = make()
-        poison(model, [model.geometry(heads)])
-        assert model.engine()(images(CONFIG), heads=heads).isfinite().all()
+    for dtype in (None, *other_dtypes(kind)):
+        for heads in (1, 2):
+            model = make()
+            poison(model, [model.geometry(heads)])
+            assert model.engine(dtype=dtype)(images(CONFIG), heads=heads).isfinite().all()
 
 
 def test_changed_weights_are_noticed(kind):

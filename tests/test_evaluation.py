@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 import hydravit_kernels
 from hydravit import CONFIGS, HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
+from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation import cost, costs, evaluate, format_table, plot, write_results
 from hydravit.evaluation.latency import backends_to_time, measure_latency, with_backend
 from hydravit.evaluation.memory import measure_memory
@@ -96,6 +97,19 @@ def test_accuracy_is_what_counting_says(model, dataset):
     assert row["top1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
     assert row["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).double().mean().item())
     assert row["latency_ms"] == {"eager": None, "fused": None} and row["peak_memory_mib"] is None
+
+
+def test_accuracy_with_rounded_weights_comes_beside(model):
+    images = torch.randn(500, 1, 8, 8)
+    with torch.no_grad():
+        labels = with_e4m3_weights(model.eval())(images, heads=3).argmax(1)
+    dataset, options = TensorDataset(images, labels), {"heads": [1, 3], "latency": False, "memory": False}
+    results, plain = evaluate(model, dataset, e4m3_weights=True, **options), evaluate(model, dataset, **options)
+    for row, without in zip(results["widths"], plain["widths"], strict=True):
+        assert without.items() <= row.items() and row.keys() - without.keys() == {"e4m3_top1", "e4m3_top5"}
+    narrow, full = results["widths"]
+    assert full["e4m3_top1"] == 100 and 50 < full["top1"] < 100 and narrow["e4m3_top1"] < 100
+    assert "e4m3 top-1" in format_table(results) and "e4m3" not in format_table(plain)
 
 
 def test_the_plot_needs_no_latency(model, dataset, tmp_path):

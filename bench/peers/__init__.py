@@ -39,7 +39,8 @@ class Step(NamedTuple):
 class Peer(NamedTuple):
     """``pooled_only``: its last block computes only the tokens that the head pools, so it executes fewer operations;
     ``bound``: no competitor, but what it could cost at best; ``version``: of the tool beside torch, or "";
-    ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call.
+    ``opaque``: its operators are hidden from PyTorch; ``uncapturable``: why no CUDA graph can hold a call; ``weights``:
+    "e4m3" where they are rounded to it, which allows larger errors (``bench.check``), else "".
 
     Set-ups (``heads`` is always a sequence of widths):
 
@@ -62,6 +63,7 @@ class Peer(NamedTuple):
     version: str = ""
     opaque: bool = False
     uncapturable: str = ""
+    weights: str = ""
     inference: Callable | None = None
     mixed: Callable | None = None
     block: Callable | None = None

@@ -49,11 +49,11 @@ __global__ void pack_matrix_kernel(const MatrixJob job) {
 
 constexpr float kLargestE4m3 = 448.0f, kSmallestNormalE4m3 = 0x1p-6f;
 
-// To nearest, ties to even; what would be above the largest is NaN. The same bits as torch's.
+// To nearest, ties to even, as PyTorch does; what would be above the largest is NaN.
 __device__ uint32_t round_to_e4m3(float value) {
-  const uint32_t sign = std::bit_cast<uint32_t>(value) >> 31 << 7;
   const float magnitude = fabsf(value);
-  if (!(magnitude < 480.0f)) return sign | 0x7f;
+  if (!(magnitude < 480.0f)) return 0x7f;
+  const uint32_t sign = std::bit_cast<uint32_t>(value) >> 31 << 7;
   if (magnitude >= kSmallestNormalE4m3) {  // 20 bits of the fraction go, and the exponent's bias of 127 becomes 7
     const auto bits = std::bit_cast<uint32_t>(magnitude), odd = bits >> 20 & 1;
     return sign | (((bits + 0x7ffff + odd) >> 20) - (120 << 3));

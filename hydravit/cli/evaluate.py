@@ -31,6 +31,9 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument(
+        "--weights", choices=["e4m3"], help="also the accuracy with weights rounded as engines of this dtype round them"
+    )
     parser.add_argument("--accuracy-only", action="store_true", help="do not measure latency and memory")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per width and backend (default: 1)")
     parser.add_argument("--out", metavar="FOLDER", help="where results.json and results.png go")
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         latency=not args.accuracy_only,
         memory=not args.accuracy_only,
         seconds=args.seconds,
+        e4m3_weights=args.weights == "e4m3",
         progress=sys.stderr.isatty(),
     )
     results["data"] = {"source": args.data, "split": args.split, "skipped": len(dataset.skipped)}

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
@@ -27,6 +28,7 @@ def evaluate(
     latency: bool = True,
     memory: bool = True,
     seconds: float = 1.0,
+    e4m3_weights: bool = False,
     progress: bool = False,
 ) -> dict:
     """What every width delivers and costs.
@@ -37,11 +39,13 @@ def evaluate(
         heads: widths; None: all the model allows.
         latency, memory: whether to measure them; without, their entries are None.
         seconds: to spend on the latency of one width on one backend.
+        e4m3_weights: also the accuracy with weights as an engine of dtype float8_e4m3fn has them.
     Returns:
         ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
 
         * ``heads``, ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
         * ``top1``, ``top5``: percent (of fewer than 5 classes top5 counts all);
+        * ``e4m3_top1``, ``e4m3_top5``: the same with rounded weights, where asked for;
         * ``latency_ms``: ``{"eager", "fused"}``, medians at batch 1 of the reference and of the model's own backend; a
           None has its reason in ``environment["fused_missing"]``;
         * ``latency_spread_ms``: 20th and 80th percentile of the same;
@@ -57,7 +61,9 @@ def evaluate(
     mode = model.training
     model.eval()
     try:
-        accuracies = accuracy(model, dataset, heads, batch_size=batch_size, num_workers=num_workers, progress=progress)
+        reading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+        accuracies = accuracy(model, dataset, heads, **reading)
+        rounded = accuracy(with_e4m3_weights(model), dataset, heads, **reading) if e4m3_weights else {}
         models, fused_missing = backends_to_time(model)
         timings, peaks, measured = {}, {}, "not asked for"
         if latency:
@@ -79,6 +85,7 @@ def evaluate(
                 "gmacs": macs / 1e9,
                 "top1": accuracies[k][0],
                 "top5": accuracies[k][1],
+                **({"e4m3_top1": rounded[k][0], "e4m3_top5": rounded[k][1]} if rounded else {}),
                 "latency_ms": {name: timing[name]["p50"] if name in timing else None for name in ("eager", "fused")},
                 "latency_spread_ms": {name: [times["p20"], times["p80"]] for name, times in timing.items()},
                 "difference": timing["fused"]["difference"] if "fused" in timing else None,

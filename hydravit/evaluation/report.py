@@ -21,14 +21,15 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def format_table(results: dict) -> str:
     """The widths of ``evaluate``'s results as aligned text, and a line on how they were measured."""
-    header = ["heads", "params", "GMACs", "top-1 %", "top-5 %", "eager ms", "fused ms", "memory MiB"]
+    accuracies = {"top1": "top-1 %", "top5": "top-5 %", "e4m3_top1": "e4m3 top-1", "e4m3_top5": "e4m3 top-5"}
+    accuracies = {name: label for name, label in accuracies.items() if all(name in row for row in results["widths"])}
+    header = ["heads", "params", "GMACs", *accuracies.values(), "eager ms", "fused ms", "memory MiB"]
     rows = [
         [
             str(row["heads"]),
             count(row["params"]),
             _number(row["gmacs"], 4),
-            f"{row['top1']:.2f}",
-            f"{row['top5']:.2f}",
+            *(f"{row[name]:.2f}" for name in accuracies),
             _number(row["latency_ms"]["eager"]),
             _number(row["latency_ms"]["fused"]),
             _number(row["peak_memory_mib"]),
