@@ -8,6 +8,7 @@ from budget import assert_within_budget
 from small import images, shake
 
 from hydravit import HydraViT, HydraViTConfig
+from hydravit.engine import DTYPES, with_e4m3_weights
 from hydravit_kernels import cuda_network_why_not
 
 DEVICE = torch.device("cuda")
@@ -24,12 +25,14 @@ def make(config):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES["cuda"], ids=str)
 @pytest.mark.parametrize("config", [TINY, BASE], ids=["tiny", "base"])
 @torch.no_grad()
 def test_within_the_error_budget(config, dtype, way):
     model = make(config)
     engine, x = model.engine(dtype=dtype, **way), images(config, 8).to(DEVICE)
+    if dtype == torch.float8_e4m3fn:  # the same weights, and activations of the engine's
+        model, dtype = with_e4m3_weights(model), torch.float16
     exact = HydraViT(config, backend="reference").eval().double()
     exact.load_state_dict(model.state_dict())
     eager = HydraViT(config, backend="reference").eval().to(DEVICE, dtype)
@@ -40,12 +43,13 @@ def test_within_the_error_budget(config, dtype, way):
         assert_within_budget(logits[:2].cpu(), eager(x[:2].to(dtype), heads=heads).cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @torch.no_grad()
-def test_every_way_and_batch_has_the_same_bits():
+def test_every_way_and_batch_has_the_same_bits(dtype):
     model, x = make(BASE), images(BASE, 8).to(DEVICE)
-    expected = {heads: model.engine()(x, heads=heads) for heads in range(1, 13)}
+    expected = {heads: model.engine(dtype=dtype)(x, heads=heads) for heads in range(1, 13)}
     for way in WAYS:
-        engine = model.engine(**way)
+        engine = model.engine(dtype=dtype, **way)
         for heads, logits in expected.items():
             assert torch.equal(engine(x, heads=heads), logits)
             for i in (0, 7):
@@ -88,8 +92,19 @@ def test_a_steady_call_allocates_its_logits_only():
     assert allocated <= 12 * 4096
 
 
+@torch.no_grad()
+def test_e4m3_weights_are_rounded_as_on_a_cpu():
+    on_cpu = HydraViT(TINY, backend="reference")
+    on_device = HydraViT(TINY, backend="reference")
+    on_device.load_state_dict(on_cpu.state_dict())
+    rounded = with_e4m3_weights(on_device.to(DEVICE)).state_dict()
+    for name, expected in with_e4m3_weights(on_cpu).state_dict().items():
+        assert torch.equal(rounded[name].cpu(), expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
-def test_engine_under_the_sanitizer(way):
-    engine = make(TINY).engine(max_batch=3, **way)
+def test_engine_under_the_sanitizer(way, dtype):
+    engine = make(TINY).engine(max_batch=3, dtype=dtype, **way)
     for heads in (1, 2, 3):
         assert engine(images(TINY, heads).to(DEVICE), heads=heads).isfinite().all()
