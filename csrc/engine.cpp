@@ -17,8 +17,7 @@ Dtype dtype_of(const std::string& name) {
   if (name == "float32") return Dtype::kFp32;
   if (name == "bfloat16") return Dtype::kBf16;
   if (name == "float16") return Dtype::kFp16;
-  if (name == "float8_e4m3fn") return Dtype::kE4m3;
-  throw std::invalid_argument("dtype: float32, bfloat16, float16 or float8_e4m3fn expected, " + name + " given");
+  throw std::invalid_argument("dtype: float32, bfloat16 or float16 expected, " + name + " given");
 }
 
 template <class T>
@@ -41,7 +40,8 @@ std::unique_ptr<Engine> make(const std::map<std::string, int>& sizes, const std:
   if (strategy != "chain" && strategy != "persistent")
     throw std::invalid_argument("strategy: chain or persistent expected, " + strategy + " given");
   const Strategy how = strategy == "chain" ? Strategy::kChain : Strategy::kPersistent;
-  return std::make_unique<Engine>(model, dtype_of(dtype), most_images, device, how);
+  const Dtype of_engine = dtype == "float8_e4m3fn" ? Dtype::kE4m3 : dtype_of(dtype);
+  return std::make_unique<Engine>(model, of_engine, most_images, device, how);
 }
 
 using Role = std::tuple<int, int, int, int, int, float>;  // rows of query, key, value; column; heads; scale

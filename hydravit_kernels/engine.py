@@ -51,7 +51,7 @@ def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = weight.detach().flatten(1).float()
     finite = rows.isfinite()
     largest = rows.abs().where(finite, 0.0).amax(1, keepdim=True)
-    highest = rows.new_full((), torch.finfo(torch.float8_e4m3fn).max)  # by a number PyTorch on CUDA would not divide
+    highest = rows.new_full((), torch.finfo(torch.float8_e4m3fn).max)  # a tensor: by numbers CUDA does not quite divide
     scales = (largest / highest).clamp(min=torch.finfo(torch.float32).tiny)
     # What becomes of an infinite number differs between versions of PyTorch.
     return (rows / scales).where(finite, torch.nan).to(torch.float8_e4m3fn), scales

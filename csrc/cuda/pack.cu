@@ -146,13 +146,8 @@ int pack(const Model& model, const Layout& layout, const std::vector<Parameter>&
   int status = 0;
   const auto matrix = [&](const Parameter& from, int rows, int columns, const Packed& to) {
     if (status != 0) return;
-    const MatrixJob job{from,
-                        rows,
-                        columns,
-                        to.rows,
-                        to.columns / kChunk,
-                        packed + to.offset,
-                        reinterpret_cast<float*>(packed + to.scales)};
+    auto* scales = reinterpret_cast<float*>(packed + to.scales);
+    const MatrixJob job{from, rows, columns, to.rows, to.columns / kChunk, packed + to.offset, scales};
     const int64_t chunks = int64_t{job.padded_rows} * job.chunks;
     if (layout.dtype != Dtype::kE4m3) {
       const auto kernel = layout.dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;

@@ -89,9 +89,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 namespace {
 
-using Kernel = void (*)(const Step*, int, uint32_t*, Ends);
 template <class W>
-Kernel kernel_of(Loader loader) {
+auto network_kernel_for(Loader loader) {
   return loader == Loader::kBulk ? network_kernel<W, Loader::kBulk> : network_kernel<W, Loader::kAsync>;
 }
 
@@ -99,9 +98,9 @@ Kernel kernel_of(Loader loader) {
 
 int launch(const Schedule& schedule, const Step* steps, uint32_t* counters, const Ends& ends, Dtype dtype,
            Loader loader, void* stream) {
-  const Kernel kernel = dtype == Dtype::kBf16   ? kernel_of<Bf16>(loader)
-                        : dtype == Dtype::kFp16 ? kernel_of<Fp16>(loader)
-                                                : kernel_of<E4m3>(loader);
+  const auto kernel = dtype == Dtype::kBf16   ? network_kernel_for<Bf16>(loader)
+                      : dtype == Dtype::kFp16 ? network_kernel_for<Fp16>(loader)
+                                              : network_kernel_for<E4m3>(loader);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(schedule.shared_bytes));
   if (status != cudaSuccess) return status;

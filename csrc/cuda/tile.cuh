@@ -39,8 +39,8 @@ __device__ inline uint32_t convert_e4m3_bits(uint16_t pair) {
   const uint32_t in_upper_bytes = (uint32_t{pair} << 8 & 0x0000ff00) | (uint32_t{pair} << 16 & 0xff000000);
   const uint32_t magnitudes = in_upper_bytes & 0x7f007f00;
   const uint32_t nan = (magnitudes + 0x01000100) & 0x80008000;
-  const uint32_t small = (in_upper_bytes & 0x80008000) | magnitudes >> 1;
-  return multiply_fp16(small, 0x5c005c00) | (nan - (nan >> 5));
+  const uint32_t moved = (in_upper_bytes & 0x80008000) | magnitudes >> 1;
+  return multiply_fp16(moved, 0x5c005c00) | (nan - (nan >> 5));
 }
 
 // Two parts of W^T, as load_b's; of chunks, the even ones.

@@ -173,8 +173,8 @@ Width prefix(const Model& m, int heads) {
   return w;
 }
 
-Schedule schedule_of(const Model& model, const Width& width, int images, int processors) {
-  const Layout layout(model, Dtype::kBf16);
+Schedule schedule_of(const Model& model, const Width& width, int images, int processors, Dtype weights = Dtype::kBf16) {
+  const Layout layout(model, weights);
   const Workspace workspace(model, images);
   const Device device{processors, 232448, Loader::kBulk, 0};
   uint8_t* const nowhere = nullptr;
@@ -195,8 +195,9 @@ void test_schedules() {
     for (const int processors : {1, 7, 108, 114, 132}) {
       begin("schedule of " + std::to_string(heads) + " heads on " + std::to_string(processors) + " processors");
       const int images = heads % 3 + 1;
-      for (const Model& model : {base, average}) {
-        const Schedule schedule = schedule_of(model, prefix(model, heads), images, processors);
+      for (const auto& [model, weights] :
+           {std::pair{base, Dtype::kBf16}, {average, Dtype::kBf16}, {base, Dtype::kE4m3}}) {
+        const Schedule schedule = schedule_of(model, prefix(model, heads), images, processors, weights);
         expect(schedule.shared_bytes <= 232448, "it fits");
         const std::string wrong = Simulation(schedule).run();
         expect(wrong.empty(), wrong);
