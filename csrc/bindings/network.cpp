@@ -4,7 +4,7 @@
 namespace hydravit {
 namespace {
 
-// Where the parameters of a packed network begin: in the order of hydravit_kernels/packed.py, -1 for one that is
+// Where the parameters of a packed network begin: in the order of hydravit_kernels/parameters.py; -1: it is
 // absent.
 class PackedParameters {
  public:
@@ -40,46 +40,56 @@ class PackedParameters {
   size_t used_ = 0;
 };
 
-Tensor network(const Tensor& images, const Tensor& packed, const Integers& offsets, int64_t embed, int64_t hidden,
-               int64_t patch_height, int64_t patch_width, int64_t cls_tokens, int64_t reg_tokens, int64_t positions,
-               int64_t class_rows, int64_t pool_start, int64_t pool_stop, int64_t depth, const Integers& stem_slices,
-               const Integers& attention_slices, const Integers& mlp_slices, const Integers& head_slices,
-               const std::vector<double>& scales, double eps, const OptionalTensor& subnet, bool pooled_only) {
+// Of the full network, in the order of hydravit_kernels/parameters.py.
+struct NetworkSizes {
+  int64_t depth, embed, hidden, channels, patch_height, patch_width, cls_tokens, reg_tokens, positions, classes;
+
+  static NetworkSizes of(const Integers& s) {
+    HYDRAVIT_CHECK(s.size() == 10, "sizes: 10 integers expected, ", s.size(), " given");
+    for (const int64_t size : s)
+      HYDRAVIT_CHECK(size >= 0 && size < int64_t{1} << 31, "sizes in [0, 2^31) expected, ", size, " given");
+    HYDRAVIT_CHECK(s[0] > 0, "depth: at least 1 expected, 0 given");
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
+  }
+};
+
+Tensor network(const Tensor& images, const Tensor& packed, const Integers& offsets, const Integers& sizes,
+               int64_t pool_start, int64_t pool_stop, const Integers& stem_slices, const Integers& attention_slices,
+               const Integers& mlp_slices, const Integers& head_slices, const std::vector<double>& scales, double eps,
+               const OptionalTensor& subnet, bool pooled_only) {
   check_shape(images, "images", {kAny, kAny, kAny, kAny});
-  HYDRAVIT_CHECK(depth > 0, "depth: at least 1 expected, ", depth, " given");
-  for (const int64_t size : {embed, hidden, patch_height, patch_width, cls_tokens, reg_tokens, positions, class_rows})
-    HYDRAVIT_CHECK(size >= 0 && size < int64_t{1} << 31, "sizes in [0, 2^31) expected, ", size, " given");
+  const NetworkSizes n = NetworkSizes::of(sizes);
   PackedParameters p(packed, offsets);
   const int64_t widths = check_slices(stem_slices, kEmbedIntegers);
   const auto of_block = [&](const auto& values, int64_t i) {
-    const int64_t count = static_cast<int64_t>(values.size()) / depth;
-    HYDRAVIT_CHECK(count > 0 && count % widths == 0 && count * depth == static_cast<int64_t>(values.size()),
-                   "slices: as many for each of ", depth, " blocks and ", widths, " widths expected, ", values.size(),
+    const int64_t count = static_cast<int64_t>(values.size()) / n.depth;
+    HYDRAVIT_CHECK(count > 0 && count % widths == 0 && count * n.depth == static_cast<int64_t>(values.size()),
+                   "slices: as many for each of ", n.depth, " blocks and ", widths, " widths expected, ", values.size(),
                    " integers or scales given");
     return std::decay_t<decltype(values)>(values.begin() + i * count, values.begin() + (i + 1) * count);
   };
 
   const StemArguments stem{images,
-                           p.weight("weight", {embed, images.size(1), patch_height, patch_width}),
-                           p.optional_vector("bias", {embed}),
-                           p.optional_vector("cls_token", {1, cls_tokens, embed}),
-                           p.optional_vector("reg_token", {1, reg_tokens, embed}),
-                           p.optional_vector("pos_embed", {1, positions, embed}),
+                           p.weight("weight", {n.embed, n.channels, n.patch_height, n.patch_width}),
+                           p.optional_vector("bias", {n.embed}),
+                           p.optional_vector("cls_token", {1, n.cls_tokens, n.embed}),
+                           p.optional_vector("reg_token", {1, n.reg_tokens, n.embed}),
+                           p.optional_vector("pos_embed", {1, n.positions, n.embed}),
                            stem_slices,
                            subnet};
   const std::vector<Stem> stems = describe(stem);
   const Stream stream(stem.batch(), stem.tokens());
   std::vector<std::vector<AttentionBlock>> attention(static_cast<size_t>(widths));
   std::vector<std::vector<MlpBlock>> mlp(static_cast<size_t>(widths));
-  for (int64_t i = 0; i < depth; i++) {
+  for (int64_t i = 0; i < n.depth; i++) {
     AttentionArguments attention_arguments{stream,
-                                           p.vector("norm1.weight", {embed}),
-                                           p.vector("norm1.bias", {embed}),
-                                           p.weight("qkv.weight", {3 * embed, embed}),
-                                           p.optional_vector("qkv.bias", {3 * embed}),
-                                           p.weight("proj.weight", {embed, embed}),
-                                           p.optional_vector("proj.bias", {embed}),
-                                           p.optional_vector("ls1.gamma", {embed}),
+                                           p.vector("norm1.weight", {n.embed}),
+                                           p.vector("norm1.bias", {n.embed}),
+                                           p.weight("qkv.weight", {3 * n.embed, n.embed}),
+                                           p.optional_vector("qkv.bias", {3 * n.embed}),
+                                           p.weight("proj.weight", {n.embed, n.embed}),
+                                           p.optional_vector("proj.bias", {n.embed}),
+                                           p.optional_vector("ls1.gamma", {n.embed}),
                                            {},
                                            of_block(attention_slices, i),
                                            of_block(scales, i),
@@ -87,13 +97,13 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
                                            subnet,
                                            stream.tokens};
     const MlpArguments mlp_arguments{stream,
-                                     p.vector("norm2.weight", {embed}),
-                                     p.vector("norm2.bias", {embed}),
-                                     p.weight("fc1.weight", {hidden, embed}),
-                                     p.optional_vector("fc1.bias", {hidden}),
-                                     p.weight("fc2.weight", {embed, hidden}),
-                                     p.optional_vector("fc2.bias", {embed}),
-                                     p.optional_vector("ls2.gamma", {embed}),
+                                     p.vector("norm2.weight", {n.embed}),
+                                     p.vector("norm2.bias", {n.embed}),
+                                     p.weight("fc1.weight", {n.hidden, n.embed}),
+                                     p.optional_vector("fc1.bias", {n.hidden}),
+                                     p.weight("fc2.weight", {n.embed, n.hidden}),
+                                     p.optional_vector("fc2.bias", {n.embed}),
+                                     p.optional_vector("ls2.gamma", {n.embed}),
                                      {},
                                      of_block(mlp_slices, i),
                                      eps,
@@ -106,10 +116,10 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
     }
   }
   const HeadArguments head{stream,
-                           p.optional_vector("norm_weight", {embed}),
-                           p.optional_vector("norm_bias", {embed}),
-                           p.optional_weight("head.weight", {class_rows, embed}),
-                           p.optional_vector("head.bias", {class_rows}),
+                           p.optional_vector("norm_weight", {n.embed}),
+                           p.optional_vector("norm_bias", {n.embed}),
+                           p.optional_weight("head.weight", {n.classes, n.embed}),
+                           p.optional_vector("head.bias", {n.classes}),
                            pool_start,
                            pool_stop,
                            head_slices,
@@ -120,7 +130,7 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
 
   std::vector<Network> networks;
   for (size_t i = 0; i < static_cast<size_t>(widths); i++) {
-    for (size_t block = 0; block < static_cast<size_t>(depth); block++)
+    for (size_t block = 0; block < static_cast<size_t>(n.depth); block++)
       HYDRAVIT_CHECK(attention[i][block].embed == stems[i].embed && mlp[i][block].embed == stems[i].embed &&
                          heads.at(i).embed == stems[i].embed,
                      "slices: one embed for the stem, every block and the head of a width expected");
@@ -129,7 +139,7 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
   const int64_t columns = head.width();
   const Tensor y = torch::stable::new_empty(images, {stream.batch, columns});
   NetworkCall call{};
-  call.batch = stream.batch, call.tokens = stream.tokens, call.depth = depth;
+  call.batch = stream.batch, call.tokens = stream.tokens, call.depth = n.depth;
   call.networks = networks.data();
   call.width_of = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
   call.pooled_only = pooled_only;
@@ -137,7 +147,7 @@ Tensor network(const Tensor& images, const Tensor& packed, const Integers& offse
   check_status(network_cpu(call, torch_threads()));
   for_each_run(subnet, stream.batch, [&](int64_t image, int64_t count, int64_t width) {
     const int64_t own =
-        class_rows > 0 ? heads[static_cast<size_t>(width)].classes : stems[static_cast<size_t>(width)].embed;
+        n.classes > 0 ? heads[static_cast<size_t>(width)].classes : stems[static_cast<size_t>(width)].embed;
     zero_beyond({call.y + image * columns, columns, columns}, count, 1, own, columns);
   });
   return y;
