@@ -1,7 +1,7 @@
 """``python -m bench.gpu``, or ``make gpu``: everything that needs a GPU, in one command, against one deadline.
 
 It uses what is installed for the Python that runs it: nothing is downloaded and no environment is made. A part that
-fails or outruns its time is named, and the next goes on; the suite always has half of the time. Imports nothing of
+fails or outruns its time is named, and the next goes on; what measures always has half of the time. Imports nothing of
 ours: it runs before anything is built. ``--device cpu`` is a dry run.
 """
 
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("build", "tests", "sanitizer", "bench")
+PARTS = ("build", "tests", "sanitizer", "bench", "tiles")
+_DEFAULT_PARTS = PARTS[:4]
+_MEASURED = ("bench", "tiles")  # one of them has half of the time, whatever became of the parts before
 GOOD = ("passed", "absent", "nothing ran")  # the other states: failed, timed out, skipped, stopped
 LOG_BYTES, TAIL_LINES = 1_000_000, 40
 _SANITIZER_FOUND = 86  # exit code
@@ -31,6 +33,7 @@ _SANITIZER_FOUND = 86  # exit code
 _EXAMPLES = """examples:
   make gpu                                               # 8 minutes, results to bench/results/ and the GPU's name
   make gpu PARTS=build,tests MINUTES=3 OUT=/tmp/gpu
+  make gpu PARTS=build,tiles                             # look for better tile sizes of the Triton kernels
   python -m bench.gpu --parts bench --bench "--dtype fp32 --heads 3-12"
   python -m bench.gpu --parts tests,bench --device cpu --minutes 1 --bench "--config tiny"
 """
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for part in parts:
             left = deadline - time.monotonic()
-            reserve = 30 * args.minutes if part != "bench" and "bench" in parts else 0.0
+            reserve = 30 * args.minutes if part not in _MEASURED and {*_MEASURED} & {*parts} else 0.0
             outcomes.append(_run_part(part, args, out, left - reserve))
             _write_report(out, facts, outcomes)
     except KeyboardInterrupt:
@@ -92,8 +95,12 @@ def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> 
             raise FileNotFoundError("compute-sanitizer was not found")
         check = [program, "--error-exitcode", str(_SANITIZER_FOUND), "--tool"]
         return [[*check, tool, *tests, "-k", "sanitizer"] for tool in ("memcheck", "racecheck")]
-    # The suite stops by itself, somewhat late: a workload that was begun is finished.
+    # Both stop by themselves, somewhat late: what was begun is finished.
     minutes = ["--minutes", f"{max(0.8 * seconds - 5, 1) / 60:.3f}"]
+    if part == "tiles":
+        return [
+            [*python, "bench.tiles", "--device", args.device, *minutes, *shlex.split(args.tiles), "--out", str(out)]
+        ]
     suite = [*python, "bench.run", "--parts", "all", "--device", args.device, *minutes]
     return [[*suite, *shlex.split(args.bench), "--out", str(out), "--name", "gpu"]]
 
@@ -231,6 +238,8 @@ def _check(args: argparse.Namespace, facts: dict[str, str]) -> list[str]:
         raise ValueError(f"{sys.executable} cannot import torch")
     if args.device == "cuda" and "gpu" not in facts:
         raise ValueError(f"torch {facts['torch']} finds no CUDA device (--device cpu is a dry run)")
+    if {*_MEASURED} <= {*named}:
+        raise ValueError(f"--parts {args.parts!r}: bench or tiles, not both: each wants the time that is left")
     return [part for part in PARTS if part in named]
 
 
@@ -250,11 +259,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to run (default: %(default)s)")
+    known = f"of {', '.join(PARTS)} (default: %(default)s)"
+    parser.add_argument("--parts", default=",".join(_DEFAULT_PARTS), help=known)
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything together (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the GPU's name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--bench", default="", metavar="ARGUMENTS", help="more arguments for bench.run, in quotes")
+    parser.add_argument("--tiles", default="", metavar="ARGUMENTS", help="more arguments for bench.tiles, in quotes")
     return parser
 
 

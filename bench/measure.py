@@ -80,7 +80,7 @@ def measure(
             model = make_model(workload, device)
             reference = Reference(workload, model)
         except Exception as error:
-            return [row(workload, peer, "failed", f"the reference: {_one_line(error)}") for peer in peers]
+            return [row(workload, peer, "failed", f"the reference: {one_line(error)}") for peer in peers]
         for index, peer in enumerate(peers):
             progress(f"{peer.name}, {index + 1} of {len(peers)}")
             if time.monotonic() > effort.deadline:
@@ -171,7 +171,7 @@ def _reason_row(workload: Workload, peer: Peer, error: Exception, launch: str = 
     if isinstance(error, Refused):
         known = {"error": error.error, "allowed": error.allowed} if math.isfinite(error.error) else {}
         return row(workload, peer, "refused", str(error), launch, **known)
-    return row(workload, peer, "failed", _one_line(error), launch)
+    return row(workload, peer, "failed", one_line(error), launch)
 
 
 def _time(
@@ -215,7 +215,7 @@ def _graph(
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # a failed capture may leave its error behind
             torch.cuda.synchronize(device)
-        raise Absent(f"cannot be captured: {_one_line(error)}") from error
+        raise Absent(f"cannot be captured: {one_line(error)}") from error
     outputs = {}
     if workload.task in _REPLAYS_COMPARED:
         outputs = {k: partial(_logits, workload, k, replay) for k, replay in replays.items()}
@@ -325,6 +325,6 @@ def _counted(workload: Workload, peer: Peer, count: Callable[[], int], progress:
         return _reason_row(workload, peer, error)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

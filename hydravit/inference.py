@@ -111,7 +111,7 @@ class Structure:
 
 
 def in_order(model: HydraViT) -> list[Tensor | None]:
-    """Every parameter in the order of ``hydravit_kernels.pack``."""
+    """Every parameter in the order that ``hydravit_kernels.pack`` takes."""
     of_blocks = [p for block in model.blocks for p in (*block.attention_parameters(), *block.mlp_parameters())]
     norm = model.norm if model.config.pool == "token" else model.fc_norm
     return [*model.stem_parameters(), *of_blocks, *model.head_parameters(norm, model.num_classes > 0)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hydravit_kernels import _native
+from hydravit_kernels.parameters import NetworkSizes
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
 
 try:
@@ -63,7 +64,7 @@ class CudaNetwork:
     Of float8_e4m3fn are only the matrices, each row with a float scale; activations are then fp16.
 
     Args:
-        parameters: in the order of ``pack``, on the device, in any floating dtype of 16 or 32 bits.
+        parameters: in the order of ``NetworkSizes.parameters``, on the device, in any floating dtype of 16 or 32 bits.
         image_size, pool: of the model; ``pool`` is the first token whose mean the head takes and the first behind.
         widths: the subnetworks that calls will name by their index.
         strategy: "chain": a kernel for each phase, recorded as graphs; "persistent": one kernel for all of them.
@@ -81,18 +82,17 @@ class CudaNetwork:
         strategy: str = "chain",
         loader: str = "best",
     ):
-        stem, classifier = parameters[:5], parameters[-2]
-        embed, channels, patch_height, patch_width = stem[0].shape
-        cls_tokens, reg_tokens, positions = (0 if t is None else t.shape[1] for t in stem[2:])
-        grid = image_size[0] // patch_height, image_size[1] // patch_width
+        n = NetworkSizes.of(parameters)
+        grid = image_size[0] // n.patch_height, image_size[1] // n.patch_width
         sizes = {
-            "depth": len(widths[0].attention), "embed": embed, "hidden": parameters[5 + 9].shape[0],
-            "classes": 0 if classifier is None else classifier.shape[0], "channels": channels,
-            "grid_height": grid[0], "grid_width": grid[1], "patch_height": patch_height, "patch_width": patch_width,
-            "cls_tokens": cls_tokens, "reg_tokens": reg_tokens, "pos_on_prefix": int(positions != grid[0] * grid[1]),
+            "depth": n.depth, "embed": n.embed, "hidden": n.hidden, "classes": n.classes, "channels": n.channels,
+            "grid_height": grid[0], "grid_width": grid[1],
+            "patch_height": n.patch_height, "patch_width": n.patch_width,
+            "cls_tokens": n.cls_tokens, "reg_tokens": n.reg_tokens,
+            "pos_on_prefix": int(n.positions != grid[0] * grid[1]),
             "first_pooled": pool[0], "last_pooled": pool[1],
         }  # fmt: skip
-        self.device = stem[0].device
+        self.device = parameters[0].device
         self.most_images = most_images
         self._classes = [width.head.classes for width in widths]
         self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)

@@ -31,6 +31,8 @@ from __future__ import annotations
 
 import torch
 
+from hydravit_kernels.parameters import NetworkSizes
+
 LIBRARY = torch.library.Library("hydravit", "DEF")
 
 _STEM = "Tensor images, Tensor weight, Tensor? bias, Tensor? cls_token, Tensor? reg_token, Tensor? pos_embed"
@@ -75,11 +77,10 @@ SCHEMAS = {
 }
 
 # The whole network without gradients, from `packed`, which holds the parameters at `offsets`; both as packed.py makes
-# them. Slices and scales: block after block, and within a block width after width. `pooled_only`: the last block
-# computes only what the head pools.
+# them, `sizes` as in parameters.py. Slices and scales: block after block, and within a block width after width.
+# `pooled_only`: the last block computes only what the head pools.
 NETWORK = (
-    "(Tensor images, Tensor packed, int[] offsets, int embed, int hidden, int patch_height, int patch_width, "
-    "int cls_tokens, int reg_tokens, int positions, int class_rows, int pool_start, int pool_stop, int depth, "
+    "(Tensor images, Tensor packed, int[] offsets, int[] sizes, int pool_start, int pool_stop, "
     "SymInt[] stem_slices, SymInt[] attention_slices, SymInt[] mlp_slices, SymInt[] head_slices, float[] scales, "
     "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
 )
@@ -168,8 +169,8 @@ def define(backend: str) -> None:
 
 
 def _network(images, *arguments):
-    class_rows, slices = arguments[9], arguments[16]
-    return images.new_empty((images.shape[0], _largest(_column(slices, HEAD_INTS, 3 if class_rows else 1))))
+    sizes, slices = NetworkSizes(*arguments[2]), arguments[8]
+    return images.new_empty((images.shape[0], _largest(_column(slices, HEAD_INTS, 3 if sizes.classes else 1))))
 
 
 define("native")

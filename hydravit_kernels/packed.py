@@ -16,23 +16,19 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hydravit_kernels.parameters import NetworkSizes
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
 
 PANEL = 32  # kPanel of csrc/hydravit.h
 
-# The parameters in order, as the ops take them: of the stem, of every block (attention, then MLP), of the head.
-STEM, BLOCK, HEAD = 5, 14, 4
-_WEIGHTS = {"stem": (0,), "block": (2, 4, 9, 11), "head": (2,)}  # those that get panels
-
 
 class Packed(NamedTuple):
-    """``offsets``: where every parameter begins, -1 where it is absent; ``sizes``: of the full network, for the op."""
+    """``offsets``: where every parameter begins, -1 where it is absent."""
 
     tensor: Tensor
     offsets: list[int]
-    sizes: tuple[int, ...]
-    depth: int
+    sizes: NetworkSizes
 
 
 class NetworkSlices(NamedTuple):
@@ -46,15 +42,9 @@ class NetworkSlices(NamedTuple):
 
 
 def pack(parameters: Sequence[Tensor | None]) -> Packed:
-    """Copy the float32 parameters of a network: ``5`` of the stem, ``14`` of every block, ``4`` of the head."""
-    depth, rest = divmod(len(parameters) - STEM - HEAD, BLOCK)
-    if depth < 1 or rest:
-        raise ValueError(f"parameters: {STEM} + {BLOCK} * depth + {HEAD} expected, {len(parameters)} given")
-    kinds = ["stem"] * STEM + ["block"] * (BLOCK * depth) + ["head"] * HEAD
-    index = [*range(STEM), *(list(range(BLOCK)) * depth), *range(HEAD)]
-    weights = [i in _WEIGHTS[kind] for kind, i in zip(kinds, index, strict=True)]
-
-    _check_shapes(parameters)
+    """Copy a network's float32 parameters, in the order of ``NetworkSizes.parameters``; raises what that does."""
+    network = NetworkSizes.of(parameters)
+    weights = [expected.weight for expected in network.parameters()]
     sizes = [_size(p, w) for p, w in zip(parameters, weights, strict=True)]
     starts = itertools.accumulate(sizes, initial=0)
     offsets = [-1 if p is None else start for p, start in zip(parameters, starts, strict=False)]
@@ -67,34 +57,7 @@ def pack(parameters: Sequence[Tensor | None]) -> Packed:
             torch.ops.hydravit.pack_weight_native(parameter.detach(), place)
         else:
             place[: parameter.numel()].view(parameter.shape).copy_(parameter.detach())
-
-    stem, classifier = parameters[:STEM], parameters[-2]
-    tokens = [0 if token is None else token.shape[1] for token in stem[2:]]
-    fc1 = parameters[STEM + 9]
-    shape = (*fc1.shape[::-1], *stem[0].shape[2:], *tokens, 0 if classifier is None else classifier.shape[0])
-    return Packed(packed, offsets, shape, depth)
-
-
-def _check_shapes(parameters: Sequence[Tensor | None]) -> None:
-    """The op knows the sizes of the full network alone: of another shape, a parameter's neighbours would be read."""
-    stem, classifier = parameters[:STEM], parameters[-2]
-    embed, hidden = stem[0].shape[0], parameters[STEM + 9].shape[0]
-    vector, tokens = (embed,), [(1, 0 if t is None else t.shape[1], embed) for t in stem[2:]]
-    expected = [
-        ("weight", stem[0].shape), ("bias", vector), *zip(("cls_token", "reg_token", "pos_embed"), tokens, strict=True),
-        *[
-            ("norm1.weight", vector), ("norm1.bias", vector), ("qkv.weight", (3 * embed, embed)),
-            ("qkv.bias", (3 * embed,)), ("proj.weight", (embed, embed)), ("proj.bias", vector), ("ls1.gamma", vector),
-            ("norm2.weight", vector), ("norm2.bias", vector), ("fc1.weight", (hidden, embed)), ("fc1.bias", (hidden,)),
-            ("fc2.weight", (embed, hidden)), ("fc2.bias", vector), ("ls2.gamma", vector),
-        ] * ((len(parameters) - STEM - HEAD) // BLOCK),
-        ("norm_weight", vector), ("norm_bias", vector),
-    ]  # fmt: skip
-    rows = 0 if classifier is None else classifier.shape[0]
-    expected += [("head.weight", (rows, embed)), ("head.bias", (rows,))]
-    for (name, shape), parameter in zip(expected, parameters, strict=True):
-        if parameter is not None and parameter.shape != shape:
-            raise RuntimeError(f"{name}: shape {tuple(shape)} expected, {tuple(parameter.shape)} given")
+    return Packed(packed, offsets, network)
 
 
 def _size(parameter: Tensor | None, weight: bool) -> int:
@@ -196,5 +159,5 @@ def network(
     ``pool``, ``subnet`` and the result as in ``head``. ``pooled_only``: the last block computes only the tokens that
     the head pools, which gives the same bits with less work; False computes all, for comparisons.
     """
-    rest = (*pool, packed.depth, *slices, eps, subnet, pooled_only)
-    return torch.ops.hydravit.network_native.default(images, packed.tensor, packed.offsets, *packed.sizes, *rest)
+    rest = (*pool, *slices, eps, subnet, pooled_only)
+    return torch.ops.hydravit.network_native.default(images, *packed, *rest)

@@ -18,6 +18,7 @@ from hydravit.config import resolve_config
 from hydravit.geometry import GEOMETRIES
 from hydravit_kernels import _native
 from hydravit_kernels.packed import PANEL
+from hydravit_kernels.parameters import NetworkSizes
 
 pytestmark = [
     pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
@@ -716,11 +717,9 @@ def with_offset(index, value):
     return change
 
 
-def with_size(index, value):
+def with_sizes(**values):
     def change(arguments):
-        sizes = list(arguments["sizes"])
-        sizes[index] = value
-        arguments["sizes"] = tuple(sizes)
+        arguments["sizes"] = arguments["sizes"]._replace(**values)
 
     return change
 
@@ -736,7 +735,8 @@ def with_arguments(**changed):
 def huge(arguments):
     """The product of these sizes is zero in 64 bits."""
     arguments["images"] = torch.zeros(1).expand(1, 4, 2**30, 16)
-    arguments["sizes"] = (2**30, 64, 2**30, 16, 0, 0, 0, 0)
+    none = dict.fromkeys(("cls_tokens", "reg_tokens", "positions", "classes"), 0)
+    with_sizes(embed=2**30, hidden=64, patch_height=2**30, patch_width=16, **none)(arguments)
 
 
 WRONG = {
@@ -756,16 +756,18 @@ WRONG = {
     "no fc2": (with_offset(30, -1), "^offsets: fc2.weight expected"),
     "half a norm": (with_offset(33, -1), "norm_bias: given with norm_weight"),
     "a bias of no classifier": (with_offset(35, -1), "bias: None expected"),
-    "narrower": (with_size(0, 16), "weight: output channels"),
-    "wider": (with_size(0, 4096), "^offsets: weight"),
-    "negative size": (with_size(1, -1), "^sizes"),
-    "size beyond 32 bits": (with_size(0, 2**31), "^sizes"),
+    "narrower": (with_sizes(embed=16), "weight: output channels"),
+    "wider": (with_sizes(embed=4096), "^offsets: weight"),
+    "negative size": (with_sizes(hidden=-1), "^sizes"),
+    "size beyond 32 bits": (with_sizes(embed=2**31), "^sizes"),
     "sizes of a product beyond 64 bits": (huge, "packed weight: a shape of fewer"),
-    "other patches": (with_size(2, 4), "pos_embed: shape"),
-    "no patch": (with_size(3, 0), "weight: a patch of at least one pixel"),
-    "fewer classes": (with_size(7, 5), "head.weight: rows"),
-    "depth of 0": (with_arguments(depth=0), "^depth: at least 1"),
-    "depth of 3": (with_arguments(depth=3), "^slices: as many for each of 3 blocks"),
+    "nine sizes": (with_arguments(sizes=lambda s: s[:-1]), "^sizes: 10 integers expected, 9 given"),
+    "other channels": (with_sizes(channels=2), "packed weight: shape"),
+    "other patches": (with_sizes(patch_height=4), "pos_embed: shape"),
+    "no patch": (with_sizes(patch_width=0), "weight: a patch of at least one pixel"),
+    "fewer classes": (with_sizes(classes=5), "head.weight: rows"),
+    "depth of 0": (with_sizes(depth=0), "^depth: at least 1"),
+    "depth of 3": (with_sizes(depth=3), "^slices: as many for each of 3 blocks"),
     "packed of another dtype": (with_arguments(tensor=torch.Tensor.double), "^packed: dtype float32"),
     "packed of two dimensions": (with_arguments(tensor=lambda t: t[None]), "^packed: shape"),
     "packed with gaps": (with_arguments(tensor=lambda t: t.repeat_interleave(2)[::2]), "^packed: innermost stride"),
@@ -810,6 +812,34 @@ def test_wrong_arguments_raise(name):
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         run(arguments)
+
+
+def without(*names):
+    def change(parameters):
+        known = [expected.name for expected in NetworkSizes.of(parameters).parameters()]
+        for name in names:
+            parameters[known.index(name)] = None
+
+    return change
+
+
+UNPACKABLE = {
+    "a parameter less": (lambda p: p.pop(), "parameters: 5 \\+ 14 \\* depth \\+ 4 expected, 36 given"),
+    "no block": (lambda p: p.__delitem__(slice(5, 33)), "parameters: .* 9 given"),
+    "no patch embedding": (without("weight"), "^weight: a tensor of 4 axes expected, None given"),
+    "no fc1": (without("fc1.weight"), "^fc1.weight: a tensor of 2 axes expected, None given"),
+    "no norm": (without("norm2.bias"), "^norm2.bias: a tensor expected, None given"),
+    "no projection": (without("proj.weight"), "^proj.weight: a tensor expected, None given"),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed(name):
+    change, message = UNPACKABLE[name]
+    parameters = inference.in_order(make(SMALL))
+    change(parameters)
+    with pytest.raises(ValueError, match=message):
+        kernels.pack(parameters)
 
 
 @pytest.mark.parametrize("index", range(5 + 14 * 2 + 4))
@@ -864,10 +894,9 @@ def test_opcheck(mixed):
         model = make(SMALL, num_classes=classes)
         widths = model.widths(torch.tensor([2, 1, 4]) if mixed else 2, 3)
         packed, slices = kernels.pack(inference.in_order(model)), of_network(widths.geometries)
-        arguments = (packed.tensor, packed.offsets, *packed.sizes, *model.pool_range, packed.depth, *slices)
         torch.library.opcheck(
             hydravit.network_native.default,
-            (images(SMALL, 3), *arguments, 1e-6, widths.subnet, True),
+            (images(SMALL, 3), *packed, *model.pool_range, *slices, 1e-6, widths.subnet, True),
             test_utils=("test_schema", "test_faketensor"),
         )
     panels = torch.empty(32 * 7)

@@ -63,7 +63,8 @@ _BY_CAPABILITY = {(9, 0): _HOPPER, (8, 0): _AMPERE}
 
 
 @functools.cache
-def _table(device: torch.device) -> dict[str, dict[int, Tiles]]:
+def table(device: torch.device) -> dict[str, dict[int, Tiles]]:
+    """Of the device's kind, by problem and bytes per element; whoever looks for better ones changes it."""
     if INTERPRETED:
         return _SMALL
     if torch.version.hip:
@@ -78,8 +79,8 @@ def tiles(problem: str, like: Tensor, align: int, weight: Tensor | None = None) 
     precision than the activations is read in thinner tiles, so that as many fit into shared memory.
     """
     size = like.element_size()
-    table = _table(like.device) if align * size >= 16 or INTERPRETED else _ANY
-    t = table[problem][size]
+    found = table(like.device) if align * size >= 16 or INTERPRETED else _ANY
+    t = found[problem][size]
     return t if weight is None or weight.element_size() <= size else t._replace(depth=t.depth // 2)
 
 
