@@ -80,6 +80,7 @@ struct Device {
   int shared_bytes;  // of one block at most
   Loader loader;
   int index;
+  bool warpgroups = false;  // of sm_90a, which has wgmma; with bulk copies only
 };
 
 // Offsets into the workspace: activations of at most `images` images at any width.
@@ -92,6 +93,7 @@ struct Workspace {
   int64_t rows, image_rows;
   Rows all, pooled;
   int64_t qkv[2];  // of this block and the next
+  int64_t input;   // of a product, made ahead of it
   int64_t bytes;
 
   Workspace(const Model& model, int images);
@@ -102,7 +104,7 @@ struct Call {
   uint8_t* workspace;
   int images;
   bool pooled_only = true;  // the last block computes only what the head pools; the same bits, less work
-  bool together = false;    // for one kernel: all blocks have 256 threads
+  bool together = false;    // for one kernel: all blocks have 256 threads, and no product's input is made ahead
 };
 
 // The first phase still lacks its images, the last one its logits.
