@@ -27,11 +27,11 @@ __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Pro
   }
 }
 
-template <class T, Shape shape>
-__global__ void __launch_bounds__(threads_of(shape), 1) warpgroup_kernel(const Product product) {
+template <class T>
+__global__ void __launch_bounds__(threads_of(Shape::k128x128), 1) warpgroup_kernel(const Product product) {
   if constexpr (kHasWarpgroups) {
     let_next_kernel_start();
-    warpgroup_tiles<T, shape>(product, shared_memory());
+    warpgroup_tiles<T>(product, shared_memory());
   } else {
     __trap();  // a library built without sm_90a, on such a device
   }
@@ -76,12 +76,10 @@ int visit_kernel(const Phase& phase, const Visit& visit) {
       return visit(product_kernel<T, Shape::k32x64, loader>, phase.product);
     case Shape::k32x128:
       return visit(product_kernel<T, Shape::k32x128, loader>, phase.product);
-    case Shape::kWarpgroups128x64:
-      return visit(warpgroup_kernel<T, Shape::kWarpgroups128x64>, phase.product);
-    case Shape::kWarpgroups128x128:
-      return visit(warpgroup_kernel<T, Shape::kWarpgroups128x128>, phase.product);
-    default:
+    case Shape::k128x64:
       return visit(product_kernel<T, Shape::k128x64, loader>, phase.product);
+    default:
+      return visit(warpgroup_kernel<T>, phase.product);
   }
 }
 

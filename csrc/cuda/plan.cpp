@@ -101,6 +101,7 @@ namespace {
 // Rough times, estimates and not measurements: what a tile and each of its steps of 64 channels cost at least, and how
 // fast an SM gets what its tiles read and multiplies it, by mma and by wgmma.
 constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500, kWarpgroupsPerNs = 2500;
+constexpr double kKernelNs = 1500;  // from kernel to kernel
 
 double time_of(const Product& p, Shape shape, const Device& device, bool together) {
   const ShapeSize size = size_of(shape);
@@ -152,7 +153,7 @@ Timed input_phase(const char* name, const Product& p, void* c, int64_t c_stride,
   phase.blocks = (p.rows + kInputRows - 1) / kInputRows;
   phase.threads = kInputThreads;
   const int waves = (phase.blocks + device.processors - 1) / device.processors;
-  return {phase, kTileNs + waves * kInputRows * p.depth * (4.0 * p.pooled + 2.0) / kBytesPerNs};
+  return {phase, kKernelNs + waves * kInputRows * p.depth * (4.0 * p.pooled + 2.0) / kBytesPerNs};
 }
 
 // ---- Phases ----

@@ -177,7 +177,7 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
 // Orders ordinary accesses before later bulk copies of the same memory.
 __device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" :: : "memory"); }
 
-// ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 64 or 16 x 128, in groups ----
+// ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 128, in groups ----
 
 // Orders a thread's accesses to sums before the products that follow.
 __device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -195,45 +195,36 @@ __device__ inline void hold(float (&sums)[count]) {
   for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Adds A B^T, of which this thread has sums of rows l / 4 and l / 4 + 8 of its warp's 16, l being its lane: of every 8 columns two from l % 4 * 2
-// on, first those of the upper row.
-template <class T>
-__device__ void warpgroup_multiply_add(float (&sums)[32], uint64_t a, uint64_t b);
+// Adds A B^T. Of the 16 rows that a warp has of it, lane l has l / 4 and l / 4 + 8, and of every 8 columns l % 4 * 2 and
+// the next: sums 4 j and 4 j + 1 are of the upper row and columns from 8 j on, the next two of the lower row.
 template <class T>
 __device__ void warpgroup_multiply_add(float (&sums)[64], uint64_t a, uint64_t b);
 
-#define HYDRAVIT_NAMES_32                                                                                           \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
-  "%24, %25, %26, %27, %28, %29, %30, %31"
-#define HYDRAVIT_NAMES_64                                                                                           \
-  HYDRAVIT_NAMES_32                                                                                                 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
-  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define HYDRAVIT_SUMS_8(i)                                                                                          \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),      \
+// The numbers behind the descriptors: to add, no factor negated, none transposed.
+#define HYDRAVIT_SUMS(i)                                                                                          \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),    \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define HYDRAVIT_SUMS_32(i) HYDRAVIT_SUMS_8(i), HYDRAVIT_SUMS_8(i + 8), HYDRAVIT_SUMS_8(i + 16), HYDRAVIT_SUMS_8(i + 24)
-#define HYDRAVIT_SUMS_64(i) HYDRAVIT_SUMS_32(i), HYDRAVIT_SUMS_32(i + 32)
-// Behind the descriptors: to add, neither factor negated, neither transposed.
-#define HYDRAVIT_WGMMA(T, type, columns, count, a_name, b_name)                                                     \
-  template <>                                                                                                       \
-  __device__ inline void warpgroup_multiply_add<T>(float (&sums)[count], uint64_t a, uint64_t b) {                  \
-    HYDRAVIT_SM90A("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" HYDRAVIT_NAMES_##count \
-                   "}, " a_name ", " b_name ", 1, 1, 1, 0, 0;"                                                      \
-                   : HYDRAVIT_SUMS_##count(0)                                                                       \
-                   : "l"(a), "l"(b)                                                                                 \
-                   : "memory");                                                                                     \
-  }
-HYDRAVIT_WGMMA(Bf16, "bf16", 64, 32, "%32", "%33")
-HYDRAVIT_WGMMA(Fp16, "f16", 64, 32, "%32", "%33")
-HYDRAVIT_WGMMA(Bf16, "bf16", 128, 64, "%64", "%65")
-HYDRAVIT_WGMMA(Fp16, "f16", 128, 64, "%64", "%65")
-#undef HYDRAVIT_NAMES_32
-#undef HYDRAVIT_NAMES_64
-#undef HYDRAVIT_SUMS_8
-#undef HYDRAVIT_SUMS_32
-#undef HYDRAVIT_SUMS_64
+#define HYDRAVIT_WGMMA(type)                                                                                      \
+  HYDRAVIT_SM90A(                                                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22," \
+      " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43," \
+      " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"     \
+      " %64, %65, 1, 1, 1, 0, 0;"                                                                                 \
+      : HYDRAVIT_SUMS(0), HYDRAVIT_SUMS(8), HYDRAVIT_SUMS(16), HYDRAVIT_SUMS(24), HYDRAVIT_SUMS(32),              \
+        HYDRAVIT_SUMS(40), HYDRAVIT_SUMS(48), HYDRAVIT_SUMS(56)                                                   \
+      : "l"(a), "l"(b)                                                                                            \
+      : "memory")
+template <>
+__device__ inline void warpgroup_multiply_add<Bf16>(float (&sums)[64], uint64_t a, uint64_t b) {
+  HYDRAVIT_WGMMA("bf16");
+}
+template <>
+__device__ inline void warpgroup_multiply_add<Fp16>(float (&sums)[64], uint64_t a, uint64_t b) {
+  HYDRAVIT_WGMMA("f16");
+}
 #undef HYDRAVIT_WGMMA
+#undef HYDRAVIT_SUMS
 
 // ---- Between kernels: a kernel may start before the one in front of it has ended ----
 

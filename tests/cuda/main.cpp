@@ -31,6 +31,8 @@ void expect(bool right, const std::string& what) {
 int main() {
   using namespace hydravit::cuda::tests;
   test_instructions();
+  test_products();
+  test_plans();
   test_schedules();
   test_networks();
   std::printf("%d tests, %d failures\n", tests, failures);
