@@ -140,8 +140,8 @@ constexpr int threads_of(const Attention& a) { return 32 * kKeyGroups * a.query_
 
 // ---- Phases ----
 
-// An input phase makes A of a product that norms or gathers, once for all of its tiles: it has that product's A, and as C
-// the panels that take its place.
+// An input phase makes A of a product that norms or gathers, once for all of its tiles: it has that product's A, and as
+// C the panels that take its place.
 enum class Kind : int { kProduct, kInput, kAttention };
 constexpr int kInputRows = 8, kInputThreads = 128;  // of a block of an input phase
 

@@ -195,8 +195,8 @@ class Planner {
   void add(const char* name, const Product& p) {
     phases_.push_back(product_phase(name, p, device_, call_.together).phase);
   }
-  // Of a product that norms or gathers its rows. Few rows: every tile does so for itself. Many: a phase in front does so
-  // once, and the product may take large tiles.
+  // Of a product that norms or gathers its rows. Few rows: every tile does so for itself. Many: a phase in front does
+  // so once, and the product may take large tiles.
   void add_with_input(const char* input_name, const char* name, const Product& p) {
     Product ahead = p;
     panels(ahead, workspace_.input);

@@ -22,8 +22,8 @@ struct Fp16 {
 
 // How wgmma is told of a matrix in shared memory, 16 channels of rows of 128 bytes from `address` on: groups of 8 rows
 // begin at multiples of 1024 bytes, one behind the other, and of each row the 16-byte chunks lie in the order
-// (chunk ^ row % 8), which is "128-byte swizzling". Addresses and distances are in units of 16 bytes; the distance along a row is
-// not used.
+// (chunk ^ row % 8), which is "128-byte swizzling". Addresses and distances are in units of 16 bytes; the distance
+// along a row is not used.
 constexpr uint64_t matrix_descriptor(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
@@ -180,9 +180,9 @@ __device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" ::
 // ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 128, in groups ----
 
 // Orders a thread's accesses to sums before the products that follow.
-__device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" :: : "memory"); }
 // Ends a group of products.
-__device__ inline void warpgroup_commit() { HYDRAVIT_SM90A("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() { HYDRAVIT_SM90A("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 // Until at most `pending` of the newest groups are under way: sums of the others can be used, and what they read, too.
 template <int pending>
 __device__ inline void warpgroup_wait() {
@@ -195,26 +195,24 @@ __device__ inline void hold(float (&sums)[count]) {
   for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Adds A B^T. Of the 16 rows that a warp has of it, lane l has l / 4 and l / 4 + 8, and of every 8 columns l % 4 * 2 and
-// the next: sums 4 j and 4 j + 1 are of the upper row and columns from 8 j on, the next two of the lower row.
+// Adds A B^T. Of the 16 rows that a warp has of it, lane l has l / 4 and l / 4 + 8, and of every 8 columns l % 4 * 2
+// and the next: sums 4 j and 4 j + 1 are of the upper row and columns from 8 j on, the next two of the lower row.
 template <class T>
 __device__ void warpgroup_multiply_add(float (&sums)[64], uint64_t a, uint64_t b);
 
 // The numbers behind the descriptors: to add, no factor negated, none transposed.
-#define HYDRAVIT_SUMS(i)                                                                                          \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]),    \
+#define HYDRAVIT_SUMS(i)                                                                                        \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define HYDRAVIT_WGMMA(type)                                                                                      \
-  HYDRAVIT_SM90A(                                                                                                 \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22," \
-      " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43," \
-      " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"     \
-      " %64, %65, 1, 1, 1, 0, 0;"                                                                                 \
-      : HYDRAVIT_SUMS(0), HYDRAVIT_SUMS(8), HYDRAVIT_SUMS(16), HYDRAVIT_SUMS(24), HYDRAVIT_SUMS(32),              \
-        HYDRAVIT_SUMS(40), HYDRAVIT_SUMS(48), HYDRAVIT_SUMS(56)                                                   \
-      : "l"(a), "l"(b)                                                                                            \
-      : "memory")
+#define HYDRAVIT_WGMMA(type)                                                                                           \
+  HYDRAVIT_SM90A(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22,"     \
+      " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43,"      \
+      " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"          \
+      " %64, %65, 1, 1, 1, 0, 0;" : HYDRAVIT_SUMS(0),                                                                  \
+      HYDRAVIT_SUMS(8), HYDRAVIT_SUMS(16), HYDRAVIT_SUMS(24), HYDRAVIT_SUMS(32), HYDRAVIT_SUMS(40), HYDRAVIT_SUMS(48), \
+      HYDRAVIT_SUMS(56) : "l"(a), "l"(b) : "memory")
 template <>
 __device__ inline void warpgroup_multiply_add<Bf16>(float (&sums)[64], uint64_t a, uint64_t b) {
   HYDRAVIT_WGMMA("bf16");

@@ -3,8 +3,8 @@
 //
 // As many blocks as SMs, each of which takes every n-th tile. One thread has the steps' tiles of A and W copied; two
 // warpgroups multiply them, each 64 of the rows. While they finish a tile of C, what the next one needs is under way.
-// A and W are written by bulk copies and read by wgmma, both through the asynchronous proxy: barriers order them, and no
-// fence is needed.
+// A and W are written by bulk copies and read by wgmma, both through the asynchronous proxy: barriers order them, and
+// no fence is needed.
 //
 // Shared memory: barriers | kWarpgroupStages stages, A [128][64] and W [128][64] | a slice of sums for every warp
 #pragma once
@@ -86,7 +86,8 @@ __device__ void copy_stages(const Product& p, const Stages& stages) {
   int tile = next_wanted(p, blockIdx.x);
   if (tile >= tiles) return;
   // W does not depend on earlier phases: the first of it is under way before the wait.
-  for (int step = 0; step < early; step++) copy_w(sources_of(tile), step, step);
+  const Sources first = sources_of(tile);
+  for (int step = 0; step < early; step++) copy_w(first, step, step);
   wait_for_previous_kernel();
   for (int filling = 0; tile < tiles; tile = next_wanted(p, tile + gridDim.x)) {
     const Sources from = sources_of(tile);
@@ -100,8 +101,8 @@ __device__ void copy_stages(const Product& p, const Stages& stages) {
 
 // What a warp has of its 16 rows' sums becomes rows of C, some columns at a time.
 template <class T>
-__device__ void finish_rows(const Product& p, const Corner& corner, const float (&even)[kSums], const float (&odd)[kSums],
-                            float* slice) {
+__device__ void finish_rows(const Product& p, const Corner& corner, const float (&even)[kSums],
+                            const float (&odd)[kSums], float* slice) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int first = 0; first < kWarpgroupSize.columns; first += kSliceColumns) {

@@ -89,10 +89,9 @@ void test_plans() {
           const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && by_warpgroups(p.shape); });
           const auto inputs = count([](const Phase& p) { return p.kind == Kind::kInput; });
           if (images == 1 && heads <= 6) expect(inputs == 0, "one image's rows are normed by the tiles");
-          if (images >= 8 && heads >= 6)
-            expect(inputs >= 2 * model.depth - 1, "many rows are normed once");
+          if (images >= 8 && heads >= 6) expect(inputs >= 2 * model.depth - 1, "many rows are normed once");
           if (&device == &devices[0] && images == 64 && heads >= 3)
-            expect(large >= 4 * (model.depth - 1), "many rows are multiplied by warpgroups");
+            expect(large >= 2 * (model.depth - 1), "many rows are multiplied by warpgroups");
         }
   }
 }

@@ -1,5 +1,5 @@
-// One product by itself: every shape of tiles computes the same bits, whatever the rows, columns and depth are, where the
-// segments of the weights end, and whether A is made ahead.
+// One product by itself: every shape of tiles computes the same bits, whatever the rows, columns and depth are, where
+// the segments of the weights end, and whether A is made ahead.
 #include <cstring>
 #include <random>
 
@@ -48,7 +48,8 @@ std::vector<float> compute(const Case& test, Shape shape, Loader loader, int pro
   p.rows = test.rows, p.columns = test.segments * test.segment, p.depth = test.depth;
   p.image_rows = test.image_rows, p.image_tokens = test.image_tokens;
   const int64_t panel = int64_t{panel_rows} * kPanel;
-  if (test.source == Source::kPanels) p.a = random_panels<T>(test.rows, test.depth, panel_rows, random), p.a_stride = panel;
+  if (test.source == Source::kPanels)
+    p.a = random_panels<T>(test.rows, test.depth, panel_rows, random), p.a_stride = panel;
   if (test.source == Source::kNorm) {
     p.a_image_rows = 4, p.a_first = 1, p.pooled = 2, p.eps = 1e-6f;
     p.a = random_floats(4 * test.rows * test.depth, random), p.a_stride = test.depth;

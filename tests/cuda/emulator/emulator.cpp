@@ -131,7 +131,8 @@ void finish(Block& block) {
   for (size_t i = 0; i < block.warps.size(); i++) {
     const Warp& warp = block.warps[i];
     if (!warp.groups.empty() || !warp.open.empty()) fail("a block ends while products of a warpgroup are under way");
-    if (warp.products != block.warps[i / 4 * 4].products) fail("not all warps of a warpgroup took part in its products");
+    if (warp.products != block.warps[i / 4 * 4].products)
+      fail("not all warps of a warpgroup took part in its products");
   }
   const uint8_t* end = block.shared + block.shared_bytes;
   for (const uint8_t* byte = end; byte < block.memory.data() + block.memory.size(); byte++)

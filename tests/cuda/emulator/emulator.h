@@ -19,9 +19,9 @@
 namespace hydravit::emulator {
 
 // When an asynchronous copy happens: at once, so that memory still in use is overwritten and data not yet written are
-// read; or not before somebody waits for it, so that a missing wait reads what was there before. An asynchronous product
-// reads shared memory at the other end: late, while copies at once overwrite what is still in use; at once, while late
-// copies are not there yet. Until it is waited for, its sums are NaN.
+// read; or not before somebody waits for it, so that a missing wait reads what was there before. An asynchronous
+// product reads shared memory at the other end: late, while copies at once overwrite what is still in use; at once,
+// while late copies are not there yet. Until it is waited for, its sums are NaN.
 enum class Copies { kAtOnce, kLate };
 
 struct Settings {

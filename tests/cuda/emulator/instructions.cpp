@@ -1,6 +1,6 @@
-#include "ptx.cuh"
-
 #include <algorithm>
+
+#include "ptx.cuh"
 
 namespace hydravit::cuda {
 
