@@ -1,15 +1,19 @@
 """``python -m bench.resources``: what every CUDA kernel takes of an SM, as ptxas says; needs nvcc, no GPU.
 
 Writes csrc/cuda/resources.csv, which is committed: registers of a thread, bytes of stack and of spilled registers. The
-first line names the compiler and the sources; tests/test_cuda_resources.py fails where it is of other sources.
+first line names the compiler and the sources; tests/test_cuda_resources.py fails where it is of other sources. Raises a
+``RuntimeError`` where ptxas serializes wgmma or mends its order, or where a disassembler is at hand and finds none.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -62,11 +66,27 @@ def resources(architecture: str) -> Iterator[dict[str, str]]:
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-I", SOURCES, "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
-            command = ["nvcc", *flags, "-cubin", "-o", Path(folder) / "out.cubin", source]
+            cubin = Path(folder) / "out.cubin"
+            command = ["nvcc", *flags, "-cubin", "-o", cubin, source]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            if warning := re.search(r".*\(C75\d\d\).*", log):  # wgmma serialized, or fences and waits put in
+                raise RuntimeError(f"{source.name}: {warning.group()}")
+            if architecture == "sm_90a" and source.name == "phases.cu" and wgmmas(cubin) == 0:
+                raise RuntimeError(f"{source.name}: no wgmma in its machine code")
             for match in sorted(_ENTRY.finditer(log), key=lambda match: match["kernel"]):
                 values = {field: match[field] for field in FIELDS[2:]}
                 yield {"architecture": architecture, "kernel": _readable(match["kernel"]), **values}
+
+
+def wgmmas(cubin: Path) -> int | None:
+    """How many wgmma instructions there are; None: no disassembler, neither the toolkit's nor Triton's, was found."""
+    triton = importlib.util.find_spec("triton")
+    places = [f"{place}/backends/nvidia/bin" for place in (triton.submodule_search_locations if triton else ())]
+    disassembler = shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *places]))
+    if disassembler is None:
+        return None
+    code = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return code.count("HGMMA")
 
 
 def _readable(mangled: str) -> str:

@@ -30,7 +30,8 @@ class Engine:
     ``model.weights_changed()``. It never runs hooks or other code of the model's modules. One engine serves one thread
     and one CUDA stream at a time: make one for each.
 
-    On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated.
+    On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. An
+    image's logits have the same bits at any batch; on CUDA that rests on how tensor cores add (README, limits).
 
     Args:
         max_batch: the most images of one call.

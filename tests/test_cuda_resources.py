@@ -20,6 +20,14 @@ def test_no_kernel_spills():
         assert row["spill_stores"] == row["spill_loads"] == row["stack"] == "0", row
 
 
+def test_many_rows_are_multiplied_by_warpgroups():
+    """A block for each SM: 288 threads may have 224 registers each."""
+    rows = [row for row in resources.read()[1] if row["kernel"].startswith("warpgroup_kernel")]
+    assert len(rows) == 2 * len(resources.ARCHITECTURES)
+    assert all(128 < int(row["registers"]) <= 224 for row in rows if row["architecture"] == "sm_90a")
+    assert all(int(row["registers"]) < 32 for row in rows if row["architecture"] == "sm_80")  # nothing but a trap
+
+
 def test_two_blocks_share_an_sm():
     """Of the chain's kernels, whose threads number 256 at most: an SM has 65536 registers."""
     for row in resources.read()[1]:

@@ -43,6 +43,29 @@ def test_within_the_error_budget(config, dtype, way):
         assert_within_budget(logits[:2].cpu(), eager(x[:2].to(dtype), heads=heads).cpu(), expected)
 
 
+@pytest.mark.parametrize("heads", [3, 6, 12])
+@torch.no_grad()
+def test_products_by_warpgroups(heads):
+    """On compute capability 9.0 a chain multiplies by wgmma what has many rows: here at batch 8, and more at batch 64.
+
+    The bits are those of an image alone if mma and wgmma add 16 products alike, see kDepthGroups in csrc/cuda/phase.h.
+    """
+    model, x = make(BASE), images(BASE, 64).to(DEVICE)
+    engine = model.engine(max_batch=64)
+    logits = engine(x, heads=heads)
+    exact = HydraViT(BASE, backend="reference").eval().double()
+    exact.load_state_dict(model.state_dict())
+    eager = HydraViT(BASE, backend="reference").eval().to(DEVICE, torch.bfloat16)
+    eager.load_state_dict(model.state_dict())
+    some = [0, 31, 63]
+    expected = exact(x[some].double().cpu(), heads=heads)
+    assert_within_budget(
+        logits[some].to(torch.bfloat16).cpu(), eager(x[some].to(torch.bfloat16), heads=heads).cpu(), expected
+    )
+    for batch in (8, 2, 1):
+        assert torch.equal(engine(x[-batch:], heads=heads), logits[-batch:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @torch.no_grad()
 def test_every_way_and_batch_has_the_same_bits(dtype):

@@ -15,6 +15,7 @@ int describe_device(int index, Device& device) {
   if (status == cudaSuccess) status = attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (status == cudaSuccess) status = attribute(major, cudaDevAttrComputeCapabilityMajor);
   device.loader = major >= 9 ? Loader::kBulk : Loader::kAsync;
+  device.warpgroups = major == 9;
   return status;
 }
 

@@ -10,8 +10,8 @@
 
 namespace hydravit::cuda {
 
-// The full model. Its parameters come in the order of hydravit_kernels/packed.py: 5 of the stem, 14 of every block, 4
-// of the head; each as (rows, columns), a vector as (1, columns).
+// The full model. Its parameters come in the order of hydravit_kernels/parameters.py: 5 of the stem, 14 of every block,
+// 4 of the head; each as (rows, columns), a vector as (1, columns).
 struct Model {
   int depth, embed, hidden, classes;  // classes: rows of all classifiers together
   int channels, grid_height, grid_width, patch_height, patch_width;
@@ -82,6 +82,7 @@ struct Device {
   int shared_bytes;  // of one block at most
   Loader loader;
   int index;
+  bool warpgroups = false;  // of sm_90a, which has wgmma; with bulk copies only
 };
 
 // Offsets into the workspace: activations of at most `images` images at any width.
@@ -94,6 +95,7 @@ struct Workspace {
   int64_t rows, image_rows;
   Rows all, pooled;
   int64_t qkv[2];  // of this block and the next
+  int64_t input;   // of a product, made ahead of it
   int64_t bytes;
 
   Workspace(const Model& model, int images);
@@ -104,7 +106,7 @@ struct Call {
   uint8_t* workspace;
   int images;
   bool pooled_only = true;  // the last block computes only what the head pools; the same bits, less work
-  bool together = false;    // for one kernel: all blocks have 256 threads
+  bool together = false;    // for one kernel: all blocks have 256 threads, and no product's input is made ahead
 };
 
 // The first phase still lacks its images, the last one its logits.

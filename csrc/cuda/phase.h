@@ -43,9 +43,11 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : dtype =
 // ---- Products: C = f(A W^T) ----
 
 // Rows and columns of one tile of C. Few rows and many columns suit a norm in front, whose float rows are the larger
-// part of what a tile loads.
-enum class Shape : int { k16x32, k32x32, k32x64, k32x128, k128x64 };
-constexpr Shape kShapes[] = {Shape::k16x32, Shape::k32x32, Shape::k32x64, Shape::k32x128, Shape::k128x64};
+// part of what a tile loads. The largest is multiplied by warpgroups (warpgroup.cuh): on sm_90a only, A in panels only.
+enum class Shape : int { k16x32, k32x32, k32x64, k32x128, k128x64, k128x128 };
+constexpr Shape kShapes[] = {Shape::k16x32,  Shape::k32x32,  Shape::k32x64,
+                             Shape::k32x128, Shape::k128x64, Shape::k128x128};
+constexpr bool by_warpgroups(Shape shape) { return shape == Shape::k128x128; }
 struct ShapeSize {
   int rows, columns, warps_along_rows, warps_along_columns;
 };
@@ -59,16 +61,23 @@ constexpr ShapeSize size_of(Shape shape) {
       return {32, 64, 2, 2};
     case Shape::k32x128:
       return {32, 128, 2, 2};
-    default:
+    case Shape::k128x64:
       return {128, 64, 2, 2};
+    default:
+      return {128, 128, 8, 1};
   }
 }
-// Of the warps that share a tile, half multiply the even and half the odd 32 channels; the sum's order is the same for
-// every shape, and so are its bits.
+// Of the warps that share a tile, half multiply the even and half the odd 32 channels. Warpgroups keep two sums apart
+// in the same way: the order of the sum, 16 channels at a time, is the same for every shape. So are its bits, where mma
+// and wgmma add 16 products alike. NVIDIA documents neither; by the measurements behind Microsoft's MMA-Sim (arXiv
+// 2511.10909) they do on Hopper.
 constexpr int kDepthGroups = 2;
-constexpr int kStages = 4;  // tiles of W (and A) in flight
+constexpr int kStages = 4;           // tiles of W (and A) in flight
+constexpr int kWarpgroupStages = 6;  // more, for they are in flight while a tile of C is finished, too
+constexpr int kSliceColumns = 32, kSlicePitch = kSliceColumns + 8;  // of C that a warpgroup's warp finishes at a time
 constexpr int threads_of(Shape shape) {
-  return 32 * kDepthGroups * size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
+  const int warps = size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
+  return by_warpgroups(shape) ? 32 * (warps + 1) : 32 * kDepthGroups * warps;  // one warp has tiles copied
 }
 
 enum class Source : int {
@@ -118,6 +127,11 @@ struct Product {
   int64_t positions_stride;
 };
 
+constexpr int tiles_of(const Product& p, Shape shape) {
+  const ShapeSize size = size_of(shape);
+  return (p.rows + size.rows - 1) / size.rows * ((p.columns + size.columns - 1) / size.columns);
+}
+
 // ---- Attention: every head of every image, some queries at a time, all keys ----
 
 constexpr int kKeyGroups = 4;  // warps that share the keys of 16 queries
@@ -137,9 +151,14 @@ constexpr int threads_of(const Attention& a) { return 32 * kKeyGroups * a.query_
 
 // ---- Phases ----
 
+// An input phase makes A of a product that norms or gathers, once for all of its tiles: it has that product's A, and as
+// C the panels that take its place.
+enum class Kind : int { kProduct, kInput, kAttention };
+constexpr int kInputRows = 8, kInputThreads = 128;  // of a block of an input phase
+
 struct Phase {
   const char* name;
-  bool is_attention;
+  Kind kind;
   bool early;   // its kernel may start, and fetch weights, before the kernel in front has ended
   Shape shape;  // of a product
   int blocks, threads;
@@ -156,6 +175,10 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kBarrierBytes = 1024;  // barriers, and what keeps the tiles behind them aligned
 constexpr int64_t shared_bytes(Shape shape, Source source, int depth, Dtype weights) {
   const ShapeSize size = size_of(shape);
+  if (by_warpgroups(shape)) {
+    const int64_t slices = size.rows * kSlicePitch * int64_t{sizeof(float)};
+    return kBarrierBytes + kWarpgroupStages * (size.rows + size.columns) * kRowBytes + slices;
+  }
   const int64_t panels = source == Source::kPanels ? kStages : depth / kPanel;
   const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
   return kBarrierBytes + kStages * size.columns * kPanel * bytes_of(weights) +

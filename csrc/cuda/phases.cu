@@ -6,6 +6,7 @@
 #include "attention.cuh"
 #include "network.h"
 #include "product.cuh"
+#include "warpgroup.cuh"
 
 namespace hydravit::cuda {
 
@@ -26,6 +27,26 @@ __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Pro
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(threads_of(Shape::k128x128), 1) warpgroup_kernel(const Product product) {
+  if constexpr (kHasWarpgroups) {
+    let_next_kernel_start();
+    warpgroup_tiles<T>(product, shared_memory());
+  } else {
+    __trap();  // a library built without sm_90a, on such a device
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kInputThreads, 2) input_kernel(const Product product) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int first_row = blockIdx.x * kInputRows;
+  T* panels = static_cast<T*>(product.c) + static_cast<int64_t>(first_row) * kPanel;
+  make_rows<T, kInputRows>(product, first_row, reinterpret_cast<uint8_t*>(panels),
+                           product.c_stride * static_cast<int64_t>(sizeof(T)));
+}
+
 constexpr int kMaxAttentionThreads = 256;
 
 template <class T, Loader loader>
@@ -44,7 +65,8 @@ __global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(cons
 
 template <class W, Loader loader, class Visit>
 int visit_kernel(const Phase& phase, const Visit& visit) {
-  if (phase.is_attention) return visit(attention_kernel<Activation<W>, loader>, phase.attention);
+  if (phase.kind == Kind::kAttention) return visit(attention_kernel<Activation<W>, loader>, phase.attention);
+  if (phase.kind == Kind::kInput) return visit(input_kernel<Activation<W>>, phase.product);
   switch (phase.shape) {
     case Shape::k16x32:
       return visit(product_kernel<W, Shape::k16x32, loader>, phase.product);
@@ -54,8 +76,10 @@ int visit_kernel(const Phase& phase, const Visit& visit) {
       return visit(product_kernel<W, Shape::k32x64, loader>, phase.product);
     case Shape::k32x128:
       return visit(product_kernel<W, Shape::k32x128, loader>, phase.product);
-    default:
+    case Shape::k128x64:
       return visit(product_kernel<W, Shape::k128x64, loader>, phase.product);
+    default:
+      return visit(warpgroup_kernel<Activation<W>>, phase.product);
   }
 }
 
@@ -92,7 +116,7 @@ int prepare(Dtype dtype, const Device& device) {
     phase.shape = shape;
     visit_kernel(phase, dtype, device.loader, allow);
   }
-  phase.is_attention = true;
+  phase.kind = Kind::kAttention;
   return visit_kernel(phase, dtype, device.loader, allow);
 }
 

@@ -93,49 +93,73 @@ Workspace::Workspace(const Model& model, int images)
     buffers->hidden = place(2 * rows * model.hidden);
   }
   for (int64_t& offset : qkv) offset = place(2 * rows * 3 * model.embed);
+  input = place(2 * rows * std::max<int64_t>(model.embed, round_up(model.patch_size(), kPanel)));
 }
 
 // ---- Tiles ----
 
 namespace {
 
-int tiles_of(const Product& p, Shape shape) {
-  const ShapeSize size = size_of(shape);
-  return (p.rows + size.rows - 1) / size.rows * ((p.columns + size.columns - 1) / size.columns);
-}
-
 // Rough times, estimates and not measurements: what a tile and each of its steps of 64 channels cost at least, and how
-// fast an SM gets what its tiles read and multiplies it.
-constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500;
+// fast an SM gets what its tiles read and multiplies it, by mma and by wgmma.
+constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMultiplyAddsPerNs = 1500, kWarpgroupsPerNs = 2500;
+constexpr double kKernelNs = 1500;  // from kernel to kernel
 
 double time_of(const Product& p, Shape shape, Dtype weights, const Device& device, bool together) {
   const ShapeSize size = size_of(shape);
   const int64_t tiles = tiles_of(p, shape), processors = device.processors;
   const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth, weights);
-  const int64_t resident = together ? 1 : std::clamp<int64_t>(fit, 1, 2);
+  const int64_t resident = together || by_warpgroups(shape) ? 1 : std::clamp<int64_t>(fit, 1, 2);
   const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
   const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
   const int row_bytes = p.source == Source::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
   const double load = (size.rows * row_bytes + size.columns * kPanel * bytes_of(weights)) / kBytesPerNs;
-  const double multiply = size.rows * size.columns * kPanel / kMultiplyAddsPerNs;
+  const double multiply =
+      size.rows * size.columns * kPanel / (by_warpgroups(shape) ? kWarpgroupsPerNs : kMultiplyAddsPerNs);
   const double step = std::max(kStepNs, static_cast<double>(at_once) * std::max(load, multiply));
   return static_cast<double>(waves) * (kTileNs + p.depth / kPanel * step);
 }
 
-Phase product_phase(const char* name, const Product& p, Dtype weights, const Device& device, bool together) {
+// A phase, and how long it may take.
+struct Timed {
+  Phase phase;
+  double ns;
+};
+
+bool can_take(const Product& p, Shape shape, Dtype weights, const Device& device, bool together) {
+  if (shared_bytes(shape, p.source, p.depth, weights) > device.shared_bytes) return false;
+  if (together) return threads_of(shape) == threads_of(Shape::k32x32);
+  if (!by_warpgroups(shape)) return true;
+  return device.warpgroups && device.loader == Loader::kBulk && p.source == Source::kPanels && weights != Dtype::kE4m3;
+}
+
+Timed product_phase(const char* name, const Product& p, Dtype weights, const Device& device, bool together) {
   Phase phase{};
   phase.name = name;
   phase.product = p;
   double best = std::numeric_limits<double>::infinity();
   for (const Shape shape : kShapes) {
-    if (shared_bytes(shape, p.source, p.depth, weights) > device.shared_bytes) continue;
-    if (together && threads_of(shape) != threads_of(Shape::k32x32)) continue;
+    if (!can_take(p, shape, weights, device, together)) continue;
     if (const double time = time_of(p, shape, weights, device, together); time < best) best = time, phase.shape = shape;
   }
   phase.blocks = tiles_of(p, phase.shape);
+  if (by_warpgroups(phase.shape)) phase.blocks = std::min(phase.blocks, device.processors);
   phase.threads = threads_of(phase.shape);
   phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth, weights);
-  return phase;
+  return {phase, best};
+}
+
+// Makes A of `p` in the panels `c`.
+Timed input_phase(const char* name, const Product& p, void* c, int64_t c_stride, const Device& device) {
+  Phase phase{};
+  phase.name = name;
+  phase.kind = Kind::kInput;
+  phase.product = p;
+  phase.product.c = c, phase.product.c_stride = c_stride;
+  phase.blocks = (p.rows + kInputRows - 1) / kInputRows;
+  phase.threads = kInputThreads;
+  const int waves = (phase.blocks + device.processors - 1) / device.processors;
+  return {phase, kKernelNs + waves * kInputRows * p.depth * (4.0 * p.pooled + 2.0) / kBytesPerNs};
 }
 
 // ---- Phases ----
@@ -175,7 +199,22 @@ class Planner {
   int64_t panel() const { return workspace_.rows * kPanel; }
   int pooled() const { return model_.last_pooled - model_.first_pooled; }
   void add(const char* name, const Product& p) {
-    phases_.push_back(product_phase(name, p, layout_.dtype, device_, call_.together));
+    phases_.push_back(product_phase(name, p, layout_.dtype, device_, call_.together).phase);
+  }
+  // Of a product that norms or gathers its rows. Few rows: every tile does so for itself. Many: a phase in front does
+  // so once, and the product may take large tiles.
+  void add_with_input(const char* input_name, const char* name, const Product& p) {
+    Product ahead = p;
+    panels(ahead, workspace_.input);
+    const Timed alone = product_phase(name, p, layout_.dtype, device_, call_.together);
+    const Timed input = input_phase(input_name, p, at<void>(workspace_.input), panel(), device_);
+    const Timed behind = product_phase(name, ahead, layout_.dtype, device_, call_.together);
+    if (call_.together || alone.ns <= input.ns + behind.ns) {
+      phases_.push_back(alone.phase);
+    } else {
+      phases_.push_back(input.phase);
+      phases_.push_back(behind.phase);
+    }
   }
 
   // Everything of a product but A and C, for all images' rows.
@@ -230,7 +269,7 @@ class Planner {
     p.sink = Sink::kPositions;
     p.c = at<float>(rows_.buffers->stream), p.c_stride = width_.embed;
     p.positions = floats(layout_.positions, width_.embed_offset), p.positions_stride = model_.embed;
-    add("stem", p);
+    add_with_input("patches", "stem", p);
   }
 
   void attention_block(int i) {
@@ -246,7 +285,7 @@ class Planner {
     normalised(qkv, block.norm1_weight, block.norm1_bias);
     to_panels(qkv, Sink::kPanels, workspace_.qkv[i % 2]);
     if (last) qkv.first_token = model_.first_pooled, qkv.last_token = model_.last_pooled;
-    add("norm, qkv", qkv);
+    add_with_input("norm", "qkv", qkv);
 
     const Rows before = rows_;
     if (last) rows_ = {pooled(), pooled(), 0, &workspace_.pooled};
@@ -279,7 +318,7 @@ class Planner {
     a.first_block = a.first_query / (16 * a.query_tiles), a.blocks = blocks_of(a.query_tiles);
     Phase phase{};
     phase.name = "attention";
-    phase.is_attention = true;
+    phase.kind = Kind::kAttention;
     phase.attention = a;
     phase.blocks = a.images * a.heads * a.blocks;
     phase.threads = threads_of(a);
@@ -294,7 +333,7 @@ class Planner {
     weight(fc1, 0, block.fc1, slice.hidden_offset, width_.embed_offset, floats(block.fc1_bias, slice.hidden_offset));
     normalised(fc1, block.norm2_weight, block.norm2_bias);
     to_panels(fc1, Sink::kGelu, rows_.buffers->hidden);
-    add("norm, fc1, gelu", fc1);
+    add_with_input("norm", "fc1, gelu", fc1);
 
     Product fc2 = product(width_.embed, slice.hidden);
     weight(fc2, 0, block.fc2, width_.embed_offset, slice.hidden_offset, floats(block.fc2_bias, width_.embed_offset));
@@ -313,7 +352,7 @@ class Planner {
     p.a_image_rows = rows.per_image, p.a_first = rows.first_pooled, p.pooled = pooled();
     p.sink = Sink::kLogits;
     p.c_stride = width_.classes, p.c_columns = width_.classes;
-    add("norm, head", p);
+    add_with_input("norm", "head", p);
   }
 
   const Model& model_;

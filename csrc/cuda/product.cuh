@@ -12,7 +12,7 @@ namespace hydravit::cuda {
 
 // A warp makes two rows at a time: their loads are under way together.
 template <class T, int rows>
-__device__ void normalise_rows(const Product& p, int first_row, uint8_t* panels) {
+__device__ void normalise_rows(const Product& p, int first_row, uint8_t* panels, int64_t panel_bytes) {
   constexpr int kAtOnce = 2, kLoads = kMaxEmbed / 128;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const auto* a = static_cast<const float*>(p.a);
@@ -57,7 +57,7 @@ __device__ void normalise_rows(const Product& p, int first_row, uint8_t* panels)
         if (channel >= p.depth) continue;
         const float4 v = x[r][i];
         const auto w = load<float4>(p.norm_weight + channel), b = load<float4>(p.norm_bias + channel);
-        uint8_t* panel = panels + channel / kPanel * (rows * kRowBytes);
+        uint8_t* panel = panels + channel / kPanel * panel_bytes;
         uint8_t* to = panel + (row + r) * kRowBytes + ((chunk ^ ((row + r) & 7)) << 4) + channel % kChunk * 2;
         store<uint2>(to, {pack<T>(v.x * scale * w.x + b.x, v.y * scale * w.y + b.y),
                           pack<T>(v.z * scale * w.z + b.z, v.w * scale * w.w + b.w)});
@@ -73,7 +73,7 @@ __device__ inline float load_pixel(const Product& p, int64_t index) {
 }
 
 template <class T, int rows>
-__device__ void gather_patches(const Product& p, int first_row, uint8_t* panels) {
+__device__ void gather_patches(const Product& p, int first_row, uint8_t* panels, int64_t panel_bytes) {
   const int chunks = p.depth / kChunk, area = p.patch_height * p.patch_width;
   const int width = p.grid_width * p.patch_width, height = p.grid_height * p.patch_height;
   for (int i = threadIdx.x; i < rows * chunks; i += blockDim.x) {
@@ -88,10 +88,17 @@ __device__ void gather_patches(const Product& p, int first_row, uint8_t* panels)
       const int64_t line = (static_cast<int64_t>(image) * p.channels + channel) * height + y + in_patch / p.patch_width;
       v[j] = inside && channel < p.channels ? load_pixel(p, line * width + x + in_patch % p.patch_width) : 0.0f;
     }
-    uint8_t* panel = panels + chunk * kChunk / kPanel * (rows * kRowBytes);
+    uint8_t* panel = panels + chunk * kChunk / kPanel * panel_bytes;
     const int place = chunk % (kPanel / kChunk) ^ (row & 7);
     store<uint4>(panel + row * kRowBytes + (place << 4), pack_chunk<T>(v));
   }
+}
+
+// In shared memory, or in global memory for an input phase.
+template <class T, int rows>
+__device__ void make_rows(const Product& p, int first_row, uint8_t* panels, int64_t panel_bytes) {
+  if (p.source == Source::kNorm) normalise_rows<T, rows>(p, first_row, panels, panel_bytes);
+  if (p.source == Source::kPatches) gather_patches<T, rows>(p, first_row, panels, panel_bytes);
 }
 
 // ---- C: what follows the sum ----
@@ -208,8 +215,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
     if (step < steps) copy_a(step, pipe.filled++);
     pipe.commit();
   }
-  if (p.source == Source::kNorm) normalise_rows<T, size.rows>(p, first_row, a_memory);
-  if (p.source == Source::kPatches) gather_patches<T, size.rows>(p, first_row, a_memory);
+  make_rows<T, size.rows>(p, first_row, a_memory, kATile);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp / (size.warps_along_rows * size.warps_along_columns);

@@ -2,8 +2,8 @@
 //
 // The tests compile the same kernels for the CPU: they define HYDRAVIT_EMULATOR and bring the second implementation of
 // these functions, by the letter of the PTX ISA (tests/cuda/emulator). Below sm_90 the bulk copies and their barriers
-// do not exist; kernels that use them are compiled there, for one source's sake, and never launched. Below sm_89 there
-// is no conversion of 8-bit floats; tile.cuh does without.
+// do not exist; kernels that use them are compiled there, for one source's sake, and never launched. wgmma exists on
+// sm_90a alone: neither below nor above it. Below sm_89 there is no conversion of 8-bit floats; tile.cuh does without.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,6 +24,14 @@ struct E4m3 {
   uint8_t bits;
 };
 
+// How wgmma is told of a matrix in shared memory, 16 channels of rows of 128 bytes from `address` on: groups of 8 rows
+// begin at multiples of 1024 bytes, one behind the other, and of each row the 16-byte chunks lie in the order
+// (chunk ^ row % 8), which is "128-byte swizzling". Addresses and distances are in units of 16 bytes; the distance
+// along a row is not used.
+constexpr uint64_t matrix_descriptor(uint32_t address) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+}
+
 }  // namespace hydravit::cuda
 
 #ifdef HYDRAVIT_EMULATOR
@@ -38,6 +46,13 @@ constexpr bool kHasBulkCopies = true;
 #else
 constexpr bool kHasBulkCopies = false;
 #define HYDRAVIT_SM90(...) __trap()
+#endif
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#define HYDRAVIT_SM90A(...) asm volatile(__VA_ARGS__)
+#else
+constexpr bool kHasWarpgroups = false;
+#define HYDRAVIT_SM90A(...) __trap()
 #endif
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
@@ -172,6 +187,9 @@ __device__ inline void barrier_init_fence() { HYDRAVIT_SM90("fence.mbarrier_init
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   HYDRAVIT_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  HYDRAVIT_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 // Until the phase of this parity has ended.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   HYDRAVIT_SM90(
@@ -189,6 +207,53 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
 }
 // Orders ordinary accesses before later bulk copies of the same memory.
 __device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" :: : "memory"); }
+
+// ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 128, in groups ----
+
+// Orders a thread's accesses to sums before the products that follow.
+__device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" :: : "memory"); }
+// Ends a group of products.
+__device__ inline void warpgroup_commit() { HYDRAVIT_SM90A("wgmma.commit_group.sync.aligned;" :: : "memory"); }
+// Until at most `pending` of the newest groups are under way: sums of the others can be used, and what they read, too.
+template <int pending>
+__device__ inline void warpgroup_wait() {
+  HYDRAVIT_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Behind a wait: the compiler uses these sums no earlier.
+template <int count>
+__device__ inline void hold(float (&sums)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Adds A B^T. Of the 16 rows that a warp has of it, lane l has l / 4 and l / 4 + 8, and of every 8 columns l % 4 * 2
+// and the next: sums 4 j and 4 j + 1 are of the upper row and columns from 8 j on, the next two of the lower row.
+template <class T>
+__device__ void warpgroup_multiply_add(float (&sums)[64], uint64_t a, uint64_t b);
+
+// The numbers behind the descriptors: to add, no factor negated, none transposed.
+#define HYDRAVIT_SUMS(i)                                                                                        \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
+      "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define HYDRAVIT_WGMMA(type)                                                                                           \
+  HYDRAVIT_SM90A(                                                                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                     \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22,"     \
+      " %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43,"      \
+      " %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"          \
+      " %64, %65, 1, 1, 1, 0, 0;" : HYDRAVIT_SUMS(0),                                                                  \
+      HYDRAVIT_SUMS(8), HYDRAVIT_SUMS(16), HYDRAVIT_SUMS(24), HYDRAVIT_SUMS(32), HYDRAVIT_SUMS(40), HYDRAVIT_SUMS(48), \
+      HYDRAVIT_SUMS(56) : "l"(a), "l"(b) : "memory")
+template <>
+__device__ inline void warpgroup_multiply_add<Bf16>(float (&sums)[64], uint64_t a, uint64_t b) {
+  HYDRAVIT_WGMMA("bf16");
+}
+template <>
+__device__ inline void warpgroup_multiply_add<Fp16>(float (&sums)[64], uint64_t a, uint64_t b) {
+  HYDRAVIT_WGMMA("f16");
+}
+#undef HYDRAVIT_WGMMA
+#undef HYDRAVIT_SUMS
 
 // ---- Between kernels: a kernel may start before the one in front of it has ended ----
 
@@ -239,4 +304,5 @@ __device__ inline void wait_for_count(const uint32_t* counter, uint32_t target) 
 
 #undef HYDRAVIT_SM89
 #undef HYDRAVIT_SM90
+#undef HYDRAVIT_SM90A
 #endif

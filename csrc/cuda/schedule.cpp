@@ -16,7 +16,7 @@ Schedule schedule(const std::vector<Phase>& phases, const Device& device) {
   int tiles = 0;
   for (const Phase& phase : phases) {
     Step step{};
-    step.is_attention = phase.is_attention;
+    step.is_attention = phase.kind == Kind::kAttention;
     step.shape = phase.shape;
     step.product = phase.product;
     step.attention = phase.attention;

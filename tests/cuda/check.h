@@ -11,6 +11,8 @@ void expect(bool right, const std::string& what);
 void test_e4m3();
 void test_instructions();
 void test_networks();
+void test_plans();
+void test_products();
 void test_schedules();
 
 }  // namespace hydravit::cuda::tests

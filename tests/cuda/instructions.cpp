@@ -121,6 +121,53 @@ void test_copies() {
   emulator::release_all();
 }
 
+// Two products of a warpgroup, of channels 16 to 47 of swizzled rows, and when their sums are there.
+void test_warpgroups() {
+  for (const Copies copies : {Copies::kAtOnce, Copies::kLate}) {
+    begin("wgmma");
+    emulator::settings().copies = copies;
+    constexpr int kColumns = 128;
+    const auto a = [](int row, int channel) { return static_cast<float>((row * 7 + channel * 5) % 13 - 6); };
+    const auto b = [](int column, int channel) { return static_cast<float>((column * 3 + channel) % 11 - 5); };
+    float first[128][kColumns / 2], second[128][kColumns / 2];
+    bool hidden = true;
+    run(128, 64 * 128 + kColumns * 128, [&] {
+      uint8_t* memory = shared_memory();
+      for (int i = threadIdx.x; i < (64 + kColumns) * 64; i += 128) {
+        const int row = i / 64, channel = i % 64;
+        Bf16 half;
+        from_float(row < 64 ? a(row, channel) : b(row - 64, channel), half);
+        store(memory + row * 128 + (channel / 8 ^ row % 8) * 16 + channel % 8 * 2, half);
+      }
+      __syncthreads();
+      float (&sums)[kColumns / 2] = first[threadIdx.x], (&others)[kColumns / 2] = second[threadIdx.x];
+      std::fill_n(sums, kColumns / 2, 1.0f);
+      std::fill_n(others, kColumns / 2, 2.0f);
+      const uint64_t a_matrix = matrix_descriptor(shared_address(memory)) + 2;
+      const uint64_t b_matrix = matrix_descriptor(shared_address(memory + 64 * 128)) + 2;
+      warpgroup_fence();
+      warpgroup_multiply_add<Bf16>(sums, a_matrix, b_matrix);
+      warpgroup_commit();
+      warpgroup_multiply_add<Bf16>(others, a_matrix + 2, b_matrix + 2);
+      warpgroup_commit();
+      hidden &= std::isnan(sums[0]) && std::isnan(others[63]);
+      warpgroup_wait<1>();
+      hidden &= !std::isnan(sums[0]) && std::isnan(others[63]);
+      warpgroup_wait<0>();
+    });
+    expect(hidden, "sums are there when they were waited for");
+    for (int row = 0; row < 64; row++)
+      for (int column = 0; column < kColumns; column++) {
+        const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+        const int i = column / 8 * 4 + row / 8 % 2 * 2 + column % 2;
+        float right[2] = {1, 2};
+        for (int k = 0; k < 32; k++) right[k / 16] += a(row, 16 + k) * b(column, 16 + k);
+        expect(first[thread][i] == right[0] && second[thread][i] == right[1], "the product");
+      }
+  }
+  emulator::settings() = {};
+}
+
 // Whether the emulator stops at it.
 template <class Body>
 void expect_stop(const char* what, const Body& body) {
@@ -129,7 +176,7 @@ void expect_stop(const char* what, const Body& body) {
   const pid_t child = fork();
   if (child == 0) {
     if (freopen("/dev/null", "w", stdout) == nullptr) _exit(0);
-    run(64, 1024, body);
+    run(128, 32768, body);
     emulator::synchronize();
     emulator::release_all();
     _exit(0);
@@ -151,10 +198,10 @@ void test_mistakes() {
     else
       shuffle_xor(1.0f, 1);
   });
-  expect_stop("reading behind shared memory", [] { load<float>(shared_memory() + 1024); });
+  expect_stop("reading behind shared memory", [] { load<float>(shared_memory() + 32768); });
   expect_stop("matrices behind shared memory", [] {
     uint32_t m[4];
-    load_matrices(m, 1024);
+    load_matrices(m, 32768);
   });
   expect_stop("reading behind a global buffer", [=] { load<float>(global + 64); });
   expect_stop("misaligned reading", [=] { load<uint4>(global + 8); });
@@ -174,6 +221,46 @@ void test_mistakes() {
     store<uint32_t>(global, 0);
     wait_for_count(reinterpret_cast<uint32_t*>(global), 1);
   });
+  const auto multiply = [](float (&sums)[64], uint32_t address) {
+    warpgroup_multiply_add<Bf16>(sums, matrix_descriptor(address), matrix_descriptor(address));
+    warpgroup_commit();
+  };
+  expect_stop("wgmma without a fence", [=] {
+    float sums[64] = {};
+    multiply(sums, 0);
+    warpgroup_wait<0>();
+  });
+  expect_stop("ending before wgmma has", [=] {
+    float sums[64] = {};
+    warpgroup_fence();
+    multiply(sums, 0);
+  });
+  expect_stop("writing sums that wgmma adds to", [=] {
+    float sums[64] = {};
+    warpgroup_fence();
+    multiply(sums, 0);
+    sums[0] = 0;
+    warpgroup_wait<0>();
+  });
+  expect_stop("wgmma by three warps", [=] {
+    float sums[64] = {};
+    if (threadIdx.x >= 96) return;
+    warpgroup_fence();
+    multiply(sums, 0);
+    warpgroup_wait<0>();
+  });
+  expect_stop("a swizzled matrix between two multiples of 1024 bytes", [=] {
+    float sums[64] = {};
+    warpgroup_fence();
+    multiply(sums, 512);
+    warpgroup_wait<0>();
+  });
+  expect_stop("a matrix behind shared memory", [=] {
+    float sums[64] = {};
+    warpgroup_fence();
+    multiply(sums, 32768 - 4096);
+    warpgroup_wait<0>();
+  });
   emulator::release_all();
 }
 
@@ -184,6 +271,7 @@ void test_instructions() {
   test_halves<Fp16>("fp16", 0x7c00, 0x3c00);
   test_matrices();
   test_copies();
+  test_warpgroups();
   test_mistakes();
 }
 

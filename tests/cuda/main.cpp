@@ -32,6 +32,8 @@ int main() {
   using namespace hydravit::cuda::tests;
   test_instructions();
   test_e4m3();
+  test_products();
+  test_plans();
   test_schedules();
   test_networks();
   std::printf("%d tests, %d failures\n", tests, failures);

@@ -86,7 +86,8 @@ class Network {
     const Ends ends{upload(pixels, test_.stored).data, test_.stored,
                     static_cast<float*>(emulator::allocate(4 * count))};
     expect(pack(model, layout_, sources, packed, nullptr) == 0, "packing");
-    const Device device{processors, loader == Loader::kBulk ? 232448 : 166912, loader, 0};
+    const bool bulk = loader == Loader::kBulk;
+    const Device device{processors, bulk ? 232448 : 166912, loader, 0, bulk};
     const Call call{packed, memory, images, pooled_only, together};
     std::vector<Phase> phases = plan(model, layout_, test_.width, workspace, device, call);
     ends.set(phases);
@@ -206,6 +207,7 @@ void test_networks() {
         settings.early = true;
         settings.processors = 132;
         same("with kernels that start early", network.run(Loader::kBulk, 132, true));
+        same("with large tiles, in kernels that start early", network.run(Loader::kBulk, 1, true));
         same("with the loader of sm_80, warps apart", network.run(Loader::kAsync, 2, true));
         settings.processors = 5;
         same("in one kernel", network.run(Loader::kBulk, 5, true, 0, 3, true));

@@ -17,6 +17,9 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -44,6 +47,10 @@ inline const BuiltIns blockDim{{[] { return hydravit::emulator::current().block-
 inline const BuiltIns gridDim{{[] { return hydravit::emulator::current().block->grid_of.x; }}};
 
 inline void __syncthreads() { hydravit::emulator::block_barrier(); }
+inline void __syncwarp() {
+  hydravit::emulator::collective("__syncwarp", nullptr, [](void**) {});
+}
+[[noreturn]] inline void __trap() { hydravit::emulator::fail("a trap"); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 

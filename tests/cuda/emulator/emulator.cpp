@@ -128,6 +128,12 @@ bool advance(Block& block) {
 void finish(Block& block) {
   for (const auto& [address, barrier] : block.barriers)
     if (!barrier.copies.empty()) fail("a block ends while bulk copies are under way");
+  for (size_t i = 0; i < block.warps.size(); i++) {
+    const Warp& warp = block.warps[i];
+    if (!warp.groups.empty() || !warp.open.empty()) fail("a block ends while products of a warpgroup are under way");
+    if (warp.products != block.warps[i / 4 * 4].products)
+      fail("not all warps of a warpgroup took part in its products");
+  }
   const uint8_t* end = block.shared + block.shared_bytes;
   for (const uint8_t* byte = end; byte < block.memory.data() + block.memory.size(); byte++)
     if (*byte != kNan) fail("shared memory was written behind its end");

@@ -3,7 +3,7 @@
 // Warp instructions take effect when all 32 lanes have arrived; different instructions meeting in one warp, a barrier
 // that some threads never reach, and waiting without end are errors, as is every access outside of shared memory or of
 // the registered global buffers. Shared memory begins as NaN. Asynchronous copies are moved at the worst moment that
-// the PTX ISA allows: see `Copies`.
+// the PTX ISA allows, and so are the products of warpgroups: see `Copies`.
 #pragma once
 
 #include <ucontext.h>
@@ -19,7 +19,9 @@
 namespace hydravit::emulator {
 
 // When an asynchronous copy happens: at once, so that memory still in use is overwritten and data not yet written are
-// read; or not before somebody waits for it, so that a missing wait reads what was there before.
+// read; or not before somebody waits for it, so that a missing wait reads what was there before. An asynchronous
+// product reads shared memory at the other end: late, while copies at once overwrite what is still in use; at once,
+// while late copies are not there yet. Until it is waited for, its sums are NaN.
 enum class Copies { kAtOnce, kLate };
 
 struct Settings {
@@ -63,14 +65,33 @@ struct Thread {
   std::deque<std::vector<Copy>> groups;
 };
 
+struct WarpgroupProduct {  // of one warp: its 16 of the 64 rows
+  float* sums[32];         // of each lane
+  int columns;
+  uint64_t a, b;  // descriptors
+  float (*value)(uint16_t);
+};
+
 struct Warp {
   uint32_t arrived = 0, generation = 0;
   const char* instruction = nullptr;
   void* slots[32];
+  // Warpgroup products under way, by groups, and those not yet committed.
+  std::deque<std::vector<WarpgroupProduct>> groups;
+  std::vector<WarpgroupProduct> open;
+  // What a lane's sums have become, and by how many products under way; the lane's own are NaN meanwhile.
+  struct Sums {
+    std::vector<float> values;
+    int products = 0;
+  };
+  std::map<float*, Sums> sums;
+  bool fenced = false;  // since the last wait
+  int products = 0;     // so far
 };
 
 struct Barrier {  // an mbarrier
   uint32_t arrivals, pending, phase = 0;
+  uint32_t changes = 0;  // phases that ended and copies that were added
   int64_t bytes = 0;
   std::vector<Copy> copies;
 };

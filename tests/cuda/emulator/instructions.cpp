@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "ptx.cuh"
 
 namespace hydravit::cuda {
@@ -65,6 +67,81 @@ void execute_multiply_add(void** slots) {
   }
 }
 
+// Row `row` of a matrix in shared memory, 16 channels, as a descriptor without offset names it: 128-byte rows in groups
+// of 8, of whose addresses bits 4 to 6 are XORed with bits 7 to 9.
+void read_row(uint64_t descriptor, int row, float (*value)(uint16_t), float (&result)[16]) {
+  const auto field = [&](int from, int bits) {
+    return static_cast<uint32_t>(descriptor >> from & ((uint64_t{1} << bits) - 1));
+  };
+  if (field(62, 2) != 1 || field(49, 3) != 0) fail("a matrix that is not swizzled by 128 bytes, or with an offset");
+  const uint32_t start = field(0, 14) << 4, stride = field(32, 14) << 4;
+  if (start % 1024 >= 128 || stride % 1024) fail("a swizzled matrix that does not begin at a multiple of 1024 bytes");
+  for (uint32_t byte = 0; byte < 32; byte += 16) {
+    const uint32_t address = start + row / 8 * stride + row % 8 * 128 + byte;
+    const uint8_t* chunk = shared_at(address ^ (address >> 7 & 7) << 4, 16, 16);
+    for (int i = 0; i < 8; i++) result[byte / 2 + i] = value(half_at(chunk, i));
+  }
+}
+
+void compute(Warp& warp, const WarpgroupProduct& product) {
+  const int first_row = current().number / 32 % 4 * 16;
+  float a[16][16];
+  for (int row = 0; row < 16; row++) read_row(product.a, first_row + row, product.value, a[row]);
+  for (int column = 0; column < product.columns; column++) {
+    float b[16];
+    read_row(product.b, column, product.value, b);
+    for (int row = 0; row < 16; row++) {
+      float sum = 0;
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[k];
+      const int lane = row % 8 * 4 + column % 8 / 2;
+      warp.sums[product.sums[lane]].values[column / 8 * 4 + row / 8 * 2 + column % 2] += sum;
+    }
+  }
+}
+
+void execute_warpgroup_product(void** slots) {
+  Warp& warp = emulator::warp();
+  WarpgroupProduct product = *static_cast<WarpgroupProduct*>(slots[0]);
+  if ((current().number / 128 + 1) * 128u > current().block->threads.size()) fail("wgmma in no whole warpgroup");
+  if (!warp.fenced) fail("wgmma without a wgmma.fence since the last wait");
+  for (int lane = 0; lane < 32; lane++) {
+    const auto& slot = *static_cast<WarpgroupProduct*>(slots[lane]);
+    if (slot.a != product.a || slot.b != product.b) fail("lanes with different matrix descriptors");
+    float* lane_sums = product.sums[lane] = slot.sums[0];
+    Warp::Sums& sums = warp.sums[lane_sums];
+    if (sums.products++ > 0) continue;
+    sums.values.assign(lane_sums, lane_sums + product.columns / 2);
+    std::fill_n(lane_sums, product.columns / 2, NAN);
+  }
+  if (settings().copies == Copies::kLate) compute(warp, product);
+  warp.open.push_back(product);
+  warp.products++;
+}
+
+void execute_warpgroup_fence(void**) { emulator::warp().fenced = true; }
+void execute_warpgroup_commit(void**) {
+  Warp& warp = emulator::warp();
+  warp.groups.push_back(std::move(warp.open));
+  warp.open.clear();
+}
+void execute_warpgroup_wait(void** slots) {
+  Warp& warp = emulator::warp();
+  warp.fenced = false;
+  for (; warp.groups.size() > *static_cast<size_t*>(slots[0]); warp.groups.pop_front())
+    for (const WarpgroupProduct& product : warp.groups.front()) {
+      if (settings().copies == Copies::kAtOnce) compute(warp, product);
+      for (float* lane_sums : product.sums) {
+        const auto sums = warp.sums.find(lane_sums);
+        if (--sums->second.products > 0) continue;
+        const auto& values = sums->second.values;
+        if (!std::all_of(lane_sums, lane_sums + values.size(), [](float v) { return std::isnan(v); }))
+          fail("sums that were written while wgmma was under way");
+        std::copy(values.begin(), values.end(), lane_sums);
+        warp.sums.erase(sums);
+      }
+    }
+}
+
 struct Shuffle {
   float value, result;
   int lanes;
@@ -91,6 +168,7 @@ void end_phase(Barrier& barrier) {
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   barrier.pending = barrier.arrivals;
   barrier.phase++;
+  barrier.changes++;
 }
 
 void finish_copies(Barrier& barrier) {
@@ -199,7 +277,7 @@ void copy_async_wait_for(size_t pending) {
 
 void barrier_init(uint32_t barrier, uint32_t arrivals) {
   shared_at(barrier, 8, 8);
-  current().block->barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+  current().block->barriers[barrier] = {arrivals, arrivals};
 }
 void barrier_expect(uint32_t address, uint32_t bytes) {
   Barrier& barrier = barrier_at(address);
@@ -208,11 +286,12 @@ void barrier_expect(uint32_t address, uint32_t bytes) {
   barrier.bytes += bytes;
   end_phase(barrier);
 }
+void barrier_arrive(uint32_t address) { barrier_expect(address, 0); }
 void barrier_wait(uint32_t address, uint32_t parity) {
   Barrier& barrier = barrier_at(address);
   if (barrier.phase % 2 == parity) finish_copies(barrier);
   while (barrier.phase % 2 == parity) {
-    wait_while(&barrier.phase, barrier.phase, "mbarrier");
+    wait_while(&barrier.changes, barrier.changes, "mbarrier");
     finish_copies(barrier);
   }
 }
@@ -221,7 +300,16 @@ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t address) 
   check_global(from, bytes, 16);
   Barrier& barrier = barrier_at(address);
   barrier.copies.push_back({shared_at(to, bytes, 16), static_cast<const uint8_t*>(from), bytes});
+  barrier.changes++;
   if (settings().copies == Copies::kAtOnce) finish_copies(barrier);
+}
+
+void warpgroup_fence() { collective("wgmma.fence", nullptr, execute_warpgroup_fence); }
+void warpgroup_commit() { collective("wgmma.commit_group", nullptr, execute_warpgroup_commit); }
+void warpgroup_wait_for(size_t pending) { collective("wgmma.wait_group", &pending, execute_warpgroup_wait); }
+void begin_warpgroup_product(float* sums, int columns, uint64_t a, uint64_t b, float (*value)(uint16_t)) {
+  WarpgroupProduct slot{{sums}, columns, a, b, value};
+  collective("wgmma", &slot, execute_warpgroup_product);
 }
 
 void count(uint32_t* counter) {

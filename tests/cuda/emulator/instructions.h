@@ -73,9 +73,30 @@ void copy_async_wait() {
 void barrier_init(uint32_t barrier, uint32_t arrivals);
 inline void barrier_init_fence() {}
 void barrier_expect(uint32_t barrier, uint32_t bytes);
+void barrier_arrive(uint32_t barrier);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 inline void copy_bulk_fence() {}
+
+// ---- Warpgroups ----
+
+constexpr bool kHasWarpgroups = true;
+
+void warpgroup_fence();
+void warpgroup_commit();
+void warpgroup_wait_for(size_t pending);
+template <int pending>
+void warpgroup_wait() {
+  warpgroup_wait_for(pending);
+}
+template <int count>
+void hold(float (&)[count]) {}
+
+void begin_warpgroup_product(float* sums, int columns, uint64_t a, uint64_t b, float (*value)(uint16_t));
+template <class T, int count>
+void warpgroup_multiply_add(float (&sums)[count], uint64_t a, uint64_t b) {
+  begin_warpgroup_product(sums, 2 * count, a, b, [](uint16_t bits) { return to_float(T{bits}); });
+}
 
 // ---- Between kernels ----
 

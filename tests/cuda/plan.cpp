@@ -1,0 +1,104 @@
+// What is planned for a chain of kernels, without running it: every phase fits the device and its memory, reads what an
+// earlier one has written, and takes large tiles where there are many rows.
+#include <algorithm>
+#include <map>
+
+#include "check.h"
+#include "network.h"
+
+namespace hydravit::cuda::tests {
+
+namespace {
+
+struct Buffer {  // as it was last written
+  int64_t stride;
+  int rows, columns;
+};
+
+class Checker {
+ public:
+  Checker(const Workspace& workspace, const Device& device) : workspace_(workspace), device_(device) {}
+
+  void check(const Phase& phase) {
+    const Product& p = phase.product;
+    const bool large = by_warpgroups(phase.shape);
+    expect(phase.shared_bytes <= device_.shared_bytes, std::string(phase.name) + " fits");
+    if (phase.kind == Kind::kAttention) {
+      const Attention& a = phase.attention;
+      reads(phase.name, a.qkv, a.qkv_stride, a.images * a.image_rows, 3 * a.heads * kHeadDim);
+      written_[a.out] = {a.out_stride, a.images * a.out_image_rows, a.heads * kHeadDim};
+      return;
+    }
+    if (p.source != Source::kPatches)
+      reads(phase.name, p.a, p.a_stride, (p.rows - 1) * p.a_image_rows + p.a_first + p.pooled, p.depth);
+    if (phase.kind == Kind::kInput) {
+      expect(p.source != Source::kPanels, "an input is made of something else");
+      expect(phase.blocks * kInputRows >= p.rows && phase.blocks * kInputRows <= workspace_.rows, "all rows are made");
+      written_[p.c] = {p.c_stride, p.rows, p.depth};
+      return;
+    }
+    const ShapeSize size = size_of(phase.shape);
+    expect((p.rows + size.rows - 1) / size.rows * size.rows <= workspace_.rows, "tiles end inside of the panels");
+    expect(phase.threads == threads_of(phase.shape), "threads");
+    expect(phase.blocks == (large ? std::min(tiles_of(p, phase.shape), device_.processors) : tiles_of(p, phase.shape)),
+           "blocks");
+    expect(!large || (device_.loader == Loader::kBulk && device_.warpgroups && p.source == Source::kPanels),
+           "warpgroups where they are, and of panels");
+    expect(p.segment % kPanel == 0 && p.columns % p.segment == 0, "runs of 64 rows of W lie in one segment");
+    if (p.sink != Sink::kLogits) written_[p.c] = {p.c_stride, p.rows, p.columns};
+  }
+
+ private:
+  void reads(const std::string& name, const void* from, int64_t stride, int rows, int columns) const {
+    const auto found = written_.find(from);
+    const bool right = found != written_.end() && found->second.stride == stride && found->second.rows >= rows &&
+                       found->second.columns == columns;
+    expect(right, name + " reads what was written");
+  }
+
+  const Workspace& workspace_;
+  const Device& device_;
+  std::map<const void*, Buffer> written_;
+};
+
+}  // namespace
+
+void test_plans() {
+  const Model base{3, 768, 3072, 1000, 3, 14, 14, 16, 16, 1, 0, true, 0, 1};
+  Model average = base;
+  average.first_pooled = 1, average.last_pooled = 197;
+  const Device devices[] = {{132, 232448, Loader::kBulk, 0, true},
+                            {148, 232448, Loader::kBulk, 0, false},
+                            {132, 232448, Loader::kAsync, 0, true},
+                            {108, 166912, Loader::kAsync, 0, false}};
+  for (const int images : {1, 2, 8, 64}) {
+    begin("plans for " + std::to_string(images) + " images");
+    for (const Model& model : {base, average})
+      for (const Device& device : devices)
+        for (int heads = 1; heads <= 12; heads++) {
+          Width width{0, heads * kHeadDim, {}, {}, 0, model.classes, 1e-6f};
+          width.attention.assign(model.depth, {0, model.embed, 2 * model.embed, 0, heads, 0.125f});
+          width.mlp.assign(model.depth, {0, 4 * heads * kHeadDim});
+          const Workspace workspace(model, images);
+          uint8_t* const nowhere = nullptr;
+          const Call call{nowhere + (int64_t{1} << 40), nowhere + (int64_t{1} << 41), images};
+          const auto planned = [&](Dtype weights) {
+            return plan(model, Layout(model, weights), width, workspace, device, call);
+          };
+          const auto phases = planned(Dtype::kBf16);
+          Checker checker(workspace, device);
+          for (const Phase& phase : phases) checker.check(phase);
+          const auto count = [&](const auto& which) { return std::count_if(phases.begin(), phases.end(), which); };
+          const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && by_warpgroups(p.shape); });
+          const auto inputs = count([](const Phase& p) { return p.kind == Kind::kInput; });
+          if (images == 1 && heads <= 6) expect(inputs == 0, "one image's rows are normed by the tiles");
+          if (images >= 8 && heads >= 6) expect(inputs >= 2 * model.depth - 1, "many rows are normed once");
+          if (&device == &devices[0] && images == 64 && heads >= 3)
+            expect(large >= 2 * (model.depth - 1), "many rows are multiplied by warpgroups");
+          for (const Phase& phase : planned(Dtype::kE4m3))
+            expect(!by_warpgroups(phase.shape), "8-bit weights are not multiplied by warpgroups");
+        }
+  }
+}
+
+}  // namespace hydravit::cuda::tests
