@@ -3,6 +3,8 @@
 //
 // As many blocks as SMs, each of which takes every n-th tile. One thread has the steps' tiles of A and W copied; two
 // warpgroups multiply them, each 64 of the rows. While they finish a tile of C, what the next one needs is under way.
+// Two sums of each element, for the bits of the other shapes (phase.h), are half of an SM's registers: 128 x 256 would
+// not fit.
 // A and W are written by bulk copies and read by wgmma, both through the asynchronous proxy: barriers order them, and
 // no fence is needed.
 //

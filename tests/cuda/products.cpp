@@ -1,7 +1,10 @@
 // One product by itself: every shape of tiles computes the same bits, whatever the rows, columns and depth are, where
 // the segments of the weights end, and whether A is made ahead.
+#include <algorithm>
 #include <cstring>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "check.h"
 #include "network.h"
@@ -15,10 +18,9 @@ using emulator::allocate;
 
 constexpr int kRowUnit = 128;  // panels have so many rows, or a multiple
 
-template <class T>
-T* random_panels(int rows, int channels, int panel_rows, std::mt19937& random) {
+Bf16* random_panels(int rows, int channels, int panel_rows, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  auto* panels = static_cast<T*>(allocate(sizeof(T) * panel_rows * channels));
+  auto* panels = static_cast<Bf16*>(allocate(sizeof(Bf16) * panel_rows * channels));
   for (int row = 0; row < rows; row++)
     for (int channel = 0; channel < channels; channel++)
       from_float(normal(random), panels[panel_index(panel_rows, row, channel)]);
@@ -39,17 +41,15 @@ struct Case {
   int first_token, last_token;
 };
 
-template <class T>
-std::vector<float> compute(const Case& test, Shape shape, Loader loader, int processors, bool ahead = false) {
+Product random_product(const Case& test, int panel_rows) {
   std::mt19937 random(3);
-  const int panel_rows = (test.rows + kRowUnit - 1) / kRowUnit * kRowUnit;
   Product p{};
   p.source = test.source, p.sink = test.sink;
   p.rows = test.rows, p.columns = test.segments * test.segment, p.depth = test.depth;
   p.image_rows = test.image_rows, p.image_tokens = test.image_tokens;
   const int64_t panel = int64_t{panel_rows} * kPanel;
   if (test.source == Source::kPanels)
-    p.a = random_panels<T>(test.rows, test.depth, panel_rows, random), p.a_stride = panel;
+    p.a = random_panels(test.rows, test.depth, panel_rows, random), p.a_stride = panel;
   if (test.source == Source::kNorm) {
     p.a_image_rows = 4, p.a_first = 1, p.pooled = 2, p.eps = 1e-6f;
     p.a = random_floats(4 * test.rows * test.depth, random), p.a_stride = test.depth;
@@ -61,40 +61,46 @@ std::vector<float> compute(const Case& test, Shape shape, Loader loader, int pro
     p.a = random_floats(test.rows / test.image_rows * 2 * 3 * 5 * 4 * 7, random);
   }
   for (int i = 0; i < test.segments; i++) {
-    p.weight[i] = random_panels<T>(test.segment, test.depth, test.segment, random);
+    p.weight[i] = random_panels(test.segment, test.depth, test.segment, random);
     p.bias[i] = random_floats(test.segment, random);
   }
   p.weight_stride = int64_t{test.segment} * kPanel, p.segment = test.segment;
   p.first_token = test.first_token, p.last_token = test.last_token;
   const bool panels = test.sink == Sink::kPanels || test.sink == Sink::kGelu;
-  const size_t bytes = (panels ? sizeof(T) : sizeof(float)) * panel_rows * p.columns;
+  const size_t bytes = (panels ? sizeof(Bf16) : sizeof(float)) * panel_rows * p.columns;
   p.c = allocate(bytes), p.c_stride = panels ? panel : p.columns, p.c_columns = p.columns - 3;
   p.residual = random_floats(panel_rows * p.columns, random), p.layer_scale = random_floats(p.columns, random);
   p.residual_image_rows = test.image_rows;
   p.positions = random_floats(test.image_tokens * p.columns, random), p.positions_stride = p.columns;
+  return p;
+}
 
-  const Dtype dtype = std::is_same_v<T, Bf16> ? Dtype::kBf16 : Dtype::kFp16;
+// What is wanted of C; of the rest some tiles write more than others. `ahead`: A is made by an input phase.
+std::vector<float> compute(const Case& test, Shape shape, Loader loader, int processors, bool ahead = false) {
+  const int panel_rows = (test.rows + kRowUnit - 1) / kRowUnit * kRowUnit;
+  Product p = random_product(test, panel_rows);
   if (ahead) {
     Phase input{};
     input.kind = Kind::kInput, input.product = p;
-    input.product.c = allocate(sizeof(T) * panel_rows * test.depth), input.product.c_stride = panel;
-    input.blocks = (test.rows + kInputRows - 1) / kInputRows, input.threads = kInputThreads;
-    expect(launch(input, dtype, loader, nullptr) == 0, "launching");
-    p.source = Source::kPanels, p.a = input.product.c, p.a_stride = panel;
+    input.product.c = allocate(sizeof(Bf16) * panel_rows * p.depth);
+    input.product.c_stride = int64_t{panel_rows} * kPanel;
+    input.blocks = (p.rows + kInputRows - 1) / kInputRows, input.threads = kInputThreads;
+    expect(launch(input, Dtype::kBf16, loader, nullptr) == 0, "launching");
+    p.source = Source::kPanels, p.a = input.product.c, p.a_stride = input.product.c_stride;
   }
   Phase phase{};
   phase.shape = shape, phase.product = p;
   phase.blocks = by_warpgroups(shape) ? std::min(processors, tiles_of(p, shape)) : tiles_of(p, shape);
-  phase.threads = threads_of(shape), phase.shared_bytes = shared_bytes(shape, p.source, p.depth, dtype);
-  expect(launch(phase, dtype, loader, nullptr) == 0, "launching");
+  phase.threads = threads_of(shape), phase.shared_bytes = shared_bytes(shape, p.source, p.depth, Dtype::kBf16);
+  expect(launch(phase, Dtype::kBf16, loader, nullptr) == 0, "launching");
   emulator::synchronize();
-  // What is wanted of C; of the rest some tiles write more than others.
+  const bool panels = p.sink == Sink::kPanels || p.sink == Sink::kGelu;
   std::vector<float> c;
   for (int row = 0; row < p.rows; row++)
-    for (int column = 0; column < (test.sink == Sink::kLogits ? p.c_columns : p.columns); column++) {
+    for (int column = 0; column < (p.sink == Sink::kLogits ? p.c_columns : p.columns); column++) {
       const int token = row % p.image_rows;
       if (column < p.segment && (token < p.first_token || token >= p.last_token)) continue;
-      c.push_back(panels ? to_float(static_cast<T*>(p.c)[panel_index(panel_rows, row, column)])
+      c.push_back(panels ? to_float(static_cast<Bf16*>(p.c)[panel_index(panel_rows, row, column)])
                          : static_cast<float*>(p.c)[row * p.c_stride + column]);
     }
   emulator::release_all();
@@ -119,19 +125,19 @@ void test_products() {
   };
   for (const Case& test : cases) {
     begin("products of " + std::to_string(test.rows) + " rows");
-    const auto same = [&, expected = compute<Bf16>(test, Shape::k32x64, Loader::kAsync, 132)](const auto& c) {
+    const auto same = [&, expected = compute(test, Shape::k32x64, Loader::kAsync, 132)](const auto& c) {
       expect(c.size() == expected.size() && std::memcmp(c.data(), expected.data(), 4 * c.size()) == 0, "the same bits");
     };
     const bool made = test.source != Source::kPanels;
     for (const Shape shape : kShapes)
-      if (!by_warpgroups(shape)) same(compute<Bf16>(test, shape, Loader::kBulk, 132, made && shape == Shape::k128x64));
+      if (!by_warpgroups(shape)) same(compute(test, shape, Loader::kBulk, 132, made && shape == Shape::k128x64));
     emulator::Settings& settings = emulator::settings();
     for (const auto copies : {emulator::Copies::kAtOnce, emulator::Copies::kLate})
       for (const int processors : {1, 2, 132}) {
         settings.copies = copies;
         settings.warps_run_ahead = processors != 132;
         settings.reversed = processors == 2;
-        same(compute<Bf16>(test, Shape::k128x128, Loader::kBulk, processors, made));
+        same(compute(test, Shape::k128x128, Loader::kBulk, processors, made));
       }
     settings = {};
   }

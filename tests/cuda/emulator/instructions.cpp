@@ -277,7 +277,7 @@ void copy_async_wait_for(size_t pending) {
 
 void barrier_init(uint32_t barrier, uint32_t arrivals) {
   shared_at(barrier, 8, 8);
-  current().block->barriers[barrier] = {arrivals, arrivals};
+  current().block->barriers[barrier] = {arrivals, arrivals, 0, 0, 0, {}};
 }
 void barrier_expect(uint32_t address, uint32_t bytes) {
   Barrier& barrier = barrier_at(address);
