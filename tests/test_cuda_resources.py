@@ -1,5 +1,6 @@
 """The committed report of what the CUDA kernels take of an SM."""
 
+import os
 import shutil
 
 import pytest
@@ -33,6 +34,15 @@ def test_two_blocks_share_an_sm():
     for row in resources.read()[1]:
         if row["kernel"].startswith(("product_kernel", "attention_kernel")):
             assert int(row["registers"]) <= 128, row
+
+
+def test_serialized_wgmma_is_an_error(tmp_path, monkeypatch):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho 'ptxas info : (C7510) wgmma.mma_async instructions are serialized' >&2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="C7510"):
+        list(resources.resources("sm_90a"))
 
 
 @pytest.mark.long

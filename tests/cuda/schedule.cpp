@@ -176,7 +176,7 @@ Width prefix(const Model& m, int heads) {
 Schedule schedule_of(const Model& model, const Width& width, int images, int processors, Dtype weights = Dtype::kBf16) {
   const Layout layout(model, weights);
   const Workspace workspace(model, images);
-  const Device device{processors, 232448, Loader::kBulk, 0};
+  const Device device{processors, 232448, Loader::kBulk, 0, true};
   uint8_t* const nowhere = nullptr;
   const Call call{nowhere + (int64_t{1} << 40), nowhere + (int64_t{1} << 41), images, true, true};
   std::vector<Phase> phases = plan(model, layout, width, workspace, device, call);
