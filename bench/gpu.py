@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("build", "tests", "sanitizer", "bench", "tiles")
+PARTS = ("build", "tests", "sanitizer", "bench", "tiles", "phases")
 _DEFAULT_PARTS = PARTS[:4]
-_MEASURED = ("bench", "tiles")  # one of them has half of the time, whatever became of the parts before
+_MEASURED = PARTS[3:]  # one of them has half of the time, whatever became of the parts before
 GOOD = ("passed", "absent", "nothing ran")  # the other states: failed, timed out, skipped, stopped
 LOG_BYTES, TAIL_LINES = 1_000_000, 40
 _SANITIZER_FOUND = 86  # exit code
@@ -34,6 +34,7 @@ _EXAMPLES = """examples:
   make gpu                                               # 8 minutes, results to bench/results/ and the GPU's name
   make gpu PARTS=build,tests MINUTES=3 OUT=/tmp/gpu
   make gpu PARTS=build,tiles                             # look for better tile sizes of the Triton kernels
+  make gpu PARTS=build,phases                            # where the CUDA engine's time goes
   python -m bench.gpu --parts bench --bench "--dtype fp32 --heads 3-12"
   python -m bench.gpu --parts tests,bench --device cpu --minutes 1 --bench "--config tiny"
 """
@@ -95,7 +96,9 @@ def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> 
             raise FileNotFoundError("compute-sanitizer was not found")
         check = [program, "--error-exitcode", str(_SANITIZER_FOUND), "--tool"]
         return [[*check, tool, *tests, "-k", "sanitizer"] for tool in ("memcheck", "racecheck")]
-    # Both stop by themselves, somewhat late: what was begun is finished.
+    if part == "phases":
+        return [[*python, "bench.phases", "--device", args.device, *shlex.split(args.phases), "--out", str(out)]]
+    # Both of the others stop by themselves, somewhat late: what was begun is finished.
     minutes = ["--minutes", f"{max(0.8 * seconds - 5, 1) / 60:.3f}"]
     if part == "tiles":
         return [
@@ -238,8 +241,8 @@ def _check(args: argparse.Namespace, facts: dict[str, str]) -> list[str]:
         raise ValueError(f"{sys.executable} cannot import torch")
     if args.device == "cuda" and "gpu" not in facts:
         raise ValueError(f"torch {facts['torch']} finds no CUDA device (--device cpu is a dry run)")
-    if {*_MEASURED} <= {*named}:
-        raise ValueError(f"--parts {args.parts!r}: bench or tiles, not both: each wants the time that is left")
+    if len({*_MEASURED} & {*named}) > 1:
+        raise ValueError(f"--parts {args.parts!r}: one of {', '.join(_MEASURED)}: each wants the time that is left")
     return [part for part in PARTS if part in named]
 
 
@@ -265,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the GPU's name")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--bench", default="", metavar="ARGUMENTS", help="more arguments for bench.run, in quotes")
+    parser.add_argument("--phases", default="", metavar="ARGUMENTS", help="more arguments for bench.phases, in quotes")
     parser.add_argument("--tiles", default="", metavar="ARGUMENTS", help="more arguments for bench.tiles, in quotes")
     return parser
 

@@ -78,9 +78,20 @@ PYBIND11_MODULE(_engine, module) {
            })
       .def("add_width", &add_width)
       .def("pack", &pack_parameters)
-      .def("run", [](Engine& engine, int width, int images, uintptr_t pixels, const std::string& pixel_dtype,
-                     uintptr_t logits, uintptr_t stream) {
+      .def("run",
+           [](Engine& engine, int width, int images, uintptr_t pixels, const std::string& pixel_dtype, uintptr_t logits,
+              uintptr_t stream) {
+             const Ends ends{pointer<void>(pixels), dtype_of(pixel_dtype), pointer<float>(logits)};
+             check(engine.run(width, images, ends, pointer<void>(stream)));
+           })
+      .def("time_phases", [](Engine& engine, int width, int images, uintptr_t pixels, const std::string& pixel_dtype,
+                             uintptr_t logits, int repeats, uintptr_t stream) {
         const Ends ends{pointer<void>(pixels), dtype_of(pixel_dtype), pointer<float>(logits)};
-        check(engine.run(width, images, ends, pointer<void>(stream)));
+        std::vector<PhaseTime> times;
+        check(engine.time_phases(width, images, ends, repeats, pointer<void>(stream), times));
+        py::list result;
+        for (const PhaseTime& t : times)
+          result.append(py::make_tuple(t.name, t.tile, t.count, t.planned, t.blocks, t.microseconds));
+        return result;
       });
 }

@@ -13,7 +13,6 @@ from hydravit.checks import check_batch
 from hydravit.inference import Structure, in_order
 
 if TYPE_CHECKING:
-    from hydravit.geometry import Geometry
     from hydravit.model import HydraViT
 
 
@@ -137,14 +136,11 @@ class _CpuNetwork:
 
 class _CudaNetwork:
     def __init__(self, engine: Engine, **cuda: str):
-        model = engine.model
         reason = kernels.cuda_network_why_not(engine.device)
         if reason:
             raise RuntimeError(f"engine: the CUDA network {reason}")
-        self.widths = {heads: i for i, heads in enumerate(model.allowed_heads)}
-        widths = [_subnet(model.geometry(heads)) for heads in self.widths]
-        how = (model.config.image_size, model.pool_range, widths, engine.dtype, engine.max_batch)
-        self._network = kernels.CudaNetwork(in_order(model), *how, **cuda)
+        self.widths = {heads: i for i, heads in enumerate(engine.model.allowed_heads)}
+        self._network = cuda_network(engine.model, engine.dtype, engine.max_batch, **cuda)
 
     def pack(self, parameters: list[Tensor | None]) -> None:
         self._network.pack(parameters)
@@ -153,5 +149,9 @@ class _CudaNetwork:
         return self._network.run(images, self.widths[heads])
 
 
-def _subnet(geometry: Geometry) -> kernels.SubnetSlices:
-    return kernels.SubnetSlices(geometry.embed, geometry.attention, geometry.mlp, geometry.head, geometry.eps)
+def cuda_network(model: HydraViT, dtype: torch.dtype, max_batch: int, **cuda: str) -> kernels.CudaNetwork:
+    """What computes on CUDA; its widths are numbered as in ``model.allowed_heads``."""
+    geometries = [model.geometry(heads) for heads in model.allowed_heads]
+    widths = [kernels.SubnetSlices(g.embed, g.attention, g.mlp, g.head, g.eps) for g in geometries]
+    how = (model.config.image_size, model.pool_range, widths, dtype, max_batch)
+    return kernels.CudaNetwork(in_order(model), *how, **cuda)

@@ -2,7 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
-from hydravit_kernels.engine import CudaNetwork, SubnetSlices, cuda_network_why_not, to_e4m3
+from hydravit_kernels.engine import CudaNetwork, PhaseTime, SubnetSlices, cuda_network_why_not, to_e4m3
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
 from hydravit_kernels.ranges import annotate
@@ -19,6 +19,7 @@ __all__ = [
     "MlpSlice",
     "NetworkSlices",
     "Packed",
+    "PhaseTime",
     "SubnetSlices",
     "adamw",
     "annotate",

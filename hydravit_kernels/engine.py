@@ -33,6 +33,18 @@ class SubnetSlices(NamedTuple):
     eps: float
 
 
+class PhaseTime(NamedTuple):
+    """``tile``: of a product, "32x64", rows and columns; ``count``: phases of a call that are alike; ``planned``: the
+    plan has this tile; ``microseconds``: of one phase, the mean of all layers'."""
+
+    name: str
+    tile: str
+    count: int
+    planned: bool
+    blocks: int
+    microseconds: float
+
+
 def cuda_network_why_not(device: torch.device) -> str:
     """Why there is no CUDA network on this device, or ""."""
     if device.type != "cuda":
@@ -131,6 +143,14 @@ class CudaNetwork:
             ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
             self._engine.run(width, len(images), *ends, self._stream())
         return logits
+
+    def time_phases(self, images: Tensor, width: int, repeats: int = 20) -> list[PhaseTime]:
+        """How long each phase of a chain takes by itself, in every shape that its tiles can have; waits for it."""
+        images = images.contiguous()
+        logits = torch.empty(images.shape[0], self._classes[width], device=self.device)
+        ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
+        times = self._engine.time_phases(width, len(images), *ends, repeats, self._stream())
+        return [PhaseTime(*time) for time in times]
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

@@ -103,8 +103,8 @@ def test_a_long_log_keeps_both_ends(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "tests,lunch"], "unknown 'lunch'; known: build, tests, sanitizer, bench, tiles"),
-        (["--parts", "bench,tiles"], "bench or tiles, not both"),
+        (["--parts", "tests,lunch"], "unknown 'lunch'; known: build, tests, sanitizer, bench, tiles, phases"),
+        (["--parts", "bench,tiles"], "one of bench, tiles, phases"),
         (["--minutes", "0"], "--minutes must be positive"),
         (["--device", "cuda"], "finds no CUDA device"),
     ],

@@ -11,6 +11,7 @@ import torch
 from budget import assert_within_budget
 from small import images, poison, shake
 
+from bench import phases
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
 from hydravit.engine import DTYPES, with_e4m3_weights
@@ -322,6 +323,24 @@ def test_without_a_cuda_engine_there_is_a_reason(monkeypatch):
     assert "has no kernels for device 'meta'" in engine.cuda_network_why_not(torch.device("meta"))
     with pytest.raises(RuntimeError, match="has no kernels for device 'meta'"):
         HydraViT(CONFIG).to("meta").engine()
+
+
+@pytest.mark.parametrize("kind", [pytest.param("cuda", marks=pytest.mark.long)], indirect=True)
+def test_phases_are_timed_in_every_shape(kind, capsys):
+    """Of the emulation, whose times mean nothing: every phase is there, with the planned tile among the others."""
+    arguments = ["--repeats", "1", "--dtype", "bf16", "--device", "cpu"]
+    args = phases._parser().parse_args(arguments)
+    args.config = CONFIG
+    (call,) = phases.measure(args, torch.device("cpu"), [2], [2])
+    groups = phases._by_phase(call["phases"])
+    assert groups[0][0] == "stem" and groups[-1][0] == "head"
+    # Of two layers the last computes the class token only, so that most phases are unlike the first layer's.
+    assert sum(shapes[0]["count"] for _, shapes in groups) == 2 + 5 * CONFIG.depth
+    for name, shapes in groups:
+        assert [shape["planned"] for shape in shapes].count(True) == 1, name
+        assert (len(shapes) > 1) == (name != "attention")
+        assert all(shape["microseconds"] > 0 for shape in shapes)
+    assert call["call"] > 0 and "k=2, batch 2: a call takes" in capsys.readouterr().out
 
 
 def test_geometries_keep_their_slices():

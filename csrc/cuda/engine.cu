@@ -124,4 +124,10 @@ int Engine::run(int width, int images, const Ends& ends, void* stream) {
   return 0;
 }
 
+int Engine::time_phases(int width, int images, const Ends& ends, int repeats, void* stream,
+                        std::vector<PhaseTime>& times) {
+  if (const int status = cudaSetDevice(device_.index)) return status;
+  return cuda::time_phases(phases(width, images, ends, false), dtype_, device_, repeats, stream, times);
+}
+
 }  // namespace hydravit::cuda

@@ -7,6 +7,7 @@
 
 #include "graph.h"
 #include "schedule.h"
+#include "timing.h"
 
 namespace hydravit::cuda {
 
@@ -36,6 +37,8 @@ class Engine {
   int pack(const std::vector<Parameter>& parameters, void* stream);
   // pixels (images, channels, height, width), contiguous, to logits (images, classes).
   int run(int width, int images, const Ends& ends, void* stream);
+  // Of the phases of a chain, whatever the strategy.
+  int time_phases(int width, int images, const Ends& ends, int repeats, void* stream, std::vector<PhaseTime>& times);
 
  private:
   struct Prepared {

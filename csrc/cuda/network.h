@@ -113,6 +113,9 @@ struct Call {
 std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
                         const Device& device, const Call& call);
 
+// A phase of a chain in every shape that its tiles can have.
+std::vector<Phase> in_every_shape(const Phase& phase, Dtype weights, const Device& device);
+
 // Before the first launch on a device: lets its kernels have as much shared memory as there is.
 int prepare(Dtype dtype, const Device& device);
 // One phase as one kernel on the stream.

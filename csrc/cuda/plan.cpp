@@ -133,20 +133,26 @@ bool can_take(const Product& p, Shape shape, Dtype weights, const Device& device
   return device.warpgroups && device.loader == Loader::kBulk && p.source == Source::kPanels && weights != Dtype::kE4m3;
 }
 
-Timed product_phase(const char* name, const Product& p, Dtype weights, const Device& device, bool together) {
+Phase cut(const char* name, const Product& p, Shape shape, Dtype weights, const Device& device) {
   Phase phase{};
   phase.name = name;
   phase.product = p;
+  phase.shape = shape;
+  phase.blocks = tiles_of(p, shape);
+  if (by_warpgroups(shape)) phase.blocks = std::min(phase.blocks, device.processors);
+  phase.threads = threads_of(shape);
+  phase.shared_bytes = shared_bytes(shape, p.source, p.depth, weights);
+  return phase;
+}
+
+Timed product_phase(const char* name, const Product& p, Dtype weights, const Device& device, bool together) {
+  Shape fastest{};
   double best = std::numeric_limits<double>::infinity();
   for (const Shape shape : kShapes) {
     if (!can_take(p, shape, weights, device, together)) continue;
-    if (const double time = time_of(p, shape, weights, device, together); time < best) best = time, phase.shape = shape;
+    if (const double time = time_of(p, shape, weights, device, together); time < best) best = time, fastest = shape;
   }
-  phase.blocks = tiles_of(p, phase.shape);
-  if (by_warpgroups(phase.shape)) phase.blocks = std::min(phase.blocks, device.processors);
-  phase.threads = threads_of(phase.shape);
-  phase.shared_bytes = shared_bytes(phase.shape, p.source, p.depth, weights);
-  return {phase, best};
+  return {cut(name, p, fastest, weights, device), best};
 }
 
 // Makes A of `p` in the panels `c`.
@@ -366,6 +372,17 @@ class Planner {
 };
 
 }  // namespace
+
+std::vector<Phase> in_every_shape(const Phase& phase, Dtype weights, const Device& device) {
+  if (phase.kind != Kind::kProduct) return {phase};
+  std::vector<Phase> all;
+  for (const Shape shape : kShapes)
+    if (can_take(phase.product, shape, weights, device, false)) {
+      all.push_back(cut(phase.name, phase.product, shape, weights, device));
+      all.back().early = phase.early;
+    }
+  return all;
+}
 
 std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
                         const Device& device, const Call& call) {

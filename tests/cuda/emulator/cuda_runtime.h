@@ -1,6 +1,7 @@
 // What of CUDA the kernels and launchers use, for a C++ compiler; see emulator.h.
 #pragma once
 
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -86,6 +87,30 @@ inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
 }
 inline cudaError_t cudaDeviceSynchronize() {
   hydravit::emulator::synchronize();
+  return cudaSuccess;
+}
+
+// Events tell the time of the emulation, which is that of nothing else.
+struct CUevent_st {
+  std::chrono::steady_clock::time_point time;
+};
+using cudaEvent_t = CUevent_st*;
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  *event = new CUevent_st{};
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  hydravit::emulator::synchronize();
+  event->time = std::chrono::steady_clock::now();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t stop) {
+  *ms = std::chrono::duration<float, std::milli>(stop->time - start->time).count();
   return cudaSuccess;
 }
 

@@ -1,0 +1,124 @@
+"""``python -m bench.phases``: where the time of a call of the CUDA engine goes, and which tiles would be faster.
+
+Every phase of a chain is timed by itself, all layers' in turns, in every shape that its tiles can have. Among these
+csrc/cuda/plan.cpp chooses by estimates: where a row names a better tile, an estimate is wrong. What a call takes beyond
+the sum of its phases is the waiting between them; less than the sum means that they overlap. Writes phases.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import hydravit_kernels as kernels
+from bench.machine import Machine
+from bench.tables import number
+from bench.timer import Effort, interleave, quantiles
+from bench.workloads import DTYPES, Workload, make_images, make_model
+from hydravit.cli import parse_heads
+from hydravit.config import resolve_config
+from hydravit.engine import cuda_network
+
+_DTYPES = {**{name: DTYPES[name] for name in ("bf16", "fp16")}, "e4m3": torch.float8_e4m3fn}
+_EXAMPLES = """examples:
+  python -m bench.phases                                 # k=3,6,12 at batch 1 and 8 in bf16
+  python -m bench.phases --heads 3-12 --batch 1 --dtype e4m3
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 for wrong input, or where there is no engine."""
+    args = _parser().parse_args(argv)
+    try:
+        device = torch.device(args.device)
+        if reason := kernels.cuda_network_why_not(device):
+            raise RuntimeError(f"the CUDA network {reason}")
+        config = resolve_config(args.config)
+        known = ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
+        heads = parse_heads(args.heads or known, config.max_heads)
+        batches = [int(batch) for batch in args.batch.split(",")]
+        if min(*batches, args.repeats) < 1 or args.dtype not in _DTYPES:
+            raise ValueError(f"--batch and --repeats must be positive, --dtype one of {', '.join(_DTYPES)}")
+        machine = Machine(device, [])
+        folder = Path(args.out) if args.out else Path(__file__).with_name("results") / machine.slug
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"bench.phases: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    calls = list(measure(args, device, heads, batches))
+    path = folder / "phases.json"
+    environment = machine.environment() | {"config": args.config, "dtype": args.dtype, "loader": args.loader}
+    path.write_text(json.dumps({"environment": environment, "calls": calls}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+def measure(args: argparse.Namespace, device: torch.device, heads: Sequence[int], batches: Sequence[int]):
+    """Per width and batch what a call takes and what its phases do, in microseconds; printed as soon as known."""
+    stored = "fp16" if args.dtype == "e4m3" else args.dtype
+    model = make_model(Workload("inference", tuple(heads), max(batches), stored, args.config), device)
+    network = cuda_network(model, _DTYPES[args.dtype], max(batches), loader=args.loader)
+    for k in heads:
+        for batch in batches:
+            images = make_images(Workload("inference", (k,), batch, stored, args.config), device)
+            index = model.allowed_heads.index(k)
+            run = {"call": lambda images=images, index=index: network.run(images, index)}
+            times = interleave(run, device, Effort(args.repeats, args.repeats, 0.0, attempts=1))
+            call = 1e3 * quantiles(times["call"].samples)[1]
+            phases = [time._asdict() for time in network.time_phases(images, index, args.repeats)]
+            result = {"heads": k, "batch": batch, "call": call, "phases": phases}
+            print(f"\n{table(result)}", flush=True)
+            yield result
+
+
+def table(call: dict) -> str:
+    """A line per kind of phase: the planned tile, and another where it is faster."""
+    lines, total, best_total = [], 0.0, 0.0
+    for name, shapes in _by_phase(call["phases"]):
+        planned = next(shape for shape in shapes if shape["planned"])
+        best = min(shapes, key=lambda shape: shape["microseconds"])
+        time, least = (shape["count"] * shape["microseconds"] for shape in (planned, best))
+        total, best_total = total + time, best_total + least
+        better = "" if best is planned else f"{best['tile']} would take {number(least)}"
+        about = f"{name:16} {planned['count']:3} x {planned['tile']:8} {planned['blocks']:5} blocks"
+        lines.append(f"{about} {number(time):>8} us  {better}".rstrip())
+    head = f"k={call['heads']}, batch {call['batch']}: a call takes {number(call['call'])} us"
+    sums = f"its phases {number(total)}, with the fastest tiles {number(best_total)}"
+    return "\n".join([f"{head}, {sums}", *lines])
+
+
+def _by_phase(phases: Iterable[dict]) -> list[tuple[str, list[dict]]]:
+    """The shapes of one phase follow each other; a phase of the same name begins where its first shape comes again."""
+    groups: list[tuple[str, list[dict]]] = []
+    for phase in phases:
+        if not groups or groups[-1][0] != phase["name"] or phase["tile"] in [s["tile"] for s in groups[-1][1]]:
+            groups.append((phase["name"], []))
+        groups[-1][1].append(phase)
+    return groups
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.phases",
+        description="Time every phase of the CUDA engine, in every shape of its tiles; writes phases.json.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--heads", help="widths such as 3,6,12 or 3-12 (default: 3,6,12)")
+    parser.add_argument("--batch", default="1,8", help="images per call (default: %(default)s)")
+    parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(_DTYPES)} (default: %(default)s)")
+    parser.add_argument("--loader", default="best", help="best, or async: the way of sm_80 (default: %(default)s)")
+    parser.add_argument("--config", default="base", help="tiny, small, base or large (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="of every phase (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the machine's name")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "timing.h"
+
+namespace hydravit::cuda {
+
+namespace {
+
+bool alike(const Phase& a, const Phase& b) {
+  return std::string(a.name) == b.name && a.shape == b.shape && a.blocks == b.blocks &&
+         a.product.depth == b.product.depth;
+}
+
+std::string tile_of(const Phase& phase) {
+  if (phase.kind != Kind::kProduct) return "";
+  const ShapeSize size = size_of(phase.shape);
+  return std::to_string(size.rows) + "x" + std::to_string(size.columns);
+}
+
+// Those of all layers in turns, so that each finds as little of its weights in the cache as in a call, or as much.
+int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repeats, cudaStream_t stream, float& ms) {
+  cudaEvent_t start = nullptr, stop = nullptr;
+  int status = cudaEventCreate(&start);
+  const auto attempt = [&](int result) {
+    if (status == 0) status = result;
+  };
+  attempt(cudaEventCreate(&stop));
+  for (int i = -1; i < repeats; i++) {  // the first round is not timed
+    if (i == 0) attempt(cudaEventRecord(start, stream));
+    for (const Phase& phase : phases)
+      if (status == 0) attempt(launch(phase, dtype, loader, stream));
+  }
+  attempt(cudaEventRecord(stop, stream));
+  attempt(cudaEventSynchronize(stop));
+  attempt(cudaEventElapsedTime(&ms, start, stop));
+  if (start != nullptr) cudaEventDestroy(start);
+  if (stop != nullptr) cudaEventDestroy(stop);
+  return status;
+}
+
+}  // namespace
+
+int time_phases(const std::vector<Phase>& phases, Dtype dtype, const Device& device, int repeats, void* stream,
+                std::vector<PhaseTime>& times) {
+  for (size_t i = 0; i < phases.size(); i++) {
+    const auto is_alike = [&](const Phase& other) { return alike(phases[i], other); };
+    if (std::any_of(phases.begin(), phases.begin() + static_cast<int64_t>(i), is_alike)) continue;
+    std::vector<std::vector<Phase>> all;  // of each phase its shapes
+    for (const Phase& phase : phases)
+      if (is_alike(phase)) all.push_back(in_every_shape(phase, dtype, device));
+    for (size_t shape = 0; shape < all[0].size(); shape++) {
+      std::vector<Phase> same;
+      for (const std::vector<Phase>& shapes : all) same.push_back(shapes[shape]);
+      float ms = 0;
+      if (const int status = time(same, dtype, device.loader, repeats, static_cast<cudaStream_t>(stream), ms))
+        return status;
+      const Phase& phase = same[0];
+      times.push_back({phase.name, tile_of(phase), static_cast<int>(same.size()), phase.shape == phases[i].shape,
+                       phase.blocks, 1e3 * ms / (repeats * static_cast<double>(same.size()))});
+    }
+  }
+  return 0;
+}
+
+}  // namespace hydravit::cuda
