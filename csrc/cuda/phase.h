@@ -66,7 +66,11 @@ constexpr ShapeSize size_of(Shape shape) {
 // Of the warps that share a tile, half multiply the even and half the odd 32 channels; the sum's order is the same for
 // every shape, and so are its bits.
 constexpr int kDepthGroups = 2;
-constexpr int kStages = 4;  // tiles of W (and A) in flight
+// Tiles of W (and A) in flight: of E4m3 twice as many, for as many bytes, where A's are small.
+constexpr int stages_of(Shape shape, int weight_bytes) {
+  return weight_bytes == 1 && size_of(shape).rows <= 32 ? 8 : 4;
+}
+constexpr int kMostStages = 8;
 constexpr int threads_of(Shape shape) {
   return 32 * kDepthGroups * size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
 }
@@ -156,9 +160,10 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kBarrierBytes = 1024;  // barriers, and what keeps the tiles behind them aligned
 constexpr int64_t shared_bytes(Shape shape, Source source, int depth, Dtype weights) {
   const ShapeSize size = size_of(shape);
-  const int64_t panels = source == Source::kPanels ? kStages : depth / kPanel;
+  const int64_t stages = stages_of(shape, bytes_of(weights));
+  const int64_t panels = source == Source::kPanels ? stages : depth / kPanel;
   const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
-  return kBarrierBytes + kStages * size.columns * kPanel * bytes_of(weights) +
+  return kBarrierBytes + stages * size.columns * kPanel * bytes_of(weights) +
          larger(panels * size.rows * kRowBytes, sums);
 }
 constexpr int64_t shared_bytes(const Attention& a) {
