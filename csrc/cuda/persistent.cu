@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kStepAt = 64;  // in shared memory: behind the barriers, in front of the tiles
-static_assert(kStepAt + sizeof(Step) <= kBarrierBytes);
+static_assert(8 * kMostStages <= kStepAt && kStepAt + sizeof(Step) <= kBarrierBytes);
 
 struct Counters {
   uint32_t* memory;

@@ -72,8 +72,12 @@ constexpr ShapeSize size_of(Shape shape) {
 // and wgmma add 16 products alike. NVIDIA documents neither; by the measurements behind Microsoft's MMA-Sim (arXiv
 // 2511.10909) they do on Hopper.
 constexpr int kDepthGroups = 2;
-constexpr int kStages = 4;           // tiles of W (and A) in flight
-constexpr int kWarpgroupStages = 6;  // more, for they are in flight while a tile of C is finished, too
+// Tiles of W (and A) in flight: of E4m3 twice as many, for as many bytes, where A's are small.
+constexpr int stages_of(Shape shape, int weight_bytes) {
+  return weight_bytes == 1 && size_of(shape).rows <= 32 ? 8 : 4;
+}
+constexpr int kMostStages = 8;
+constexpr int kWarpgroupStages = 6;  // these are in flight while a tile of C is finished, too
 constexpr int kSliceColumns = 32, kSlicePitch = kSliceColumns + 8;  // of C that a warpgroup's warp finishes at a time
 constexpr int threads_of(Shape shape) {
   const int warps = size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
@@ -179,9 +183,10 @@ constexpr int64_t shared_bytes(Shape shape, Source source, int depth, Dtype weig
     const int64_t slices = size.rows * kSlicePitch * int64_t{sizeof(float)};
     return kBarrierBytes + kWarpgroupStages * (size.rows + size.columns) * kRowBytes + slices;
   }
-  const int64_t panels = source == Source::kPanels ? kStages : depth / kPanel;
+  const int64_t stages = stages_of(shape, bytes_of(weights));
+  const int64_t panels = source == Source::kPanels ? stages : depth / kPanel;
   const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
-  return kBarrierBytes + kStages * size.columns * kPanel * bytes_of(weights) +
+  return kBarrierBytes + stages * size.columns * kPanel * bytes_of(weights) +
          larger(panels * size.rows * kRowBytes, sums);
 }
 constexpr int64_t shared_bytes(const Attention& a) {

@@ -1,7 +1,8 @@
 // One tile of a product: A (BM rows, depth), normalised or gathered where needed, times W^T, and what follows it.
 //
-// Shared memory: barriers | W, kStages tiles [BN][64] | A, kStages tiles [BM][64] or all depth / 64 of them, and later
-// the sums [BM][BN + 4] in float. W does not depend on earlier phases: its first tiles are under way before the wait.
+// Shared memory: barriers | W, stages_of tiles [BN][64] | A, as many tiles [BM][64] or all depth / 64 of them, and
+// later the sums [BM][BN + 4] in float. W does not depend on earlier phases: its first tiles are under way before the
+// wait.
 #pragma once
 
 #include "tile.cuh"
@@ -183,7 +184,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
   constexpr ShapeSize size = size_of(shape);
   constexpr int kRows = size.rows / size.warps_along_rows, kColumns = size.columns / size.warps_along_columns;
   constexpr uint32_t kATile = size.rows * kRowBytes, kWTile = size.columns * kPanel * sizeof(W);
-  constexpr int kAhead = kStages - 1;
+  constexpr int kStages = stages_of(shape, sizeof(W)), kAhead = kStages - 1;
   const auto [first_row, first_column] = corner_of(p, tile, size);
   const bool streamed = p.source == Source::kPanels;
   const int steps = p.depth / kPanel;

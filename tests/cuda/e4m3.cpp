@@ -75,14 +75,17 @@ void test_packing() {
   std::vector<Matrix> matrices = random_parameters(model, width, true, random);
   matrices[5 + 9] = difficult(model.hidden, model.embed);
   std::vector<Parameter> parameters;
-  for (const Matrix& p : matrices)
-    parameters.push_back({p.present() ? p.values.data() : nullptr, Dtype::kFp32, p.columns});
-  std::vector<uint8_t> memory(static_cast<size_t>(layout.bytes));
-  expect(pack(model, layout, parameters, memory.data(), nullptr) == 0, "packing");
+  for (const Matrix& p : matrices) {
+    auto* values = static_cast<float*>(p.present() ? emulator::allocate(4 * p.values.size()) : nullptr);
+    std::copy(p.values.begin(), p.values.end(), values);
+    parameters.push_back({values, Dtype::kFp32, p.columns});
+  }
+  auto* memory = static_cast<uint8_t*>(emulator::allocate(layout.bytes));
+  expect(pack(model, layout, parameters, memory, nullptr) == 0, "packing");
   emulator::synchronize();
 
   const auto check = [&](const Matrix& p, const Packed& to) {
-    const auto* scales = reinterpret_cast<const float*>(memory.data() + to.scales);
+    const auto* scales = reinterpret_cast<const float*>(memory + to.scales);
     for (int row = 0; row < to.rows; row++) {
       if (row < p.rows) expect(scales[row] == e4m3_scale(p, row), "the scale of row " + std::to_string(row));
       for (int column = 0; column < to.columns; column++) {
@@ -100,6 +103,7 @@ void test_packing() {
   check(matrices[5 + 9], layout.blocks[0].fc1);
   check(matrices[5 + 11], layout.blocks[0].fc2);
   check(matrices[5 + 14 + 2], layout.head);
+  emulator::release_all();
 }
 
 }  // namespace

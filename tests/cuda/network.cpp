@@ -165,6 +165,10 @@ std::vector<Case> cases() {
   offsets.model.classes = 64, offsets.width.class_offset = 48, offsets.width.classes = 16;
   result.push_back(offsets);
 
+  Model deep = small;  // products of more steps than tiles are in flight
+  deep.depth = 1, deep.hidden = 64 * (kMostStages + 4);
+  result.push_back({"long sums", deep, prefix(deep, 1, deep.hidden)});
+
   Model average = small;  // 50 tokens, of which the mean of the last 49
   average.grid_height = 7, average.grid_width = 7, average.patch_height = 2, average.patch_width = 3;
   average.first_pooled = 1, average.last_pooled = 50, average.classes = 70;
