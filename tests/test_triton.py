@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from adamw_runs import Dense, Run, assert_same_runs, exact
 from blocks import Block, attention, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from small import images, make
@@ -234,6 +235,14 @@ def test_frozen_parameters_and_gradients_in_place(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_optimizer_of_the_slice():
+    """Forward, gradients in place and AdamW all by these kernels: to the bit what AdamW on everything makes of it."""
+    run, dense = (Run(optimizer, "triton", device=DEVICE, depth=1) for optimizer in (exact, Dense))
+    for heads in (2, 1, 3):
+        assert torch.equal(run.step(heads), dense.step(heads))
+    assert_same_runs(run, dense)
 
 
 def test_modes_and_checkpointing(model):
