@@ -79,7 +79,8 @@ class Regions:
 
     def _make_table(self, sets: tuple[tuple[Region, ...], ...], programs: int) -> Tensor:
         shifts = torch.tensor([0, programs, 0, 0, 0, 0])
-        return torch.cat([self._rectangles(regions) + i * shifts for i, regions in enumerate(sets)])
+        table = torch.cat([self._rectangles(regions) + i * shifts for i, regions in enumerate(sets)])
+        return table[table[:, 0].argsort(stable=True)]  # rings of one parameter lie side by side in memory
 
     def _make_rectangles(self, regions: tuple[Region, ...]) -> Tensor:
         """Of one set, with the parameter group in place of the program."""
