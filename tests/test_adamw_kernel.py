@@ -7,10 +7,11 @@ from budget import assert_within_budget
 import hydravit_kernels as kernels
 
 BACKENDS = kernels.available_backends()
-TARGETS = [(backend, "cpu") for backend in BACKENDS]  # on Triton's interpreter where that is on
-if "triton" in kernels.available_backends("cuda"):
-    TARGETS.append(pytest.param(("triton", "cuda"), marks=pytest.mark.gpu))
-COMPILED = [target for target in TARGETS if target != ("reference", "cpu")]
+TARGETS = [pytest.param((backend, "cpu"), id=backend) for backend in BACKENDS]  # triton: on its interpreter
+GPU = "triton" in kernels.available_backends("cuda") and "triton" not in BACKENDS
+if GPU:
+    TARGETS.append(pytest.param(("triton", "cuda"), id="triton on a GPU", marks=pytest.mark.gpu))
+COMPILED = [target for target in TARGETS if target.id != "reference"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not there")
 
@@ -42,7 +43,7 @@ def work(dtype=torch.float32, average=True, device="cpu"):
         for rectangle in kernels.rectangles_of(weights[tensor], box)
     ]
     programs = [
-        [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.1 * age) for age in ages]
+        [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-2, 0.1, 0.1 * age) for age in ages]
         for ages in ([1], [3, 4, 5, 6], [1, 2])
     ]
     tensors = [[t.to(device, dtype) for t in group] for group in (weights, gradients, firsts, seconds, averages)]
@@ -147,6 +148,18 @@ def test_only_the_rectangles_are_touched(target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_without_decay_the_average_is_the_weights(target):
+    """Exactly, as after the first step of an average."""
+    backend, device = target
+    tensors, rectangles, _ = work(device=device)
+    programs = [[kernels.AdamWStep.at(1, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.0)]] * 3
+    kernels.adamw(*tensors, rectangles, programs, backend=backend)
+    for tensor, _, offset, rows, stride, columns in rectangles.tolist():
+        pair = (tensors[group][tensor].as_strided((rows, columns), (stride, 1), offset) for group in (0, 4))
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_rows_that_lie_apart(target):
     """As of a parameter that is a part of a larger tensor: nothing between its rows is read or written."""
     backend, device = target
@@ -177,7 +190,7 @@ def test_a_table_serves_other_tensors(target):
     assert all(torch.equal(t.cpu(), e) for t, e in zip([*again[0], *again[2]], expected, strict=False))
 
 
-@pytest.mark.skipif(len(TARGETS) == len(BACKENDS), reason="needs a GPU")
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.gpu
 def test_a_graph_cannot_hold_the_numbers_of_a_step():
     tensors, rectangles, programs = work(device="cuda")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hydravit_kernels.adamw import AdamWStep
-from hydravit_kernels.triton.launch import launch
+from hydravit_kernels.triton.launch import INTERPRETED, launch
 
 _TILE, _WARPS = 1024, 8  # elements of a program, four per thread: a vector of float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +194,8 @@ def _check_arrays(weights, gradients, firsts, seconds, averages) -> None:
     like = weights[0]
     if like.dtype not in _DTYPES:
         raise RuntimeError(f"weights: dtype float32, bfloat16 or float16 expected, {like.dtype} given")
+    if INTERPRETED and like.device.type != "cpu":
+        raise RuntimeError(f"weights: device cpu expected by Triton's interpreter, {like.device} given")
     for i, weight in enumerate(weights):
         if _reach(weight) >= 2**30:  # kernels count in 32 bits, beyond the last element too
             raise RuntimeError(f"weights[{i}]: less than 2**30 elements from the first to the last expected")
