@@ -34,7 +34,7 @@ class SliceAdamW(torch.optim.Optimizer):
       moments that rested are still as near to zero, where they began, as those steps left them.
 
     Gradients are cleared by ``SliceGradients.zero_``. Parameters that are frozen now are left out. A model has one such
-    optimizer at a time: a new one takes over.
+    optimizer at a time: a new one takes over. Every step is decided anew, so no CUDA graph can hold one.
 
     Args:
         params: parameters of ``model``, or groups of them, as for ``torch.optim.AdamW``; the options, ``lr`` above all,
