@@ -12,7 +12,7 @@ demo: build  ## train a small HydraViT on real images, evaluate every width, dra
 	hydravit train --recipe demo --out runs/demo
 
 # Triton's interpreter replaces its compiler in a whole process: what runs on it has one of its own.
-INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/test_triton.py
+INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/test_triton.py tests/test_adamw_kernel.py
 
 test: build  ## the test suite, without the long tests
 	python -m pytest -m "not long"

@@ -43,6 +43,6 @@ def _implementation(name: str):
 
 
 ops.define("triton")
-for _name in ops.SCHEMAS:
+for _name in (*ops.SCHEMAS, "adamw"):
     for _key in ("CUDA", "CPU") if _interpreted else ("CUDA",):
         ops.LIBRARY.impl(f"{_name}_triton", _implementation(_name), _key)

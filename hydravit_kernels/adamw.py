@@ -72,10 +72,12 @@ def adamw(
         weights, firsts, seconds: parameters and their moments, alike in shape, strides, dtype and device.
         gradients: theirs, which only the last step of a program sees, the others see zero; or empty: all see zero.
         averages: the moving averages; or empty: there are none.
-        rectangles: int64 ``(R, 6)`` on the CPU: which tensor, which program, then as ``rectangles_of``; disjoint.
+        rectangles: int64 ``(R, 6)`` on the CPU: which tensor, which program, then as ``rectangles_of``; disjoint. It
+            must not be changed later: a backend keeps what it made of it for as long as it lives.
         programs: lists of steps.
     Raises:
-        RuntimeError: tensors or rectangles do not fit (``native`` only; the reference does not check).
+        RuntimeError: tensors or rectangles do not fit (the reference does not check); a CUDA graph is being captured,
+            which would repeat the numbers of these steps.
     """
     bounds = [0]
     for program in programs:

@@ -166,6 +166,8 @@ def define(backend: str) -> None:
     for name, schema in SCHEMAS.items():
         LIBRARY.define(f"{name}_{backend}{schema}")
         torch.library.register_fake(f"hydravit::{name}_{backend}", FAKES[name], lib=LIBRARY)
+    LIBRARY.define(f"adamw_{backend}{ADAMW}")
+    torch.library.register_fake(f"hydravit::adamw_{backend}", lambda *arguments: None, lib=LIBRARY)
 
 
 def _network(images, *arguments):
@@ -176,8 +178,6 @@ def _network(images, *arguments):
 define("native")
 LIBRARY.define(f"network_native{NETWORK}")
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
-LIBRARY.define(f"adamw_native{ADAMW}")
-torch.library.register_fake("hydravit::adamw_native", lambda *arguments: None, lib=LIBRARY)
 LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
 torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.

@@ -7,24 +7,34 @@ from budget import assert_within_budget
 import hydravit_kernels as kernels
 
 BACKENDS = kernels.available_backends()
+TARGETS = [pytest.param((backend, "cpu"), id=backend) for backend in BACKENDS]  # triton: on its interpreter
+GPU = "triton" in kernels.available_backends("cuda") and "triton" not in BACKENDS
+if GPU:
+    TARGETS.append(pytest.param(("triton", "cuda"), id="triton on a GPU", marks=pytest.mark.gpu))
+COMPILED = [target for target in TARGETS if target.id != "reference"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not there")
 
 
-def work(dtype=torch.float32, average=True):
-    """Rectangles of three parameters, several programs; ``(tensors, rectangles, programs)``, alike in every call."""
+def work(dtype=torch.float32, average=True, device="cpu"):
+    """Rectangles of four parameters, several programs; ``(tensors, rectangles, programs)``, alike in every call.
+
+    Widths are multiples of a vector and others, of one column and of more than a program takes.
+    """
     generator = torch.Generator().manual_seed(3)
-    shapes = [(37, 50), (1, 5, 130), (77,)]
+    shapes = [(37, 50), (1, 5, 130), (77,), (23, 336)]
 
     def values():
         return [torch.randn(shape, generator=generator) for shape in shapes]
 
     weights, gradients, firsts, averages = (values() for _ in range(4))
-    seconds = [value.square() for value in values()]
+    seconds = [value.square() + 0.01 for value in values()]  # none of them is zero in float16
     boxes = [
         [(0, 0, (3, 20), (0, 33)), (0, 1, (3, 20), (33, 17)), (0, 2, (24, 13), (5, 1))],
         [(1, 1, (0, 1), (1, 3), (7, 100)), (1, 0, (0, 1), (4, 1), (0, 130))],
         [(2, 2, (0, 64)), (2, 0, (70, 7))],
+        [(3, i % 3, (1, 21), interval) for i, interval in enumerate([(0, 1), (2, 5), (8, 63), (71, 65), (136, 200)])],
+        [(3, 1, (0, 1), (0, 336)), (3, 2, (22, 1), (100, 36))],
     ]
     rectangles = [
         (tensor, program, *rectangle)
@@ -33,24 +43,37 @@ def work(dtype=torch.float32, average=True):
         for rectangle in kernels.rectangles_of(weights[tensor], box)
     ]
     programs = [
-        [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.1 * age) for age in ages]
+        [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-2, 0.1, 0.1 * age) for age in ages]
         for ages in ([1], [3, 4, 5, 6], [1, 2])
     ]
-    tensors = [[t.to(dtype) for t in group] for group in (weights, gradients, firsts, seconds, averages)]
+    tensors = [[t.to(device, dtype) for t in group] for group in (weights, gradients, firsts, seconds, averages)]
     if not average:
         tensors[4] = []
     return tensors, torch.tensor(rectangles), programs
 
 
-def result(backend, dtype=torch.float32, average=True):
-    tensors, rectangles, programs = work(dtype, average)
+def result(backend, dtype=torch.float32, average=True, device="cpu"):
+    """Weights, moments and averages after one call."""
+    tensors, rectangles, programs = work(dtype, average, device)
     kernels.adamw(*tensors, rectangles, programs, backend=backend)
-    return [t for group in (tensors[0], *tensors[2:]) for t in group]
+    return [t.cpu() for group in (tensors[0], *tensors[2:]) for t in group]
+
+
+@pytest.mark.parametrize("target", COMPILED)
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_as_exact_as_the_reference(target, dtype, average):
+    backend, device = target
+    if backend == "native" and dtype != torch.float32:
+        pytest.skip("native computes in float32")
+    found = result(backend, dtype, average, device), result("reference", dtype, average)
+    for ours, theirs, exactly in zip(*found, result("reference", torch.float64, average), strict=True):
+        assert_within_budget(ours, theirs, exactly)
 
 
 @native
 @pytest.mark.parametrize("average", [False, True])
-def test_native_is_as_exact_as_the_reference(isa, average):
+def test_every_instruction_set_is_as_exact(isa, average):
     found = (result("native", average=average), result("reference", average=average))
     for ours, theirs, exactly in zip(*found, result("reference", torch.float64, average), strict=True):
         assert_within_budget(ours, theirs, exactly)
@@ -71,12 +94,13 @@ def test_instruction_sets_with_fused_multiply_add_agree():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_steps_at_once_are_steps_one_by_one(backend, dtype):
-    if backend == "native" and dtype != torch.float32:
-        pytest.skip("native computes in float32")
-    (tensors, rectangles, programs), (others, _, _) = work(dtype), work(dtype)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_steps_at_once_are_steps_one_by_one(target, dtype):
+    backend, device = target
+    if (backend == "native" and dtype != torch.float32) or (backend == "triton" and dtype == torch.float64):
+        pytest.skip(f"{backend} does not compute in {dtype}")
+    (tensors, rectangles, programs), (others, _, _) = work(dtype, device=device), work(dtype, device=device)
     kernels.adamw(tensors[0], [], *tensors[2:], rectangles, programs, backend=backend)
     for i in range(4):
         one = [program[i : i + 1] for program in programs]
@@ -85,9 +109,29 @@ def test_steps_at_once_are_steps_one_by_one(backend, dtype):
         assert all(torch.equal(a, b) for a, b in zip(group, other, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_rectangles_are_touched(backend):
-    tensors, rectangles, programs = work()
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_rectangle_does_not_show(target, shift):
+    """The same bits from one rectangle as from many, whether memory can be read in vectors or not."""
+    backend, device = target
+    [groups, _, programs], found = work(device=device), []
+    columns = [[(0, 336)], [(0, 1), (1, 3), (4, 64), (68, 268)]]
+    for intervals in columns:
+        tensors = []
+        for group in groups:
+            room = torch.full((23 * 336 + shift,), float("nan"), device=device)
+            tensors.append([room[shift:].view(23, 336).copy_(group[3])])
+        rows = [(0, 1, *r) for one in intervals for r in kernels.rectangles_of(tensors[0][0], ((0, 23), one))]
+        kernels.adamw(*tensors, torch.tensor(rows), programs, backend=backend)
+        found.append([group[0] for group in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], groups[0][3])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_the_rectangles_are_touched(target):
+    backend, device = target
+    tensors, rectangles, programs = work(device=device)
     inside = [torch.zeros(t.numel(), dtype=torch.bool) for t in tensors[0]]
     for tensor, _, offset, rows, stride, columns in rectangles.tolist():
         for row in range(rows):
@@ -96,11 +140,63 @@ def test_only_the_rectangles_are_touched(backend):
             part[:] = True
     for group in tensors:
         for tensor, read in zip(group, inside, strict=True):
-            tensor.view(-1)[~read] = float("nan")
+            tensor.view(-1)[~read.to(device)] = float("nan")
     kernels.adamw(*tensors, rectangles, programs, backend=backend)
     for group in tensors:
         for tensor, read in zip(group, inside, strict=True):
-            assert torch.equal(tensor.isnan().view(-1), ~read)
+            assert torch.equal(tensor.isnan().view(-1).cpu(), ~read)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_without_decay_the_average_is_the_weights(target):
+    """Exactly, as after the first step of an average."""
+    backend, device = target
+    tensors, rectangles, _ = work(device=device)
+    programs = [[kernels.AdamWStep.at(1, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.0)]] * 3
+    kernels.adamw(*tensors, rectangles, programs, backend=backend)
+    for tensor, _, offset, rows, stride, columns in rectangles.tolist():
+        pair = (tensors[group][tensor].as_strided((rows, columns), (stride, 1), offset) for group in (0, 4))
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_that_lie_apart(target):
+    """As of a parameter that is a part of a larger tensor: nothing between its rows is read or written."""
+    backend, device = target
+    groups, _, programs = work(device=device)
+    whole, apart = [[[group[0]] for group in work(device=device)[0]] for _ in range(2)]
+    for group in apart:
+        room = torch.full((37, 59), float("nan"), device=device)
+        group[0] = room[:, 4:54].copy_(group[0])
+    for tensors in (whole, apart):
+        rows = [(0, 2, *rectangle) for rectangle in kernels.rectangles_of(tensors[0][0], ((0, 37), (0, 50)))]
+        kernels.adamw(*tensors, torch.tensor(rows), programs, backend=backend)
+    for (a,), (b,) in zip(whole, apart, strict=True):
+        assert torch.equal(a, b) and int(b._base.isnan().sum()) == 37 * 9
+    assert not torch.equal(whole[0][0], groups[0][0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_table_serves_other_tensors(target):
+    """And none: what a backend keeps for a table is of the tensors that it came with."""
+    backend, device = target
+    [first, rectangles, programs], expected = work(device=device), result(backend, device=device)
+    kernels.adamw(*first, rectangles, programs, backend=backend)
+    again = work(device=device)[0]
+    kernels.adamw(*again, rectangles, programs, backend=backend)
+    found = [t.cpu() for group in (again[0], *again[2:]) for t in group]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    kernels.adamw(*again, rectangles[:0].clone(), programs, backend=backend)
+    assert all(torch.equal(t.cpu(), e) for t, e in zip([*again[0], *again[2]], expected, strict=False))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
+def test_a_graph_cannot_hold_the_numbers_of_a_step():
+    tensors, rectangles, programs = work(device="cuda")
+    kernels.adamw(*tensors, rectangles, programs, backend="triton")
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.adamw(*tensors, rectangles, programs, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -127,27 +223,29 @@ def test_rectangles_cover_the_box(shape, order, box, count):
     assert len(found) == count and bool((view == 1).all()) and int(tensor.sum()) == view.numel()
 
 
-@native
-def test_opcheck():
-    tensors, rectangles, programs = work()
+@pytest.mark.parametrize("target", COMPILED)
+def test_opcheck(target):
+    backend, device = target
+    tensors, rectangles, programs = work(device=device)
     bounds = [0, *torch.tensor([len(program) for program in programs]).cumsum(0).tolist()]
     steps = torch.tensor([step for program in programs for step in program])
-    arguments = (*tensors, rectangles, bounds, steps)
     torch.library.opcheck(
-        torch.ops.hydravit.adamw_native.default,
-        arguments,
+        getattr(torch.ops.hydravit, f"adamw_{backend}").default,
+        (*tensors, rectangles, bounds, steps),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
 
-@native
-def test_wrong_arguments_of_the_op_raise():
+@pytest.mark.parametrize("target", COMPILED)
+def test_wrong_arguments_of_the_op_raise(target):
+    backend, device = target
+
     def refuses(match, change):
-        tensors, rectangles, programs = work()
+        tensors, rectangles, programs = work(device=device)
         arguments = {"tensors": tensors, "rectangles": rectangles, "programs": programs}
         change(arguments)
         with pytest.raises(RuntimeError, match=match):
-            kernels.adamw(*arguments["tensors"], arguments["rectangles"], arguments["programs"], backend="native")
+            kernels.adamw(*arguments["tensors"], arguments["rectangles"], arguments["programs"], backend=backend)
 
     def replace(group, value):
         def change(arguments):
@@ -161,11 +259,13 @@ def test_wrong_arguments_of_the_op_raise():
     refuses("gradients: as many", replace(1, lambda group: group[:2]))
     refuses(r"firsts\[0\]: shape", replace(2, lambda group: [group[0].mT.contiguous(), *group[1:]]))
     refuses(r"averages\[0\]: .*strides", replace(4, lambda group: [group[0].mT.contiguous().mT, *group[1:]]))
-    refuses("seconds: dtype float32", replace(3, lambda group: [t.double() for t in group]))
+    refuses("seconds: dtype (torch.)?float32", replace(3, lambda group: [t.double() for t in group]))
+    refuses("weights: dtype (torch.)?float32", replace(0, lambda group: [t.double() for t in group]))
     refuses("rectangles: dtype int64", lambda a: a.update(rectangles=a["rectangles"].int()))
     refuses("rectangles: a contiguous", lambda a: a.update(rectangles=a["rectangles"][:, :5].contiguous()))
-    refuses("tensor in .0, 3.", rectangle([3, 0, 0, 1, 1, 1]))
+    refuses("tensor in .0, 4.", rectangle([4, 0, 0, 1, 1, 1]))
     refuses("program in .0, 3.", rectangle([0, 3, 0, 1, 1, 1]))
+    refuses("and (a )?program", rectangle([0, -1, 0, 1, 1, 1]))
     outside = ([2, 0, 70, 1, 8, 8], [2, 0, -1, 1, 8, 8], [0, 0, 1, 37, 50, 50], [0, 0, 0, 2, 2**62, 5])
     for row in (*outside, [0, 0, 0, 3, 4, 5], [0, 0, 0, 0, 0, 1]):
         refuses("rectangles: rows of columns inside", rectangle(row))

@@ -19,7 +19,16 @@ import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.geometry import scala, skd
 from hydravit.recipes import RECIPES, Recipe, get_recipe
-from hydravit.training import Batches, Interrupted, SliceGradients, Trainer, WidthSampler, load_state, make_optimizer
+from hydravit.training import (
+    Batches,
+    Interrupted,
+    SliceAdamW,
+    SliceGradients,
+    Trainer,
+    WidthSampler,
+    load_state,
+    make_optimizer,
+)
 from hydravit.training.gradients import merge
 from hydravit.training.memory import zeros_like
 
@@ -255,6 +264,8 @@ def test_batches_start_anywhere_and_split_over_ranks():
     parts = [list(Batches(plain, 11, rank=rank, world=2).epoch(0)) for rank in (0, 1)]
     seen = torch.cat([images for part in parts for images, _ in part]).flatten(1)
     assert len(seen.unique(dim=0)) == len(plain)
+    few = Images(count=7)
+    assert [len(labels) for rank in (0, 1, 2) for _, labels in Batches(few, 11, rank=rank, world=3).epoch(0)] == [2] * 3
 
 
 @pytest.mark.long
@@ -395,12 +406,13 @@ def test_optimizers_of_the_slice(tmp_path, backend):
     assert [entry["loss"] for entry in logs[1]] == pytest.approx([entry["loss"] for entry in logs[0]], rel=1e-5)
 
 
-def test_optimizers_of_the_slice_need_one_rank(monkeypatch):
+def test_optimizers_of_the_slice_need_shared_widths(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="optimizer must be 'dense' on 2 ranks, not 'exact'"):
-        Trainer(make_model(), RECIPE.replace(optimizer="exact"), Images(), progress=False)
+    recipe = RECIPE.replace(optimizer="exact", rank_shared=False)
+    with pytest.raises(ValueError, match="optimizer must be 'dense', not 'exact', where 2 ranks draw widths of their"):
+        Trainer(make_model(), recipe, Images(), progress=False)
 
 
 def test_learning_rate():
@@ -462,24 +474,115 @@ def test_recipe_refuses(changes):
 _RANK = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_training import *
-dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
-trainer = train(__import__("pathlib").Path({out!r}), RECIPE.replace(epochs=1, warmup_epochs=0.0))
-weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-both = [torch.empty_like(weights) for _ in range(2)]
-dist.all_gather(both, weights)
-assert torch.equal(*both) and trainer.step == 2
+from test_training import {function} as run
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
+run(__import__("pathlib").Path({folder!r}), rank)
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.long
-def test_two_ranks_agree(tmp_path):
-    script = _RANK.format(tests=os.path.dirname(__file__), store=tmp_path / "store", out=str(tmp_path / "out"))
+def on_two_ranks(function, folder):
+    """``function(folder, rank)`` of this file in two processes that are ranks of one group."""
+    script = _RANK.format(tests=os.path.dirname(__file__), folder=str(folder), function=function.__name__)
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 1
+    try:
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def assert_ranks_agree(trainer):
+    for module in (trainer.model, trainer.average.module):
+        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+        both = [torch.empty_like(weights) for _ in range(2)]
+        torch.distributed.all_gather(both, weights)
+        assert torch.equal(*both)
+
+
+# One process and two that share its batches: no drop-path or augmentation, whose draws go by the rank. A large epsilon:
+# AdamW divides the rounding of gradients that are zero (those of key biases) by itself otherwise.
+SHARED = RECIPE.replace(epochs=2, warmup_epochs=0.0, accumulate=2, eps=1e-3, clip_norm=0.1)
+SHARED_CASES = {
+    "dense": SHARED,
+    "exact": SHARED.replace(optimizer="exact"),
+    "active": SHARED.replace(optimizer="active", clip_norm=0.0),
+    "a width per rank": SHARED.replace(rank_shared=False, heads=(3,)),
+}
+
+
+def train_shared(recipe, rank=0, **options):
+    model = make_model(seed=rank)  # ranks begin with the weights of rank 0
+    return Trainer(model, recipe, Images(augment=False), progress=False, **options)
+
+
+def skipped_step(rank):
+    """A step that a GradScaler skips on one rank is skipped on all; the next one is none but for the scale."""
+    model = make_model()
+    gradients = SliceGradients(model)
+    optimizer = SliceAdamW(model.parameters(), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(model.state_dict())
+    for overflow in (True, False):
+        gradients.zero_()
+        images, labels = batch(count=4)
+        part = slice(2 * rank, 2 * rank + 2)
+        scaler.scale(F.cross_entropy(model(images[part], heads=2), labels[part])).backward()
+        if overflow and rank == 1:
+            model.head.bias.grad[0] = float("inf")
+        gradients.average_()
+        scaler.step(optimizer)
+        scaler.update()
+        after = model.state_dict()
+        assert overflow == all(torch.equal(after[name], value) for name, value in before.items())
+    assert scaler.get_scale() == 2.0
+
+
+def shared_batches(folder, rank):
+    torch.set_num_threads(1)
+    skipped_step(rank)
+    for name, recipe in SHARED_CASES.items():
+        trainer = train_shared(recipe, rank)
+        trainer.run()
+        assert_ranks_agree(trainer)
+        torch.save([trainer.model.state_dict(), trainer.average.module.state_dict()], folder / f"{name} {rank}")
+
+
+def test_two_ranks_are_one_with_both_batches(tmp_path):
+    on_two_ranks(shared_batches, tmp_path)
+    for name, recipe in SHARED_CASES.items():
+        trainer = train_shared(recipe.replace(batch_size=16))
+        before = copy.deepcopy(trainer.model)
+        trainer.run()
+        assert trainer.step == 4
+        found = torch.load(tmp_path / f"{name} 0")
+        for module, ours in zip((trainer.model, trainer.average.module), found, strict=True):
+            for key, expected in module.state_dict().items():
+                close = {"rtol": 1e-4, "atol": 1e-6, "msg": lambda m, key=key, name=name: f"{name}, {key}: {m}"}
+                torch.testing.assert_close(ours[key], expected, **close)
+                assert not torch.allclose(expected, before.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+def resumed(folder, rank):
+    torch.set_num_threads(1)
+    for optimizer, per_image in (("exact", False), ("active", True), ("dense", False)):
+        recipe = RECIPE.replace(epochs=2, warmup_epochs=0.0, optimizer=optimizer, per_image=per_image)
+        whole = train(folder / optimizer, recipe)
+        train(folder / "parts" / optimizer, recipe, stop_at=3)
+        torch.distributed.barrier()  # rank 0 has written the checkpoint
+        parts = train(folder / "parts" / optimizer, recipe, resume=True)
+        assert parts.step == whole.step == 4
+        assert_ranks_agree(parts)
+        for a, b in ((whole.model, parts.model), (whole.average, parts.average)):
+            assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert len(read_log(folder / "exact")) == len(read_log(folder / "parts" / "exact")) == 2
+
+
+@pytest.mark.long
+def test_resumed_on_two_ranks(tmp_path):
+    on_two_ranks(resumed, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -4,10 +4,12 @@ On a GPU they run compiled, in every dtype; elsewhere on Triton's interpreter (`
 test`` sets for this file), in float32 and a little float16: its bfloat16 is wrong.
 """
 
+import importlib
 import os
 
 import pytest
 import torch
+from adamw_runs import Dense, Run, assert_same_runs, exact
 from blocks import Block, attention, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from small import images, make
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
-from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, backends, ops
+from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
 from hydravit_kernels.slices import flatten
 
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -234,6 +236,28 @@ def test_frozen_parameters_and_gradients_in_place(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_optimizer_of_the_slice():
+    """Forward, gradients in place and AdamW all by these kernels: to the bit what AdamW on everything makes of it."""
+    run, dense = (Run(optimizer, "triton", device=DEVICE, depth=1) for optimizer in (exact, Dense))
+    for heads in (2, 1, 3):
+        assert torch.equal(run.step(heads), dense.step(heads))
+    assert_same_runs(run, dense)
+
+
+def test_the_optimizer_plans_a_table_once(monkeypatch):
+    """With gradients and without; from then on a call copies its numbers only."""
+    module, planned = importlib.import_module("hydravit_kernels.triton.adamw"), []
+    make = module._make_plan
+    monkeypatch.setattr(module, "_make_plan", lambda *arguments: planned.append(1) or make(*arguments))
+    weight, gradient, first, second = torch.ones(4, 3, 5, device=DEVICE)
+    table = torch.tensor([[0, 0, 0, 3, 5, 4]])
+    for lr in (1e-3, 2e-3):
+        step = AdamWStep.at(1, lr, (0.9, 0.99), 1e-8, 0.0, 0.0)
+        for gradients in ([gradient], []):
+            adamw([weight], gradients, [first], [second], [], table, [[step]], backend="triton")
+    assert len(planned) == 2
 
 
 def test_modes_and_checkpointing(model):

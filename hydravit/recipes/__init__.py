@@ -30,7 +30,7 @@ class Recipe:
         betas, eps: of AdamW.
         optimizer: what AdamW does outside the slice that a step trains. "dense": decay and momentum go on there, as in
             the paper's code, at the cost of the full model; "exact": the same, put off until somebody looks; "active":
-            nothing. See ``hydravit.training.SliceAdamW``.
+            nothing. See ``hydravit.training.SliceAdamW``. On several ranks the last two need ``rank_shared``.
         smoothing: label smoothing.
         mixup, cutmix: their alphas, 0 for none; done by timm (mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899).
         clip_norm: largest norm of a step's gradient; 0: not clipped.

@@ -34,7 +34,7 @@ class SliceAdamW(torch.optim.Optimizer):
       moments that rested are still as near to zero, where they began, as those steps left them.
 
     Gradients are cleared by ``SliceGradients.zero_``. Parameters that are frozen now are left out. A model has one such
-    optimizer at a time: a new one takes over.
+    optimizer at a time: a new one takes over. Every step is decided anew, so no CUDA graph can hold one.
 
     Args:
         params: parameters of ``model``, or groups of them, as for ``torch.optim.AdamW``; the options, ``lr`` above all,
@@ -157,9 +157,8 @@ class SliceAdamW(torch.optim.Optimizer):
                 alike.setdefault((region.done, region.age), []).append(region)
         if not alike:
             return
-        tables, programs = [], []
-        for (done, age), members in alike.items():
-            tables.append(self._regions.table(members, len(programs)))
+        programs = []
+        for done, age in alike:
             lacking = self._history[len(self._history) - (self._done - done) :]
             for group in range(len(self.param_groups)):
                 programs.append([self._numbers(options[group], age + i) for i, options in enumerate(lacking)])
@@ -170,7 +169,7 @@ class SliceAdamW(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [self._averages[name] for name in self._parameters] if self._averages else [],
-            torch.cat(tables),
+            self._regions.table(alike.values(), len(self.param_groups)),
             programs,
             backend=self.model.backend,
         )

@@ -30,7 +30,7 @@ class _Seeded(Dataset):
 
 
 class Batches:
-    """Shuffled batches of a data set; every rank of a distributed run gets its own part.
+    """Shuffled batches of a data set; every rank of a distributed run gets its own part, as large as the others'.
 
     A last batch that is not full is left out, unless it is the only one. Augmentation may draw from torch's global CPU
     generator, which is seeded per batch and put back.
@@ -55,7 +55,8 @@ class Batches:
         uint8 images are divided by 255.
         """
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        indices = torch.randperm(len(self.dataset), generator=order)[self.rank :: self.world].tolist()
+        indices = torch.randperm(len(self.dataset), generator=order)[self.rank :: self.world]
+        indices = indices[: len(self.dataset) // self.world].tolist()
         seeds = torch.randint(2**62, (len(self) * self.world,), generator=order)[self.rank :: self.world].tolist()
         size = self.batch_size
         batches = [_Batch(seeds[i], indices[i * size : (i + 1) * size]) for i in range(start, len(self))]

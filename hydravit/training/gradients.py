@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hydravit.geometry import Geometry, Intervals
@@ -40,7 +41,7 @@ class SliceGradients:
     The gradients equal the ordinary ones. What autograd would do with them does not happen, because it never sees them:
     tensor hooks and post-accumulate hooks on parameters are refused in the next forward; ``torch.autograd.grad`` for
     parameters and double backward raise with compiled backends; ``DistributedDataParallel`` around the model would
-    never be told. A deep copy or a pickle of the model is in ordinary mode.
+    never be told: ranks call ``average_`` instead. A deep copy or a pickle of the model is in ordinary mode.
 
     Raises:
         RuntimeError: if the model is already in this mode.
@@ -134,6 +135,22 @@ class SliceGradients:
         if views:
             torch._foreach_zero_(views)
         self._marked.clear()
+
+    @torch.no_grad()
+    def average_(self, group: dist.ProcessGroup | None = None) -> None:
+        """Make every gradient the mean over the ranks of a process group; only the live part travels.
+
+        All ranks call it, after their backward passes and before clipping. Each must have used the same subnetworks
+        since the last ``zero_``, as with one ``WidthSampler`` seed and rank for all.
+        """
+        views = self._live_views()
+        for dtype in dict.fromkeys(view.dtype for view in views):
+            alike = [view for view in views if view.dtype == dtype]
+            joined = torch.cat([view.flatten() for view in alike])
+            joined /= dist.get_world_size(group)  # before they are added, so that no sum overflows that need not
+            dist.all_reduce(joined, group=group)
+            parts = joined.split([view.numel() for view in alike])
+            torch._foreach_copy_(alike, [part.view(view.shape) for part, view in zip(parts, alike, strict=True)])
 
     def clip_norm_(self, max_norm: float) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` over the live part: scales it, returns the norm it had, a scalar."""

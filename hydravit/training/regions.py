@@ -7,6 +7,7 @@ through the same steps. Every entry of every parameter is in exactly one region.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Regions:
         self._config, self._parameters, self._groups = config, parameters, groups
         self._index = {name: i for i, name in enumerate(parameters)}
         self._known: set[Geometry] = set()
-        self._tables: dict[tuple[int, ...], Tensor] = {}
+        self._rectangles = functools.lru_cache(_CACHED_TABLES)(self._make_rectangles)
+        self._table = functools.lru_cache(_CACHED_TABLES)(self._make_table)
 
     def read_by(self, geometries: Iterable[Geometry]) -> list[Region]:
         """The regions that one of these subnetworks reads."""
@@ -67,17 +69,21 @@ class Regions:
             self._cut(geometry)
         return [region for region in self.all if not region.readers.isdisjoint(geometries)]
 
-    def table(self, regions: Sequence[Region], program: int) -> Tensor:
-        """``kernels.adamw``'s rectangles of these regions, program ``program + i`` for those of parameter group i."""
-        key = tuple(map(id, regions))
-        if key not in self._tables:
-            if len(self._tables) >= _CACHED_TABLES:
-                self._tables.clear()
-            self._tables[key] = self._make_table(regions)
-        table = self._tables[key]
-        return table + torch.tensor([0, program, 0, 0, 0, 0]) if program else table
+    def table(self, sets: Iterable[Sequence[Region]], programs: int) -> Tensor:
+        """``kernels.adamw``'s rectangles of these sets of regions, of which each has so many programs of its own.
 
-    def _make_table(self, regions: Sequence[Region]) -> Tensor:
+        A set's programs are one per parameter group, in the order of the groups. The same sets get the same tensor
+        again, so that a backend can keep what it makes of it.
+        """
+        return self._table(tuple(map(tuple, sets)), programs)
+
+    def _make_table(self, sets: tuple[tuple[Region, ...], ...], programs: int) -> Tensor:
+        shifts = torch.tensor([0, programs, 0, 0, 0, 0])
+        table = torch.cat([self._rectangles(regions) + i * shifts for i, regions in enumerate(sets)])
+        return table[table[:, 0].argsort(stable=True)]  # rings of one parameter lie side by side in memory
+
+    def _make_rectangles(self, regions: tuple[Region, ...]) -> Tensor:
+        """Of one set, with the parameter group in place of the program."""
         rows = []
         for name, parameter in self._parameters.items():
             for box in join(box for region in regions for box in region.boxes.get(name, ())):
@@ -106,7 +112,8 @@ class Regions:
                     regions.append(Region(boxes, region.done, region.age, readers))
         self.all = regions
         self._known.add(geometry)
-        self._tables.clear()
+        self._rectangles.cache_clear()
+        self._table.cache_clear()
 
 
 def intersection(a: Box, b: Box) -> Box | None:

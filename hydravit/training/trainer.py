@@ -43,8 +43,9 @@ class Trainer:
 
     Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. So do the
     optimizer and the average of the weights if the recipe's ``optimizer`` is ``"active"``. Under torchrun, every
-    rank makes a Trainer after ``init_process_group``; gradients are then ordinary ones, averaged by
-    DistributedDataParallel, the optimizer must be ``"dense"``, and rank 0 writes.
+    rank makes a Trainer after ``init_process_group``, and rank 0 writes. All ranks draw the same widths, and only
+    gradients of these travel; where the recipe's ``rank_shared`` is False every rank draws its own, gradients are
+    ordinary ones that DistributedDataParallel averages, and the optimizer must be ``"dense"``.
 
     Args:
         model: on its device. Frozen parameters stay as they are.
@@ -96,8 +97,12 @@ class Trainer:
             seed=recipe.seed,
             rank=0 if recipe.rank_shared else self.rank,
         )
-        if self.world > 1 and recipe.optimizer != "dense":
-            raise ValueError(f"recipe: optimizer must be 'dense' on {self.world} ranks, not {recipe.optimizer!r}")
+        self._in_place = self.world == 1 or recipe.rank_shared
+        if not self._in_place and recipe.optimizer != "dense":
+            raise ValueError(
+                f"recipe: optimizer must be 'dense', not {recipe.optimizer!r}, where {self.world} ranks draw widths of "
+                "their own; with rank_shared=True they draw alike"
+            )
         self.average = make_average(model, recipe)
         self.optimizer = make_optimizer(model, recipe, self.world, self.average)
         self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
@@ -122,7 +127,8 @@ class Trainer:
         if self.out is not None and self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             self._forget_log()
-        if self.world == 1:
+        if self._in_place:
+            self._share_weights()
             self.gradients = SliceGradients(self.model)
         else:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -140,6 +146,15 @@ class Trainer:
             if isinstance(self.optimizer, SliceAdamW):
                 self.optimizer.flush()
         return self.trained
+
+    def _share_weights(self) -> None:
+        """All ranks begin with rank 0's, as under DistributedDataParallel."""
+        for module in (self.model, self.average):
+            if self.world > 1 and module is not None:
+                for tensor in module.state_dict().values():
+                    sent = tensor.contiguous()
+                    dist.broadcast(sent, 0)
+                    tensor.copy_(sent)
 
     def _run_epoch(self, interrupt: Interrupt) -> None:
         start, done = time.perf_counter(), 0
@@ -200,6 +215,8 @@ class Trainer:
     @kernels.annotate("optimizer")
     def _update(self) -> None:
         """From the gradients to new weights, and everything that goes on once a step."""
+        if self.gradients is not None and self.world > 1:
+            self.gradients.average_()
         if self.recipe.clip_norm:
             self.scaler.unscale_(self.optimizer)
             if self.gradients is not None:

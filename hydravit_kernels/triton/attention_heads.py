@@ -9,6 +9,7 @@ are never stored: backward computes them again from the saved ``logsumexp (B, he
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,19 +23,46 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
+class _Head(NamedTuple):
+    """One head of one image: where it lies in rows of ``qkv`` and of ``attended``, and among the statistics."""
+
+    exists: bool  # in the image's slice
+    tile: int  # of the image's tokens that this program takes
+    first_row: int
+    first_query: int
+    first_statistic: int
+    query_column: int
+    key_column: int
+    value_column: int
+    attended_column: int
+    head_dim: int
+    value_dim: int
+    scale: float  # of the scores
+
+
 @triton.jit
-def _scale_of(scale, scales, slices, image):
-    """What an image's scores are multiplied with."""
+def _head(slices, scale, scales, tokens, queries, logsumexp_stride, tiled, ALIGN: tl.constexpr, ROWS: tl.constexpr):
+    """This program's; the tiles of a head follow each other: they share what they loop over."""
+    tiles_per_image = tl.cdiv(tiled, ROWS)
+    image, index = (tl.program_id(0) // tiles_per_image).to(tl.int64), tl.program_id(1)
+    part = part_of(slices, image, ALIGN)
     if slices.subnet is not None:
         scale = tl.load(scales + tl.load(slices.subnet + image))
-    return scale
-
-
-@triton.jit
-def _program(tokens, ROWS: tl.constexpr):
-    """Image, tile and head of this program; the tiles of a head follow each other: they share what they loop over."""
-    tiles_per_image = tl.cdiv(tokens, ROWS)
-    return tl.program_id(0) // tiles_per_image, tl.program_id(0) % tiles_per_image, tl.program_id(1)
+    column, value_column = index * part.head_dim, index * part.value_dim
+    return _Head(
+        column < part.query_length,
+        tl.program_id(0) % tiles_per_image,
+        image * tokens,
+        image * queries,
+        image * logsumexp_stride + index * queries,
+        column,
+        part.query_length + column,
+        2 * part.query_length + value_column,
+        value_column,
+        part.head_dim,
+        part.value_dim,
+        scale,
+    )
 
 
 @triton.jit
@@ -51,43 +79,37 @@ def _forward_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    image, tile, head = _program(queries, QUERIES)
-    part = part_of(slices, image, ALIGN)
-    if head * part.head_dim >= part.query_length:
+    head = _head(slices, scale, scales, tokens, queries, logsumexp_stride, queries, ALIGN, QUERIES)
+    if not head.exists:
         return
-    scale = _scale_of(scale, scales, slices, image)
-    first_row, first_query = image.to(tl.int64) * tokens, image.to(tl.int64) * queries
-    i = tile * QUERIES + tl.arange(0, QUERIES)
+    i = head.tile * QUERIES + tl.arange(0, QUERIES)
     d = tl.arange(0, HEAD)
     e = tl.arange(0, VALUE)
-    column = head * part.head_dim
-    value_column = head * part.value_dim
 
-    q = _rows(qkv, first_row, i, qkv_stride, column, d, queries, part.head_dim)  # [QUERIES, HEAD]
+    q = _rows(qkv, head.first_row, i, qkv_stride, head.query_column, d, queries, head.head_dim)  # [QUERIES, HEAD]
     largest = tl.full((QUERIES,), float("-inf"), tl.float32)
     weight = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, VALUE), tl.float32)
     for start in range(0, tokens, KEYS):
         j = start + tl.arange(0, KEYS)
-        k = _rows(qkv, first_row, j, qkv_stride, part.query_length + column, d, tokens, part.head_dim)
-        score = dot(q, tl.trans(k), None, PRECISION) * (scale * _LOG2_E)
+        k = _rows(qkv, head.first_row, j, qkv_stride, head.key_column, d, tokens, head.head_dim)
+        score = dot(q, tl.trans(k), None, PRECISION) * (head.scale * _LOG2_E)
         score = tl.where((j < tokens)[None, :], score, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(score, 1))
         shrink = tl.exp2(largest - new_largest)
         p = tl.exp2(score - new_largest[:, None])
         weight = weight * shrink + tl.sum(p, 1)
-        v = _rows(qkv, first_row, j, qkv_stride, 2 * part.query_length + value_column, e, tokens, part.value_dim)
+        v = _rows(qkv, head.first_row, j, qkv_stride, head.value_column, e, tokens, head.value_dim)
         result = dot(p.to(v.dtype), v, result * shrink[:, None], PRECISION)
         largest = new_largest
 
     result /= weight[:, None]
     here = i < queries
-    place = (first_query + i)[:, None] * attended_stride + value_column + e[None, :]
-    mask = here[:, None] & (e < part.value_dim)[None, :]
+    place = (head.first_query + i)[:, None] * attended_stride + head.attended_column + e[None, :]
+    mask = here[:, None] & (e < head.value_dim)[None, :]
     tl.store(attended + place, result.to(attended.dtype.element_ty), mask=mask)
     if logsumexp is not None:
-        place = image.to(tl.int64) * logsumexp_stride + head * queries + i
-        tl.store(logsumexp + place, largest * _LN_2 + tl.log(weight), mask=here)
+        tl.store(logsumexp + head.first_statistic + i, largest * _LN_2 + tl.log(weight), mask=here)
 
 
 # Grid: (images * tiles of queries, heads). Also leaves each query's sum of gradient times result for the other kernel.
@@ -98,40 +120,35 @@ def _query_gradient_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    image, tile, head = _program(queries, QUERIES)
-    part = part_of(slices, image, ALIGN)
-    if head * part.head_dim >= part.query_length:
+    head = _head(slices, scale, scales, tokens, queries, logsumexp_stride, queries, ALIGN, QUERIES)
+    if not head.exists:
         return
-    scale = _scale_of(scale, scales, slices, image)
-    first_row, first_query = image.to(tl.int64) * tokens, image.to(tl.int64) * queries
-    i = tile * QUERIES + tl.arange(0, QUERIES)
+    i = head.tile * QUERIES + tl.arange(0, QUERIES)
     here = i < queries
     d = tl.arange(0, HEAD)
     e = tl.arange(0, VALUE)
-    column = head * part.head_dim
-    value_column = head * part.value_dim
 
-    q = _rows(qkv, first_row, i, qkv_stride, column, d, queries, part.head_dim)  # [QUERIES, HEAD]
-    g = _rows(grad, first_query, i, grad_stride, value_column, e, queries, part.value_dim)  # [QUERIES, VALUE]
-    o = _rows(attended, first_query, i, attended_stride, value_column, e, queries, part.value_dim)
+    q = _rows(qkv, head.first_row, i, qkv_stride, head.query_column, d, queries, head.head_dim)  # [QUERIES, HEAD]
+    g = _rows(grad, head.first_query, i, grad_stride, head.attended_column, e, queries, head.value_dim)
+    o = _rows(attended, head.first_query, i, attended_stride, head.attended_column, e, queries, head.value_dim)
     row_delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    statistics = image.to(tl.int64) * logsumexp_stride + head * queries + i
+    statistics = head.first_statistic + i
     tl.store(delta + statistics, row_delta, mask=here)
     shift = tl.load(logsumexp + statistics, mask=here, other=0.0) * _LOG2_E
 
     result = tl.zeros((QUERIES, HEAD), tl.float32)
     for start in range(0, tokens, KEYS):
         j = start + tl.arange(0, KEYS)
-        k = _rows(qkv, first_row, j, qkv_stride, part.query_length + column, d, tokens, part.head_dim)
-        v = _rows(qkv, first_row, j, qkv_stride, 2 * part.query_length + value_column, e, tokens, part.value_dim)
-        score = dot(q, tl.trans(k), None, PRECISION) * (scale * _LOG2_E)
+        k = _rows(qkv, head.first_row, j, qkv_stride, head.key_column, d, tokens, head.head_dim)
+        v = _rows(qkv, head.first_row, j, qkv_stride, head.value_column, e, tokens, head.value_dim)
+        score = dot(q, tl.trans(k), None, PRECISION) * (head.scale * _LOG2_E)
         p = tl.where((j < tokens)[None, :], tl.exp2(score - shift[:, None]), 0.0)
         dp = dot(g, tl.trans(v), None, PRECISION)
         d_score = p * (dp - row_delta[:, None])
         result = dot(d_score.to(k.dtype), k, result, PRECISION)
-    place = (first_row + i)[:, None] * qkv_stride + column + d[None, :]
-    mask = here[:, None] & (d < part.head_dim)[None, :]
-    tl.store(d_qkv + place, (result * scale).to(d_qkv.dtype.element_ty), mask=mask)
+    place = (head.first_row + i)[:, None] * qkv_stride + head.query_column + d[None, :]
+    mask = here[:, None] & (d < head.head_dim)[None, :]
+    tl.store(d_qkv + place, (result * head.scale).to(d_qkv.dtype.element_ty), mask=mask)
 
 
 # Grid: (images * tiles of keys, heads).
@@ -142,43 +159,37 @@ def _key_value_gradient_kernel(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    image, tile, head = _program(tokens, KEYS)
-    part = part_of(slices, image, ALIGN)
-    if head * part.head_dim >= part.query_length:
+    head = _head(slices, scale, scales, tokens, queries, logsumexp_stride, tokens, ALIGN, KEYS)
+    if not head.exists:
         return
-    scale = _scale_of(scale, scales, slices, image)
-    first_row, first_query = image.to(tl.int64) * tokens, image.to(tl.int64) * queries
-    j = tile * KEYS + tl.arange(0, KEYS)
+    j = head.tile * KEYS + tl.arange(0, KEYS)
     d = tl.arange(0, HEAD)
     e = tl.arange(0, VALUE)
-    column = head * part.head_dim
-    value_column = head * part.value_dim
-    key_column = part.query_length + column
 
-    k = _rows(qkv, first_row, j, qkv_stride, key_column, d, tokens, part.head_dim)  # [KEYS, HEAD]
-    v = _rows(qkv, first_row, j, qkv_stride, 2 * part.query_length + value_column, e, tokens, part.value_dim)
+    k = _rows(qkv, head.first_row, j, qkv_stride, head.key_column, d, tokens, head.head_dim)  # [KEYS, HEAD]
+    v = _rows(qkv, head.first_row, j, qkv_stride, head.value_column, e, tokens, head.value_dim)
     dk = tl.zeros((KEYS, HEAD), tl.float32)
     dv = tl.zeros((KEYS, VALUE), tl.float32)
     for start in range(0, queries, QUERIES):
         i = start + tl.arange(0, QUERIES)
         here = i < queries
-        q = _rows(qkv, first_row, i, qkv_stride, column, d, queries, part.head_dim)
-        g = _rows(grad, first_query, i, grad_stride, value_column, e, queries, part.value_dim)
-        statistics = image.to(tl.int64) * logsumexp_stride + head * queries + i
+        q = _rows(qkv, head.first_row, i, qkv_stride, head.query_column, d, queries, head.head_dim)
+        g = _rows(grad, head.first_query, i, grad_stride, head.attended_column, e, queries, head.value_dim)
+        statistics = head.first_statistic + i
         shift = tl.load(logsumexp + statistics, mask=here, other=0.0) * _LOG2_E
         row_delta = tl.load(delta + statistics, mask=here, other=0.0)
-        score = dot(k, tl.trans(q), None, PRECISION) * (scale * _LOG2_E)  # [KEYS, QUERIES]
+        score = dot(k, tl.trans(q), None, PRECISION) * (head.scale * _LOG2_E)  # [KEYS, QUERIES]
         p = tl.where(here[None, :], tl.exp2(score - shift[None, :]), 0.0)
         dv = dot(p.to(g.dtype), g, dv, PRECISION)
         dp = dot(v, tl.trans(g), None, PRECISION)
         d_score = p * (dp - row_delta[None, :])
         dk = dot(d_score.to(q.dtype), q, dk, PRECISION)
-    row = (first_row + j)[:, None] * qkv_stride
+    row = (head.first_row + j)[:, None] * qkv_stride
     here = (j < tokens)[:, None]
-    place = row + key_column + d[None, :]
-    tl.store(d_qkv + place, (dk * scale).to(d_qkv.dtype.element_ty), mask=here & (d < part.head_dim)[None, :])
-    place = row + 2 * part.query_length + value_column + e[None, :]
-    tl.store(d_qkv + place, dv.to(d_qkv.dtype.element_ty), mask=here & (e < part.value_dim)[None, :])
+    place = row + head.key_column + d[None, :]
+    tl.store(d_qkv + place, (dk * head.scale).to(d_qkv.dtype.element_ty), mask=here & (d < head.head_dim)[None, :])
+    place = row + head.value_column + e[None, :]
+    tl.store(d_qkv + place, dv.to(d_qkv.dtype.element_ty), mask=here & (e < head.value_dim)[None, :])
 
 
 def _constants(parts: AttentionParts) -> dict:
