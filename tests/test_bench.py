@@ -353,8 +353,9 @@ def test_switching_costs_what_it_costs():
 
     workload = Workload("switching", (1, 3), 1, config=SMALL)
     (found,) = measure(workload, [Peer("switches", "", inference=inference)], CPU, Effort(5, 5, 0.0, 3), quiet)
-    assert found["switch_cost"] == pytest.approx(15 / 30.6, rel=0.15)
-    assert found["p50_ms"] == pytest.approx(2 * 45.6, rel=0.15)
+    # On a busy machine everything takes longer; half of the cost, or a median without it, would be farther off.
+    assert found["switch_cost"] == pytest.approx(15 / 30.6, rel=0.3)
+    assert found["p50_ms"] == pytest.approx(2 * 45.6, rel=0.3)
 
 
 @pytest.mark.long
