@@ -63,7 +63,8 @@ def read() -> tuple[str, list[dict[str, str]]]:
 
 def resources(architecture: str) -> Iterator[dict[str, str]]:
     """A row for each kernel, with the flags of CMakeLists.txt."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-I", SOURCES, "-Xptxas", "-v"]
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-I", SOURCES, "-Xptxas", "-v"]
+    flags.append(f"-arch={architecture}")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
             cubin = Path(folder) / "out.cubin"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -107,14 +108,15 @@ class CudaNetwork:
         self.device = parameters[0].device
         self.most_images = most_images
         self._classes = [width.head.classes for width in widths]
-        self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
-        for width in widths:
-            self._add(width)
-        sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
-        self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the engine writes at once, and whoever had this memory may still run
-        self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
+        with self._current():
+            self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
+            for width in widths:
+                self._add(width)
+            sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
+            self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # the engine writes at once, and whoever had this memory may still run
+            self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
         self.pack(parameters)
 
     def _add(self, width: SubnetSlices) -> None:
@@ -133,15 +135,17 @@ class CudaNetwork:
         """Read the parameters again, on the current stream."""
         rows = [None if p is None else _rows(p.detach()) for p in parameters]
         table = [(0, "float32", 0) if r is None else (r.data_ptr(), _name(r.dtype), r.stride(0)) for r in rows]
-        self._engine.pack(table, self._stream())
+        with self._current():
+            self._engine.pack(table, self._stream())
 
     def run(self, images: Tensor, width: int) -> Tensor:
-        """Images ``(B, C, height, width)`` of any floating dtype to float32 logits, on the current stream."""
+        """Images ``(B, C, height, width)`` of 16 or 32 bits to float32 logits, on the current stream."""
         images = images.contiguous()
         logits = torch.empty(images.shape[0], self._classes[width], device=self.device)
         if len(images):
             ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
-            self._engine.run(width, len(images), *ends, self._stream())
+            with self._current():
+                self._engine.run(width, len(images), *ends, self._stream())
         return logits
 
     def time_phases(self, images: Tensor, width: int, repeats: int = 20) -> list[PhaseTime]:
@@ -149,8 +153,13 @@ class CudaNetwork:
         images = images.contiguous()
         logits = torch.empty(images.shape[0], self._classes[width], device=self.device)
         ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
-        times = self._engine.time_phases(width, len(images), *ends, repeats, self._stream())
+        with self._current():
+            times = self._engine.time_phases(width, len(images), *ends, repeats, self._stream())
         return [PhaseTime(*time) for time in times]
+
+    def _current(self) -> AbstractContextManager:
+        """The engine makes its device the current one, for torch too: within this, and no longer."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0

@@ -1,5 +1,6 @@
 """The CUDA engine on a CUDA device: what tests/test_engine.py asks of the emulator, and what only a device can show."""
 
+import functools
 import random
 
 import pytest
@@ -20,8 +21,25 @@ BASE = HydraViTConfig()
 WAYS = [{"strategy": s, "loader": loader} for s in ("chain", "persistent") for loader in ("best", "async")]
 
 
+@functools.cache
 def make(config):
+    """Once for all tests, which do not change it: making it takes longer than what is tested."""
     return shake(HydraViT(config, backend="reference").eval()).to(DEVICE)
+
+
+@functools.cache
+@torch.no_grad()
+def expected_of(config, dtype):
+    """Images, the activations' dtype, and by width the logits of two images: eager PyTorch's in it, and exact ones."""
+    model, x = make(config), images(config, 8).to(DEVICE)
+    if dtype == torch.float8_e4m3fn:  # the same weights, and activations of the engine's
+        model, dtype = with_e4m3_weights(model), torch.float16
+    exact = HydraViT(config, backend="reference").eval().double()
+    exact.load_state_dict(model.state_dict())
+    eager = HydraViT(config, backend="reference").eval().to(DEVICE, dtype)
+    eager.load_state_dict(model.state_dict())
+    widths = {1, config.max_heads // 2, config.max_heads}
+    return x, dtype, {k: (eager(x[:2].to(dtype), heads=k).cpu(), exact(x[:2].double().cpu(), heads=k)) for k in widths}
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
@@ -29,18 +47,10 @@ def make(config):
 @pytest.mark.parametrize("config", [TINY, BASE], ids=["tiny", "base"])
 @torch.no_grad()
 def test_within_the_error_budget(config, dtype, way):
-    model = make(config)
-    engine, x = model.engine(dtype=dtype, **way), images(config, 8).to(DEVICE)
-    if dtype == torch.float8_e4m3fn:  # the same weights, and activations of the engine's
-        model, dtype = with_e4m3_weights(model), torch.float16
-    exact = HydraViT(config, backend="reference").eval().double()
-    exact.load_state_dict(model.state_dict())
-    eager = HydraViT(config, backend="reference").eval().to(DEVICE, dtype)
-    eager.load_state_dict(model.state_dict())
-    for heads in {1, config.max_heads // 2, config.max_heads}:
-        logits = engine(x, heads=heads).to(dtype)
-        expected = exact(x[:2].double().cpu(), heads=heads)
-        assert_within_budget(logits[:2].cpu(), eager(x[:2].to(dtype), heads=heads).cpu(), expected)
+    engine = make(config).engine(dtype=dtype, **way)
+    x, activations, expected = expected_of(config, dtype)
+    for heads, (eager, exact) in expected.items():
+        assert_within_budget(engine(x, heads=heads)[:2].to(activations).cpu(), eager, exact)
 
 
 @pytest.mark.parametrize("heads", [3, 6, 12])
@@ -70,7 +80,8 @@ def test_products_by_warpgroups(heads):
 @torch.no_grad()
 def test_every_way_and_batch_has_the_same_bits(dtype):
     model, x = make(BASE), images(BASE, 8).to(DEVICE)
-    expected = {heads: model.engine(dtype=dtype)(x, heads=heads) for heads in range(1, 13)}
+    engine = model.engine(dtype=dtype)
+    expected = {heads: engine(x, heads=heads) for heads in range(1, 13)}
     for way in WAYS:
         engine = model.engine(dtype=dtype, **way)
         for heads, logits in expected.items():

@@ -116,7 +116,7 @@ std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& w
 // A phase of a chain in every shape that its tiles can have.
 std::vector<Phase> in_every_shape(const Phase& phase, Dtype weights, const Device& device);
 
-// Before the first launch on a device: lets its kernels have as much shared memory as there is.
+// Before the first launch on a device: lets its kernels have as much shared memory as there is, and all the same.
 int prepare(Dtype dtype, const Device& device);
 // One phase as one kernel on the stream.
 int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream);

@@ -107,8 +107,12 @@ int visit_kernel(const Phase& phase, Dtype dtype, Loader loader, const Visit& vi
 int prepare(Dtype dtype, const Device& device) {
   int status = 0;
   const auto allow = [&](auto kernel, const auto&) {
-    if (status == 0)
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      if (status == 0) status = cudaFuncSetAttribute(kernel, attribute, value);
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
+    // An SM has to be idle to divide its memory anew, and then no kernel begins while another one ends on it.
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     return status;
   };
   Phase phase{};
@@ -116,8 +120,11 @@ int prepare(Dtype dtype, const Device& device) {
     phase.shape = shape;
     visit_kernel(phase, dtype, device.loader, allow);
   }
-  phase.kind = Kind::kAttention;
-  return visit_kernel(phase, dtype, device.loader, allow);
+  for (const Kind kind : {Kind::kInput, Kind::kAttention}) {
+    phase.kind = kind;
+    visit_kernel(phase, dtype, device.loader, allow);
+  }
+  return status;
 }
 
 int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream) {

@@ -1,7 +1,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <utility>
 
+#include "graph.h"
 #include "timing.h"
 
 namespace hydravit::cuda {
@@ -19,18 +21,24 @@ std::string tile_of(const Phase& phase) {
   return std::to_string(size.rows) + "x" + std::to_string(size.columns);
 }
 
-// Those of all layers in turns, so that each finds as little of its weights in the cache as in a call, or as much.
+// Those of all layers in turns, so that each finds as little of its weights in the cache as in a call, or as much. A
+// graph, as in calls of few images: launched one by one, short kernels would wait for the host.
 int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repeats, cudaStream_t stream, float& ms) {
-  cudaEvent_t start = nullptr, stop = nullptr;
-  int status = cudaEventCreate(&start);
+  std::vector<Phase> all;
+  for (int i = 0; i < repeats; i++) all.insert(all.end(), phases.begin(), phases.end());
+  all.front().early = false;
+  const Ends ends{all.front().product.a, all.front().product.image_dtype, static_cast<float*>(all.back().product.c)};
+  Graph graph(std::move(all), dtype, loader);
+  int status = graph.status();
   const auto attempt = [&](int result) {
     if (status == 0) status = result;
   };
+  cudaEvent_t start = nullptr, stop = nullptr;
+  attempt(cudaEventCreate(&start));
   attempt(cudaEventCreate(&stop));
-  for (int i = -1; i < repeats; i++) {  // the first round is not timed
-    if (i == 0) attempt(cudaEventRecord(start, stream));
-    for (const Phase& phase : phases)
-      if (status == 0) attempt(launch(phase, dtype, loader, stream));
+  for (const bool timed : {false, true}) {  // while the first one runs, the host launches the second
+    if (timed) attempt(cudaEventRecord(start, stream));
+    if (status == 0) attempt(graph.launch(ends, stream));
   }
   attempt(cudaEventRecord(stop, stream));
   attempt(cudaEventSynchronize(stop));
