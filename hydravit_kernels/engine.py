@@ -108,6 +108,7 @@ class CudaNetwork:
         self.device = parameters[0].device
         self.most_images = most_images
         self._classes = [width.head.classes for width in widths]
+        self._streams: set[torch.cuda.Stream] = set()
         with self._current():
             self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
             for width in widths:
@@ -162,7 +163,14 @@ class CudaNetwork:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        if self.device.type != "cuda":
+            return 0
+        stream = torch.cuda.current_stream(self.device)
+        if stream not in self._streams:  # whoever drops the network may do so while this stream still runs it
+            self._streams.add(stream)
+            for memory in self._memory:
+                memory.record_stream(stream)
+        return stream.cuda_stream
 
 
 def _rows(parameter: Tensor) -> Tensor:

@@ -4,6 +4,11 @@
 
 #include "engine.h"
 
+// Whether kernels for sm_90a are built; those of sm_90 have no wgmma.
+#ifndef HYDRAVIT_HAS_SM90A
+#define HYDRAVIT_HAS_SM90A 1
+#endif
+
 namespace hydravit::cuda {
 
 int describe_device(int index, Device& device) {
@@ -15,7 +20,7 @@ int describe_device(int index, Device& device) {
   if (status == cudaSuccess) status = attribute(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (status == cudaSuccess) status = attribute(major, cudaDevAttrComputeCapabilityMajor);
   device.loader = major >= 9 ? Loader::kBulk : Loader::kAsync;
-  device.warpgroups = major == 9;
+  device.warpgroups = major == 9 && HYDRAVIT_HAS_SM90A;
   return status;
 }
 
@@ -80,6 +85,7 @@ int Engine::use_memory(uint8_t* packed, uint8_t* workspace, uint8_t* schedules) 
   prepared_.clear();
   if (const int status = cudaSetDevice(device_.index)) return status;
   if (const int status = prepare(dtype_, device_)) return status;
+  if (const int status = prepare_schedules(dtype_, device_)) return status;
   for (size_t width = 0; width < widths_.size(); width++) {
     prepared_.emplace_back();
     for (int images = 1; images <= most_prepared(); images++) {

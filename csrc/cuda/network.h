@@ -90,9 +90,9 @@ struct Workspace {
   // Those of all rows, and those of the pooled rows alone, behind the last attention. Their rows are numbered apart, so
   // in one buffer a tile of one image would overwrite what another image still needs.
   struct Rows {
-    int64_t stream, attended, hidden;
+    int64_t rows, stream, attended, hidden;
   };
-  int64_t rows, image_rows;
+  int64_t image_rows;
   Rows all, pooled;
   int64_t qkv[2];  // of this block and the next
   int64_t input;   // of a product, made ahead of it

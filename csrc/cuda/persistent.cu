@@ -71,7 +71,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int group = groups.begin + threadIdx.x; group < groups.end; group += kThreads)
             wait_for_count(counters.group(*input, group), counters.target(*input));
           __syncthreads();
-          if constexpr (loader == Loader::kBulk) copy_bulk_fence();
+          // By the thread that copies: nobody else reads through the asynchronous proxy.
+          if constexpr (loader == Loader::kBulk)
+            if (threadIdx.x == 0) copy_bulk_fence();
         });
         if constexpr (loader == Loader::kBulk) copy_bulk_fence();
         __syncthreads();
@@ -93,17 +95,21 @@ template <class W>
 auto network_kernel_for(Loader loader) {
   return loader == Loader::kBulk ? network_kernel<W, Loader::kBulk> : network_kernel<W, Loader::kAsync>;
 }
+auto network_kernel_for(Dtype dtype, Loader loader) {
+  return dtype == Dtype::kBf16   ? network_kernel_for<Bf16>(loader)
+         : dtype == Dtype::kFp16 ? network_kernel_for<Fp16>(loader)
+                                 : network_kernel_for<E4m3>(loader);
+}
 
 }  // namespace
 
+int prepare_schedules(Dtype dtype, const Device& device) {
+  return cudaFuncSetAttribute(network_kernel_for(dtype, device.loader), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_bytes);
+}
+
 int launch(const Schedule& schedule, const Step* steps, uint32_t* counters, const Ends& ends, Dtype dtype,
            Loader loader, void* stream) {
-  const auto kernel = dtype == Dtype::kBf16   ? network_kernel_for<Bf16>(loader)
-                      : dtype == Dtype::kFp16 ? network_kernel_for<Fp16>(loader)
-                                              : network_kernel_for<E4m3>(loader);
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                  static_cast<int>(schedule.shared_bytes));
-  if (status != cudaSuccess) return status;
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
@@ -114,7 +120,8 @@ int launch(const Schedule& schedule, const Step* steps, uint32_t* counters, cons
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &together;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, steps, static_cast<int>(schedule.steps.size()), counters, ends);
+  return cudaLaunchKernelEx(&config, network_kernel_for(dtype, loader), steps, static_cast<int>(schedule.steps.size()),
+                            counters, ends);
 }
 
 }  // namespace hydravit::cuda

@@ -79,21 +79,21 @@ std::string why_not(const Model& model, const Width& width) {
 
 // ---- Workspace ----
 
-Workspace::Workspace(const Model& model, int images)
-    : rows(0), image_rows(round_up(model.tokens(), kImageUnit)), bytes(0) {
-  rows = round_up(images * std::max<int64_t>(image_rows, model.last_pooled - model.first_pooled), kRowUnit);
+Workspace::Workspace(const Model& model, int images) : image_rows(round_up(model.tokens(), kImageUnit)), bytes(0) {
+  all.rows = round_up(images * image_rows, kRowUnit);
+  pooled.rows = round_up(int64_t{images} * (model.last_pooled - model.first_pooled), kRowUnit);
   const auto place = [&](int64_t size) {
     const int64_t offset = bytes;
     bytes += round_up(size, 1024);
     return offset;
   };
   for (Rows* buffers : {&all, &pooled}) {
-    buffers->stream = place(4 * rows * model.embed);
-    buffers->attended = place(2 * rows * model.embed);
-    buffers->hidden = place(2 * rows * model.hidden);
+    buffers->stream = place(4 * buffers->rows * model.embed);
+    buffers->attended = place(2 * buffers->rows * model.embed);
+    buffers->hidden = place(2 * buffers->rows * model.hidden);
   }
-  for (int64_t& offset : qkv) offset = place(2 * rows * 3 * model.embed);
-  input = place(2 * rows * std::max<int64_t>(model.embed, round_up(model.patch_size(), kPanel)));
+  for (int64_t& offset : qkv) offset = place(2 * all.rows * 3 * model.embed);
+  input = place(2 * all.rows * std::max<int64_t>(model.embed, round_up(model.patch_size(), kPanel)));
 }
 
 // ---- Tiles ----
@@ -108,7 +108,8 @@ constexpr double kKernelNs = 1500;  // from kernel to kernel
 double time_of(const Product& p, Shape shape, Dtype weights, const Device& device, bool together) {
   const ShapeSize size = size_of(shape);
   const int64_t tiles = tiles_of(p, shape), processors = device.processors;
-  const int64_t fit = device.shared_bytes / shared_bytes(shape, p.source, p.depth, weights);
+  const int64_t reserved = 1024;  // of every block, by CUDA; beyond what one block may have there is as much
+  const int64_t fit = (device.shared_bytes + reserved) / (shared_bytes(shape, p.source, p.depth, weights) + reserved);
   const int64_t resident = together || by_warpgroups(shape) ? 1 : std::clamp<int64_t>(fit, 1, 2);
   const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
   const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
@@ -202,7 +203,7 @@ class Planner {
   const float* floats(const Packed& packed, int offset) const {
     return reinterpret_cast<const float*>(call_.packed + packed.offset) + offset;
   }
-  int64_t panel() const { return workspace_.rows * kPanel; }
+  static int64_t panel_of(const Rows& rows) { return rows.buffers->rows * kPanel; }
   int pooled() const { return model_.last_pooled - model_.first_pooled; }
   void add(const char* name, const Product& p) {
     phases_.push_back(product_phase(name, p, layout_.dtype, device_, call_.together).phase);
@@ -213,7 +214,7 @@ class Planner {
     Product ahead = p;
     panels(ahead, workspace_.input);
     const Timed alone = product_phase(name, p, layout_.dtype, device_, call_.together);
-    const Timed input = input_phase(input_name, p, at<void>(workspace_.input), panel(), device_);
+    const Timed input = input_phase(input_name, p, at<void>(workspace_.input), panel_of(rows_), device_);
     const Timed behind = product_phase(name, ahead, layout_.dtype, device_, call_.together);
     if (call_.together || alone.ns <= input.ns + behind.ns) {
       phases_.push_back(alone.phase);
@@ -249,11 +250,11 @@ class Planner {
   }
   void panels(Product& p, int64_t offset) const {
     p.source = Source::kPanels;
-    p.a = at<void>(offset), p.a_stride = panel();
+    p.a = at<void>(offset), p.a_stride = panel_of(rows_);
   }
   void to_panels(Product& p, Sink sink, int64_t offset) const {
     p.sink = sink;
-    p.c = at<void>(offset), p.c_stride = panel();
+    p.c = at<void>(offset), p.c_stride = panel_of(rows_);
   }
   void add_to_stream(Product& p, const Rows& from, const Packed& layer_scale) const {
     p.sink = Sink::kResidual;
@@ -311,8 +312,8 @@ class Planner {
     a.image_rows = before.per_image, a.image_tokens = before.tokens;
     a.first_query = last ? model_.first_pooled : 0, a.last_query = last ? model_.last_pooled : before.tokens;
     a.scale = slice.scale;
-    a.qkv = at<void>(workspace_.qkv[i % 2]), a.qkv_stride = panel();
-    a.out = at<void>(rows_.buffers->attended), a.out_stride = panel();
+    a.qkv = at<void>(workspace_.qkv[i % 2]), a.qkv_stride = panel_of(before);
+    a.out = at<void>(rows_.buffers->attended), a.out_stride = panel_of(rows_);
     a.out_image_rows = rows_.per_image;
     const auto blocks_of = [&](int query_tiles) {
       const int queries = 16 * query_tiles;

@@ -74,6 +74,8 @@ Schedule schedule(const std::vector<Phase>& phases, const Device& device);
 // What is in front of the groups' counters: how many calls there were, and how many blocks have ended in this one.
 constexpr int kCallCounters = 2;
 
+// Before the first launch on a device: lets the kernel have as much shared memory as there is.
+int prepare_schedules(Dtype dtype, const Device& device);
 // One cooperative launch. `steps` are the schedule's, on the device; `counters`, zero at first, are this schedule's
 // own.
 int launch(const Schedule& schedule, const Step* steps, uint32_t* counters, const Ends& ends, Dtype dtype,
