@@ -27,7 +27,7 @@ class Engine:
     be made. The engine notices when the model's weights change, by optimizer steps, ``load_state_dict``, in-place
     operations and replaced parameters, and packs them again; writes that torch cannot see need
     ``model.weights_changed()``. It never runs hooks or other code of the model's modules. One engine serves one thread
-    and one CUDA stream at a time: make one for each. Of more than 8 images CUDA has no graph: it launches every kernel.
+    and one CUDA stream at a time: make one for each. On CUDA more than 8 images get their graph in their first call.
 
     On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. An
     image's logits have the same bits at any batch; on CUDA that rests on how tensor cores add (README, limits).

@@ -76,6 +76,23 @@ def test_products_by_warpgroups(heads):
         assert torch.equal(engine(x[-batch:], heads=heads), logits[-batch:])
 
 
+@torch.no_grad()
+def test_calls_that_make_a_graph_and_calls_inside_of_one():
+    """More than 8 images have none before their first call; inside of another graph kernels are launched one by one."""
+    model, x = make(BASE), images(BASE, 9).to(DEVICE)
+    engine = model.engine(max_batch=9)
+    expected = {heads: torch.cat([engine(part, heads=heads) for part in x.split(3)]) for heads in (3, 12)}
+    for heads in (3, 12, 3):
+        assert torch.equal(engine(x, heads=heads), expected[heads])
+    for batch in (9, 3):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = engine(x[:batch], heads=3)
+        logits.zero_()
+        graph.replay()
+        assert torch.equal(logits, expected[3][:batch])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @torch.no_grad()
 def test_every_way_and_batch_has_the_same_bits(dtype):

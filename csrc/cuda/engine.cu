@@ -79,10 +79,16 @@ int64_t Engine::schedule_bytes() const {
   return bytes;
 }
 
+int Engine::make_graph(int width, int images, std::unique_ptr<Graph>& graph) const {
+  graph = std::make_unique<Graph>(phases(width, images, {}, false), dtype_, device_.loader);
+  return graph->status();
+}
+
 int Engine::use_memory(uint8_t* packed, uint8_t* workspace, uint8_t* schedules) {
   packed_ = packed;
   workspace_memory_ = workspace;
   prepared_.clear();
+  graphs_of_calls_.clear();
   if (const int status = cudaSetDevice(device_.index)) return status;
   if (const int status = prepare(dtype_, device_)) return status;
   if (const int status = prepare_schedules(dtype_, device_)) return status;
@@ -90,14 +96,11 @@ int Engine::use_memory(uint8_t* packed, uint8_t* workspace, uint8_t* schedules) 
     prepared_.emplace_back();
     for (int images = 1; images <= most_prepared(); images++) {
       Prepared& prepared = prepared_.back().emplace_back();
-      const bool together = strategy_ == Strategy::kPersistent;
-      std::vector<Phase> all = phases(static_cast<int>(width), images, {}, together);
-      if (!together) {
-        prepared.graph = std::make_unique<Graph>(std::move(all), dtype_, device_.loader);
-        if (prepared.graph->status() != 0) return prepared.graph->status();
+      if (strategy_ == Strategy::kChain) {
+        if (const int status = make_graph(static_cast<int>(width), images, prepared.graph)) return status;
         continue;
       }
-      prepared.schedule = schedule(all, device_);
+      prepared.schedule = schedule(phases(static_cast<int>(width), images, {}, true), device_);
       const auto& steps = prepared.schedule.steps;
       prepared.steps = reinterpret_cast<const Step*>(schedules);
       const cudaError_t copied =
@@ -120,10 +123,20 @@ int Engine::pack(const std::vector<Parameter>& parameters, void* stream) {
 
 int Engine::run(int width, int images, const Ends& ends, void* stream) {
   if (const int status = cudaSetDevice(device_.index)) return status;
-  if (images <= most_prepared()) {
-    Prepared& prepared = prepared_[width][images - 1];
-    if (prepared.graph != nullptr) return prepared.graph->launch(ends, stream);
+  const bool is_prepared = images <= most_prepared();
+  if (is_prepared && strategy_ == Strategy::kPersistent) {
+    const Prepared& prepared = prepared_[width][images - 1];
     return launch(prepared.schedule, prepared.steps, prepared.counters, ends, dtype_, device_.loader, stream);
+  }
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  if (const int status = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing)) return status;
+  if (capturing == cudaStreamCaptureStatusNone) {  // a graph cannot be launched into another one
+    if (is_prepared) return prepared_[width][images - 1].graph->launch(ends, stream);
+    const std::pair call{width, images};
+    if (graphs_of_calls_.size() < kMostGraphsOfCalls && !graphs_of_calls_.contains(call))
+      if (const int status = make_graph(width, images, graphs_of_calls_[call])) return status;
+    if (const auto found = graphs_of_calls_.find(call); found != graphs_of_calls_.end())
+      return found->second->launch(ends, stream);
   }
   for (const Phase& phase : phases(width, images, ends, false))
     if (const int status = launch(phase, dtype_, device_.loader, stream)) return status;

@@ -3,7 +3,9 @@
 // workspace: their streams have to be ordered by the caller.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <utility>
 
 #include "graph.h"
 #include "schedule.h"
@@ -19,8 +21,10 @@ enum class Strategy { kChain, kPersistent };
 
 class Engine {
  public:
-  // Of more images at once launching phase by phase hides behind the arithmetic.
+  // Up to so many images everything is made before the first call; of more, a chain's graph in their first call.
   static constexpr int kMostImagesPrepared = 8;
+  // So many graphs; calls that find none launch kernel by kernel. None is given up, for it may still run.
+  static constexpr size_t kMostGraphsOfCalls = 256;
 
   // Throws std::invalid_argument for a model that the kernels cannot compute.
   Engine(const Model& model, Dtype dtype, int most_images, const Device& device, Strategy strategy);
@@ -47,6 +51,7 @@ class Engine {
     const Step* steps;
     uint32_t* counters;
   };
+  int make_graph(int width, int images, std::unique_ptr<Graph>& graph) const;
   std::vector<Phase> phases(int width, int images, const Ends& ends, bool together) const;
   int most_prepared() const { return most_images_ < kMostImagesPrepared ? most_images_ : kMostImagesPrepared; }
 
@@ -59,7 +64,8 @@ class Engine {
   const Workspace workspace_;
   uint8_t *packed_ = nullptr, *workspace_memory_ = nullptr;
   std::vector<Width> widths_;
-  std::vector<std::vector<Prepared>> prepared_;  // by width and number of images - 1
+  std::vector<std::vector<Prepared>> prepared_;                            // by width and number of images - 1
+  std::map<std::pair<int, int>, std::unique_ptr<Graph>> graphs_of_calls_;  // by width and number of images
 };
 
 }  // namespace hydravit::cuda
