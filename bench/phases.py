@@ -2,7 +2,8 @@
 
 Every phase of a chain is timed by itself, all layers' in turns, in every shape that its tiles can have. Among these
 csrc/cuda/plan.cpp chooses by estimates: where a row names a better tile, an estimate is wrong. What a call takes beyond
-the sum of its phases is the waiting between them; less than the sum means that they overlap. Writes phases.json.
+the sum of its phases is the waiting between them; less than the sum means that they overlap. Writes phases.json
+after every call.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 import torch
 
 import hydravit_kernels as kernels
+from bench import results
 from bench.machine import Machine
 from bench.tables import number
 from bench.timer import Effort, interleave, quantiles
-from bench.workloads import DTYPES, Workload, make_images, make_model
+from bench.workloads import DTYPES, Workload, default_heads, make_images, make_model
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 from hydravit.engine import cuda_network
@@ -39,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason := kernels.cuda_network_why_not(device):
             raise RuntimeError(f"the CUDA network {reason}")
         config = resolve_config(args.config)
-        known = ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
-        heads = parse_heads(args.heads or known, config.max_heads)
+        heads = parse_heads(args.heads or default_heads(config), config.max_heads)
         batches = [int(batch) for batch in args.batch.split(",")]
         if min(*batches, args.repeats) < 1 or args.dtype not in _DTYPES:
             raise ValueError(f"--batch and --repeats must be positive, --dtype one of {', '.join(_DTYPES)}")
@@ -50,10 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"bench.phases: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    calls = list(measure(args, device, heads, batches))
-    path = folder / "phases.json"
+    calls, path = [], folder / "phases.json"
     environment = machine.environment() | {"config": args.config, "dtype": args.dtype, "loader": args.loader}
-    path.write_text(json.dumps({"environment": environment, "calls": calls}, indent=1) + "\n")
+    for call in measure(args, device, heads, batches):
+        calls.append(call)
+        results.replace(path, json.dumps({"environment": environment, "calls": calls}, indent=1) + "\n")
     print(f"wrote {path}")
     return 0
 

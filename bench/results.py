@@ -74,7 +74,7 @@ def write(folder: Path, name: str, environment: dict, rows: Iterable[dict]) -> l
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
     whole, flat = folder / f"{name}.json", folder / f"{name}.csv"
-    _replace(whole, json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    replace(whole, json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     with open(flat.with_suffix(".csv.part"), "w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *ENVIRONMENT], extrasaction="ignore")
         writer.writeheader()
@@ -93,7 +93,8 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{path} is no file of benchmark results: {error!r}") from error
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Whoever is interrupted leaves the whole old file or the whole new one."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text)
     part.replace(path)

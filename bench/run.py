@@ -18,7 +18,7 @@ from bench.machine import Machine, keep_freed_memory
 from bench.measure import measure, measure_copies, measure_memory, row
 from bench.peers import Peer, peers
 from bench.timer import Effort, Witness
-from bench.workloads import DTYPES, PARTS, Workload, workloads
+from bench.workloads import DTYPES, PARTS, Workload, default_heads, workloads
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 
@@ -75,8 +75,7 @@ class _Plan:
         gpu = self.device.type == "cuda"
         config = resolve_config(args.config)
         parts = _choose("--parts", args.parts, tuple(PARTS))
-        heads = args.heads or ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
-        heads = parse_heads(heads, config.max_heads)
+        heads = parse_heads(args.heads or default_heads(config), config.max_heads)
         batches = args.batch or ("1,8,64,256" if gpu else "1,8")
         if not all(part.isdecimal() and int(part) > 0 for part in batches.split(",")):
             raise ValueError(f"--batch {batches!r}: expected numbers of images such as 1,8")

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import results
 from bench.check import Reference
 from bench.machine import Machine, precision
 from bench.measure import one_line
 from bench.peers import Step
 from bench.peers.ours import PEERS
 from bench.timer import Effort, captured, interleave, quantiles
-from bench.workloads import DTYPES, Workload, make_model, make_stream
+from bench.workloads import DTYPES, Workload, default_heads, make_model, make_stream
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 from hydravit_kernels import backends
@@ -82,8 +83,7 @@ class Search:
         if reason != "available":
             raise RuntimeError(f"triton {reason}")
         self.config, config = args.config, resolve_config(args.config)
-        known = ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
-        self.heads = parse_heads(args.heads or known, config.max_heads)
+        self.heads = parse_heads(args.heads or default_heads(config), config.max_heads)
         self.problems = [(problem, dtype) for dtype in args.dtype.split(",") for problem in args.problems.split(",")]
         for problem, dtype in self.problems:
             if problem not in TASKS or dtype not in DTYPES:
@@ -186,9 +186,8 @@ class Search:
         total = sum(times) if times else None
         self.rows.append({**about, "table": table, "ms": by_width, "sum_ms": total, "reason": reason})
         facts = {"batch": self.batch, "config": self.config}
-        part = self.path.with_suffix(".json.part")
-        part.write_text(json.dumps({"environment": self.machine.environment() | facts, "rows": self.rows}, indent=1))
-        part.replace(self.path)
+        content = {"environment": self.machine.environment() | facts, "rows": self.rows}
+        results.replace(self.path, json.dumps(content, indent=1) + "\n")
 
     def summary(self) -> str:
         """A line per problem: the best tiles, beside those of the table."""

@@ -73,6 +73,11 @@ class Workload(NamedTuple):
         return f"{self.task} k={','.join(map(str, self.heads))} batch {self.batch} {self.dtype} {self.model}{cold}"
 
 
+def default_heads(config: HydraViTConfig) -> str:
+    """Those of ViT-Ti, ViT-S and ViT-B, as far as the model has them, for ``parse_heads``."""
+    return ",".join(str(k) for k in (3, 6, 12) if k <= config.max_heads)
+
+
 def workloads(
     parts: Sequence[str], heads: Sequence[int], batches: Sequence[int], dtypes: Sequence[str], config: str
 ) -> list[Workload]:
