@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from hydravit.engine import with_e4m3_weights
 from torch import Tensor
 
 import hydravit_kernels as kernels
@@ -15,7 +16,6 @@ from bench.machine import precision
 from bench.peers import cut
 from bench.workloads import DTYPES, Workload, images_of, make_images, make_labels, make_stream
 from hydravit import HydraViT
-from hydravit.engine import with_e4m3_weights
 
 # How many times less exact than eager PyTorch in the same dtype a peer may be, per norm; the kernels' own error budget.
 FACTORS = {2: 2.0, float("inf"): 4.0}

@@ -2,8 +2,8 @@
 
 from hydravit.config import CONFIGS, HydraViTConfig
 from hydravit.factory import fused_model
-from hydravit.geometry import Geometry
 from hydravit.model import HydraViT
+from hydravit_kernels import Subnetwork
 
 __version__ = "0.1.0"
-__all__ = ["CONFIGS", "Geometry", "HydraViT", "HydraViTConfig", "fused_model"]
+__all__ = ["CONFIGS", "Subnetwork", "HydraViT", "HydraViTConfig", "fused_model"]

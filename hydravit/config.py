@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hydravit_kernels import NetworkSizes
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
@@ -143,6 +145,36 @@ class HydraViTConfig:
     def pos_tokens(self) -> int:
         """Tokens that have a position embedding."""
         return self.tokens - (self.prefix_tokens if self.no_embed_class else 0)
+
+    @property
+    def pool_range(self) -> tuple[int, int]:
+        """The tokens ``[start, stop)`` whose mean the classifier sees."""
+        return (0, 1) if self.pool == "token" else (self.prefix_tokens, self.tokens)
+
+    @property
+    def final_norm(self) -> str:
+        """timm's name of the norm before the classifier: ``norm`` precedes pooling, ``fc_norm`` follows it."""
+        return "norm" if self.pool == "token" else "fc_norm"
+
+    @property
+    def sizes(self) -> NetworkSizes:
+        """The full network's sizes, as kernels see them: all classifiers are rows of one."""
+        return NetworkSizes(
+            layers=self.depth,
+            embed=self.embed,
+            hidden=self.hidden,
+            channels=self.in_channels,
+            patch_height=self.patch_size,
+            patch_width=self.patch_size,
+            cls_tokens=int(self.class_token),
+            reg_tokens=self.register_tokens,
+            positions=self.pos_tokens,
+            classes=self.num_classes * max(len(self.separate_classifiers), 1),
+            image_height=self.image_size[0],
+            image_width=self.image_size[1],
+            pool_start=self.pool_range[0],
+            pool_stop=self.pool_range[1],
+        )
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hydravit.geometry import Geometry, Intervals
+from hydravit.geometry import parameter_slices
 from hydravit.model import HydraViT
+from hydravit_kernels import Intervals, Subnetwork
 
 
-def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
+def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
     """The weights of one width as a standalone ViT of that width, under timm's names.
 
     Args:
@@ -25,7 +26,7 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
         ValueError: no plain ViT computes the same; the message says why.
     """
     geometry = _plain(model, heads)
-    slices = geometry.parameter_slices(model.config)
+    slices = parameter_slices(model.config, geometry)
     attention = geometry.attention[0]
     queries = attention.heads * attention.head_dim
     fold = attention.scale / attention.head_dim**-0.5
@@ -43,13 +44,13 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
 
 
 def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
-    """The part of a full parameter, or of its gradient, that ``Geometry.parameter_slices`` names."""
+    """The part of a full parameter, or of its gradient, that ``Subnetwork.parameter_slices`` names."""
     for axis, intervals in enumerate(axes):
         tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
     return tensor
 
 
-def extract_config(model: HydraViT, heads: int | Geometry) -> dict:
+def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
     """Keyword arguments of timm's ``VisionTransformer`` for what ``extract`` returns; raises as it does."""
     geometry, config = _plain(model, heads), model.config
     width, hidden = geometry.embed.embed, geometry.mlp[0].hidden
@@ -74,9 +75,9 @@ def extract_config(model: HydraViT, heads: int | Geometry) -> dict:
     }
 
 
-def _plain(model: HydraViT, heads: int | Geometry) -> Geometry:
+def _plain(model: HydraViT, heads: int | Subnetwork) -> Subnetwork:
     """The geometry, if a plain ViT has its shape."""
-    geometry = heads.validate(model.config) if isinstance(heads, Geometry) else model.geometry(heads)
+    geometry = model.config.sizes.validate(heads) if isinstance(heads, Subnetwork) else model.subnetwork(heads)
     attention, mlp, width = geometry.attention[0], geometry.mlp[0], geometry.embed.embed
     reason = ""
     if len(set(geometry.attention)) > 1 or len(set(geometry.mlp)) > 1:

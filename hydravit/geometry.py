@@ -1,142 +1,57 @@
-"""The slice geometry: which part of every full weight one subnetwork reads.
+"""The nesting methods: constructors of the subnetwork that each width is.
 
-A ``Geometry`` is small, frozen and hashable. It is resolved once per width, never inside a forward. The constructors
-below are the nesting methods; kernels know none of them. Interval arithmetic follows the cited papers, and the released
-checkpoints where the two differ.
+A ``Subnetwork`` is made once per width, never inside a forward. Kernels know none of the methods; a new nesting is a
+new constructor here. Interval arithmetic follows the cited papers, and the released checkpoints where the two differ.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from hydravit.config import HydraViTConfig
-from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
-
-# A set of channels along one axis of a weight: disjoint (offset, length) intervals in the subnetwork's own order.
-Intervals = tuple[tuple[int, int], ...]
-
-
-class Geometry(NamedTuple):
-    """One subnetwork: the residual stream's interval, one attention and one MLP slice per layer, head, norms' epsilon.
-
-    ``heads`` says which classifier and label the width goes by; the kernels read the per-layer slices.
-    """
-
-    heads: int
-    embed: EmbedSlice
-    attention: tuple[AttentionSlice, ...]
-    mlp: tuple[MlpSlice, ...]
-    head: HeadSlice
-    eps: float
-
-    def parameter_slices(self, config: HydraViTConfig) -> dict[str, tuple[Intervals, ...]]:
-        """For every parameter of the model that is sliced: per axis, the intervals the subnetwork reads.
-
-        Axes beyond the given ones are read whole. A skipped branch reads nothing: its intervals are empty.
-        """
-        embed = ((self.embed.embed_offset, self.embed.embed),)
-        whole_axis = ((0, 1),)
-        slices: dict[str, tuple[Intervals, ...]] = {
-            "patch_embed.proj.weight": (embed,),
-            "patch_embed.proj.bias": (embed,),
-            "cls_token": (whole_axis, whole_axis, embed),
-            "reg_token": (whole_axis, ((0, config.register_tokens),), embed),
-            "pos_embed": (whole_axis, ((0, config.pos_tokens),), embed),
-        }
-        for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-            block = f"blocks.{i}."
-            query, key = (head_intervals(attention, row, attention.head_dim) for row in attention[2:4])
-            value = head_intervals(attention, attention.value_row, attention.value_dim)
-            columns = head_intervals(attention, attention.proj_column, attention.value_dim)
-            stream = embed if attention.heads else ()
-            for norm in ("norm1.weight", "norm1.bias", "attn.proj.bias", "ls1.gamma"):
-                slices[block + norm] = (stream,)
-            slices[block + "attn.qkv.weight"] = (query + key + value, stream)
-            slices[block + "attn.qkv.bias"] = (query + key + value,)
-            slices[block + "attn.proj.weight"] = (stream, columns)
-            hidden = ((mlp.hidden_offset, mlp.hidden),) if mlp.hidden else ()
-            stream = embed if mlp.hidden else ()
-            for norm in ("norm2.weight", "norm2.bias", "mlp.fc2.bias", "ls2.gamma"):
-                slices[block + norm] = (stream,)
-            slices[block + "mlp.fc1.weight"] = (hidden, stream)
-            slices[block + "mlp.fc1.bias"] = (hidden,)
-            slices[block + "mlp.fc2.weight"] = (stream, hidden)
-        for norm in ("norm.", "fc_norm."):
-            slices[norm + "weight"] = slices[norm + "bias"] = (embed,)
-        classes = (((self.head.class_offset, self.head.classes),),)
-        if config.separate_classifiers:
-            index, whole = self.head.class_offset // max(config.num_classes, 1), ((0, config.num_classes),)
-            classes = (((index, 1),), whole)
-        slices["head.weight"], slices["head.bias"] = (*classes, embed), classes
-        return slices
-
-    def validate(self, config: HydraViTConfig) -> Geometry:
-        """Raise ``ValueError`` where the geometry does not fit the model; return it otherwise."""
-        if len(self.attention) != config.depth or len(self.mlp) != config.depth:
-            raise ValueError(
-                f"geometry has {len(self.attention)} attention and {len(self.mlp)} MLP slices for depth {config.depth}"
-            )
-        if not self.eps > 0:
-            raise ValueError(f"geometry: eps must be positive, not {self.eps}")
-        _check_interval("embed", *self.embed, config.embed)
-        if self.head[:2] != self.embed:
-            raise ValueError(f"geometry: the head does not use the embed interval {tuple(self.embed)} of the stream")
-        rows = config.num_classes * max(len(config.separate_classifiers), 1)
-        if config.num_classes:
-            _check_interval("classes", self.head.class_offset, self.head.classes, rows)
-        for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-            if attention[:2] != self.embed or mlp[:2] != self.embed:
-                raise ValueError(f"geometry: layer {i} does not use the embed interval {tuple(self.embed)}")
-            if attention.heads < 0 or mlp.hidden < 0:
-                raise ValueError(f"geometry: layer {i} has a negative length")
-            if attention.heads:
-                if not math.isfinite(attention.scale):
-                    raise ValueError(f"geometry: layer {i} has an attention scale of {attention.scale}")
-                if min(attention.head_dim, attention.value_dim) < 1:
-                    raise ValueError(f"geometry: layer {i} has heads without channels")
-                if attention.pitch < max(attention.head_dim, attention.value_dim) and attention.heads > 1:
-                    raise ValueError(f"geometry: layer {i} has heads that overlap (pitch {attention.pitch})")
-                for name, start, length, size in (
-                    ("query rows", attention.query_row, attention.head_dim, 3 * config.embed),
-                    ("key rows", attention.key_row, attention.head_dim, 3 * config.embed),
-                    ("value rows", attention.value_row, attention.value_dim, 3 * config.embed),
-                    ("proj columns", attention.proj_column, attention.value_dim, config.embed),
-                ):
-                    _check_interval(f"layer {i} {name}", start, (attention.heads - 1) * attention.pitch + length, size)
-            if mlp.hidden:
-                _check_interval(f"layer {i} hidden", mlp.hidden_offset, mlp.hidden, config.hidden)
-        return self
+from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, Intervals, MlpSlice, Subnetwork
 
 
 class Widths(NamedTuple):
-    """The subnetworks of one call: one geometry for the batch, or several and, per image, which of them it uses."""
+    """The subnetworks of one call: one for the batch, or several and, per image, which of them it uses."""
 
-    geometries: tuple[Geometry, ...]
+    subnetworks: tuple[Subnetwork, ...]
     subnet: Tensor | None
 
     @property
     def eps(self) -> float:
-        return self.geometries[0].eps
+        return self.subnetworks[0].eps
 
     @property
     def embed(self) -> list[EmbedSlice]:
-        return [geometry.embed for geometry in self.geometries]
+        return [s.embed for s in self.subnetworks]
+
+    def attention(self, layer: int) -> list[AttentionSlice]:
+        return [s.attention[layer] for s in self.subnetworks]
+
+    def mlp(self, layer: int) -> list[MlpSlice]:
+        return [s.mlp[layer] for s in self.subnetworks]
+
+    @property
+    def head(self) -> list[HeadSlice]:
+        return [s.head for s in self.subnetworks]
 
 
-def head_intervals(attention: AttentionSlice, start: int, length: int) -> Intervals:
-    """The intervals ``[start + h * pitch, ... + length)`` of all heads, joined where heads touch."""
-    if attention.pitch == length:
-        return ((start, attention.heads * length),) if attention.heads else ()
-    return tuple((start + head * attention.pitch, length) for head in range(attention.heads))
+def parameter_slices(config: HydraViTConfig, subnetwork: Subnetwork) -> dict[str, tuple[Intervals, ...]]:
+    """Per parameter of the model, by name, the intervals of every axis that the subnetwork reads.
 
-
-def _check_interval(name: str, offset: int, length: int, size: int) -> None:
-    if offset < 0 or length < 1 or offset + length > size:
-        raise ValueError(f"geometry: {name} [{offset}, {offset + length}) is not inside [0, {size})")
+    A skipped branch reads nothing: its parameters have axes without intervals.
+    """
+    slices = config.sizes.parameter_slices(subnetwork, config.final_norm)
+    if config.separate_classifiers:  # the model keeps them apart, along an axis of their own
+        width = ((subnetwork.head.class_offset // max(config.num_classes, 1), 1),)
+        classes = ((0, config.num_classes),)
+        slices["head.weight"] = (width, classes, slices["head.weight"][1])
+        slices["head.bias"] = (width, classes)
+    return slices
 
 
 def position(widths: tuple[int, ...], heads: int, what: str) -> int:
@@ -158,20 +73,20 @@ def position(widths: tuple[int, ...], heads: int, what: str) -> int:
     raise ValueError(f"heads={heads} {what}; possible: {list(widths)}")
 
 
-def _geometry(config, heads, attention: Sequence[AttentionSlice], mlp: Sequence[MlpSlice], eps=None) -> Geometry:
+def _subnetwork(config, heads, attention: Sequence[AttentionSlice], mlp: Sequence[MlpSlice], eps=None) -> Subnetwork:
     own = config.separate_classifiers
     index = position(own, heads, "has no classifier of its own") if own else 0
     embed = EmbedSlice(*attention[0][:2])
     head = HeadSlice(*embed, index * config.num_classes, config.num_classes)
-    return Geometry(heads, embed, tuple(attention), tuple(mlp), head, config.norm_eps if eps is None else eps)
+    return Subnetwork(heads, embed, tuple(attention), tuple(mlp), head, config.norm_eps if eps is None else eps)
 
 
-def _uniform(config, heads, attention, mlp, eps=None) -> Geometry:
+def _uniform(config, heads, attention: AttentionSlice, mlp: MlpSlice, eps=None) -> Subnetwork:
     """The same slices in every layer."""
-    return _geometry(config, heads, (attention,) * config.depth, (mlp,) * config.depth, eps)
+    return _subnetwork(config, heads, (attention,) * config.depth, (mlp,) * config.depth, eps)
 
 
-def hydravit(config: HydraViTConfig, heads: int) -> Geometry:
+def hydravit(config: HydraViTConfig, heads: int) -> Subnetwork:
     """The first ``heads`` heads and the matching first channels of everything else (arXiv 2409.17978, section 3)."""
     width = heads * config.head_dim
     return _uniform(
@@ -182,7 +97,7 @@ def hydravit(config: HydraViTConfig, heads: int) -> Geometry:
     )
 
 
-def sortednet(config: HydraViTConfig, heads: int) -> Geometry:
+def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
     """The same widths with every head kept: each head is narrower (SortedNet, arXiv 2309.00255).
 
     Width ``heads * head_dim`` must be divisible by ``max_heads``. The scale stays the full model's.
@@ -198,7 +113,7 @@ def sortednet(config: HydraViTConfig, heads: int) -> Geometry:
     )
 
 
-def dynabert(config: HydraViTConfig, heads: int) -> Geometry:
+def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
     """The first ``heads`` heads and as large a part of the MLP; the residual stream is whole (arXiv 2004.04037)."""
     return _uniform(
         config,
@@ -208,7 +123,7 @@ def dynabert(config: HydraViTConfig, heads: int) -> Geometry:
     )
 
 
-def matformer(config: HydraViTConfig, heads: int) -> Geometry:
+def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
     """Only the MLP's hidden layer is cut, to ``heads / max_heads`` of it (MatFormer, arXiv 2310.07707)."""
     return _uniform(
         config,
@@ -225,7 +140,7 @@ def _per_role_attention(config, width, heads, head_dim) -> AttentionSlice:
 
 
 # The nestings whose widths go by a number of heads, for `HydraViTConfig.geometry`.
-GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Geometry]] = {
+GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "hydravit": hydravit,
     "sortednet": sortednet,
     "dynabert": dynabert,
@@ -233,18 +148,18 @@ GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Geometry]] = {
 }
 
 
-def every_width(config: HydraViTConfig) -> dict[int, Geometry]:
-    """The validated geometry of every number of heads that the config's nesting has, ascending."""
+def every_width(config: HydraViTConfig) -> dict[int, Subnetwork]:
+    """The validated subnetwork of every width that the config's nesting has, ascending."""
     found = {}
     for heads in range(1, config.max_heads + 1):
         try:
-            found[heads] = GEOMETRIES[config.geometry](config, heads).validate(config)
+            found[heads] = config.sizes.validate(GEOMETRIES[config.geometry](config, heads))
         except ValueError:  # SortedNet's heads must divide the width; a separate classifier must exist
             continue
     return found
 
 
-def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Geometry:
+def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Subnetwork:
     """``width`` channels from the start or the end of every axis, all heads kept (Scala, arXiv 2412.04786).
 
     Follows the released checkpoints: the fused QKV weight is cut as one block of ``3 * width`` rows and split again, so
@@ -264,7 +179,7 @@ def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Geometry:
     return _uniform(config, config.max_heads, attention, mlp, eps=1e-5)
 
 
-def skd(config: HydraViTConfig, widths: Sequence[tuple[int, int]]) -> Geometry:
+def skd(config: HydraViTConfig, widths: Sequence[tuple[int, int]]) -> Subnetwork:
     """Per layer ``(r, m)``: the first ``r`` channels inside every head and the first ``m`` hidden ones.
 
     SKD, arXiv 2511.11683. The residual stream and the number of heads stay whole; 0 skips that branch of the layer, its
@@ -275,4 +190,4 @@ def skd(config: HydraViTConfig, widths: Sequence[tuple[int, int]]) -> Geometry:
         AttentionSlice(0, full, 0, full, 2 * full, 0, config.max_heads if r else 0, r, r, pitch, pitch**-0.5)
         for r, _ in widths
     ]
-    return _geometry(config, config.max_heads, attention, [MlpSlice(0, full, 0, m) for _, m in widths])
+    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, full, 0, m) for _, m in widths])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ from hydravit.config import HydraViTConfig
 
 _MODULE = nn.modules.module  # where hooks on all modules are kept
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+Parameters = TypeVar("Parameters", bound=tuple)
+
+
+class GradientBuffers(Protocol):
+    """What a model needs of gradients in place; ``hydravit.training.SliceGradients`` has it."""
+
+    def mark(self, subnetworks: Iterable[kernels.Subnetwork]) -> None:
+        """Note that these subnetworks' slices are about to receive gradients."""
+
+    def buffers_of(self, parameters: Parameters) -> Parameters:
+        """The tensors to which backward adds these parameters' gradients; None for a parameter without one."""
+        ...
 
 
 class Attention(nn.Module):
@@ -49,8 +64,8 @@ class Classifier(nn.Module):
         self.weight = nn.Parameter(torch.empty(*widths, config.num_classes, config.embed, **factory))
         self.bias = nn.Parameter(torch.zeros(*widths, config.num_classes, **factory))
 
-    def head_parameters(self) -> tuple[Tensor, Tensor]:
-        """All classifiers under each other: ``(rows, D)`` and ``(rows,)``; a slice says which rows a width uses."""
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """All classifiers below each other: ``(rows, D)`` and ``(rows,)``; a slice says which rows a width uses."""
         return (self.weight, self.bias) if self.bias.dim() == 1 else (self.weight.flatten(0, 1), self.bias.flatten())
 
 
@@ -68,15 +83,27 @@ class Block(nn.Module):
             self.ls2 = LayerScale(config.embed, config.layer_scale, **factory)
         self.drop_path = drop_path
 
-    def attention_parameters(self) -> tuple[Tensor | None, ...]:
-        norm, attn = self.norm1, self.attn
-        scale = self.ls1.gamma if hasattr(self, "ls1") else None
-        return norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias, scale
+    def attention_parameters(self) -> kernels.AttentionParameters:
+        return kernels.AttentionParameters(
+            norm_weight=self.norm1.weight,
+            norm_bias=self.norm1.bias,
+            qkv_weight=self.attn.qkv.weight,
+            qkv_bias=self.attn.qkv.bias,
+            proj_weight=self.attn.proj.weight,
+            proj_bias=self.attn.proj.bias,
+            layer_scale=self.ls1.gamma if hasattr(self, "ls1") else None,
+        )
 
-    def mlp_parameters(self) -> tuple[Tensor | None, ...]:
-        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
-        scale = self.ls2.gamma if hasattr(self, "ls2") else None
-        return norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, scale
+    def mlp_parameters(self) -> kernels.MlpParameters:
+        return kernels.MlpParameters(
+            norm_weight=self.norm2.weight,
+            norm_bias=self.norm2.bias,
+            fc1_weight=self.mlp.fc1.weight,
+            fc1_bias=self.mlp.fc1.bias,
+            fc2_weight=self.mlp.fc2.weight,
+            fc2_bias=self.mlp.fc2.bias,
+            layer_scale=self.ls2.gamma if hasattr(self, "ls2") else None,
+        )
 
     def forward(
         self,
@@ -85,24 +112,34 @@ class Block(nn.Module):
         mlp: Sequence[kernels.MlpSlice],
         eps: float,
         subnet: Tensor | None,
-        how: Callable[[tuple[Tensor | None, ...]], dict],
+        backend: str,
+        gradients: GradientBuffers | None = None,
         pool: tuple[int, int] | None = None,
     ) -> Tensor:
-        """``x (B, N, Dk)`` through both branches; ``how(parameters)`` is the backend and where gradients go.
+        """``x (B, N, Dk)`` through both branches, each of which adds to the residual stream.
 
-        With ``pool`` only its tokens, the first and the first behind, are computed, as far as others do not need more.
+        Args:
+            attention, mlp: one slice per subnetwork of the call.
+            subnet: ``(B,)``, which of the slices an image uses; None: all use the only one.
+            gradients: where backward adds the parameters' gradients in place; None: autograd gets them.
+            pool: only these tokens, ``[start, stop)``, are wanted: the last block can leave the others out.
         """
         if any(s.heads for s in attention):
             parameters = self.attention_parameters()
-            common = (self.branch_scale(x), attention, eps, subnet)
+            buffers = None if gradients is None else gradients.buffers_of(parameters)
             queries = None if pool is None else pool[1]
-            x = kernels.attention_block(x, *parameters, *common, queries=queries, **how(parameters))
+            x = kernels.attention_block(
+                x, parameters, self.branch_scale(x), attention, eps, subnet,
+                queries=queries, backend=backend, buffers=buffers,
+            )  # fmt: skip
         if pool is not None:
             x = x[:, pool[0] : pool[1]]
         if any(s.hidden for s in mlp):
             parameters = self.mlp_parameters()
-            common = (self.branch_scale(x), mlp, eps, subnet)
-            x = kernels.mlp_block(x, *parameters, *common, **how(parameters))
+            buffers = None if gradients is None else gradients.buffers_of(parameters)
+            x = kernels.mlp_block(
+                x, parameters, self.branch_scale(x), mlp, eps, subnet, backend=backend, buffers=buffers
+            )
         return x
 
     def branch_scale(self, x: Tensor) -> Tensor | None:
@@ -114,12 +151,12 @@ class Block(nn.Module):
 
 
 def hooks_of(block: nn.Module) -> list[dict]:
-    """The tables of all hooks that would be told of the block's input, output or their gradients."""
+    """The tables of all hooks that see the block's input, its output or their gradients."""
     return [getattr(_MODULE, f"_global{name}") for name in _HOOKS] + [getattr(block, name) for name in _HOOKS]
 
 
 def is_ours(block: nn.Module) -> bool:
-    """Whether the block's forward is the one above, and no other."""
+    """Whether the block runs the forward above, not one of a subclass or a patched one."""
     return type(block) is Block and "forward" not in block.__dict__
 
 

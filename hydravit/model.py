@@ -10,14 +10,13 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
-from hydravit.deferred import DeferredSteps
-from hydravit.engine import Engine
-from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
-from hydravit.inference import PackedInference
-from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
+from hydravit.geometry import GEOMETRIES, Widths, every_width, position
+from hydravit.inference import Engine, PackedInference
+from hydravit.layers import Block, Classifier, GradientBuffers, PatchEmbed, hooks_of, init_weights, is_ours
+from hydravit_kernels import Subnetwork
 
 
-class HydraViT(DeferredSteps):
+class HydraViT(nn.Module):
     """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
 
     Args:
@@ -51,20 +50,18 @@ class HydraViT(DeferredSteps):
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_tokens, config.embed, **factory))
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList([Block(config, rate, **factory) for rate in rates])
-        # timm's names: the norm before pooling is `norm`, the norm after average pooling is `fc_norm`.
-        norm = nn.LayerNorm(config.embed, config.norm_eps, **factory)
-        self.add_module("norm" if config.pool == "token" else "fc_norm", norm)
+        self.add_module(config.final_norm, nn.LayerNorm(config.embed, config.norm_eps, **factory))
         self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
         init_weights(self)
 
         self.unseen_writes = 0  # how often `weights_changed` was called
-        self.slice_gradients = None  # set by hydravit.training.SliceGradients
+        self.slice_gradients: GradientBuffers | None = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
-        self._resolve_geometries()
-        if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._geometries}):
-            raise ValueError(f"trained_heads must be widths of the model, {[*self._geometries]}, not {trained_heads}")
+        self._resolve_subnetworks()
+        if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._subnetworks}):
+            raise ValueError(f"trained_heads must be widths of the model, {[*self._subnetworks]}, not {trained_heads}")
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
@@ -75,7 +72,7 @@ class HydraViT(DeferredSteps):
 
     @property
     def num_features(self) -> int:
-        """Channels of the full model's features; a width has ``geometry(heads).embed.embed`` of them."""
+        """Channels of the full model's features; a width has ``subnetwork(heads).embed.embed`` of them."""
         return self.config.embed
 
     def get_classifier(self) -> nn.Module:
@@ -90,7 +87,7 @@ class HydraViT(DeferredSteps):
         self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
         if num_classes:
             nn.init.trunc_normal_(self.head.weight, std=0.02)
-        self._resolve_geometries()
+        self._resolve_subnetworks()
 
     # Width and backend ------------------------------------------------------------------------------------------------
 
@@ -109,57 +106,59 @@ class HydraViT(DeferredSteps):
     def allowed_heads(self) -> tuple[int, ...]:
         """The widths a call may ask for, ascending: those the geometry has, and of these the trained ones."""
         if self.trained_heads is None or self.allow_untrained:
-            return tuple(self._geometries)
-        return tuple(heads for heads in self._geometries if heads in self.trained_heads)
+            return tuple(self._subnetworks)
+        return tuple(heads for heads in self._subnetworks if heads in self.trained_heads)
 
-    def _resolve_geometries(self) -> None:
+    def _resolve_subnetworks(self) -> None:
         """The slices of every width, once, so that a call only looks them up."""
-        self._geometries = every_width(self.config)
-        self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._geometries}
-        self._validated: set[Geometry] = set()  # others that calls brought along
+        self._subnetworks = every_width(self.config)
+        self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
+        self._validated: set[Subnetwork] = set()  # others, which calls brought along
 
-    def _make_geometry(self, heads: int) -> Geometry:
+    def _make_subnetwork(self, heads: int) -> Subnetwork:
         return GEOMETRIES[self.config.geometry](self.config, heads)
 
     def _check_heads(self, heads: int) -> None:
         if isinstance(heads, bool) or not isinstance(heads, (int, torch.SymInt)):
             kind = type(heads).__name__
-            raise TypeError(f"heads must be an int, an integer tensor (B,) or a Geometry, not {kind} {str(heads):.40}")
+            raise TypeError(
+                f"heads must be an int, an integer tensor (B,) or a Subnetwork, not {kind} {str(heads):.40}"
+            )
         if not 1 <= heads <= self.config.max_heads:
             raise ValueError(f"heads must be in 1..{self.config.max_heads}, not {heads}")
-        if not torch.compiler.is_compiling() and heads not in self._geometries:
-            self._make_geometry(heads).validate(self.config)
+        if not torch.compiler.is_compiling() and heads not in self._subnetworks:
+            self.config.sizes.validate(self._make_subnetwork(heads))
         position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
 
-    def geometry(self, heads: int) -> Geometry:
-        """The slices of one width."""
+    def subnetwork(self, heads: int) -> Subnetwork:
+        """Everything that one width reads."""
         self._check_heads(heads)
         # Compiled, a look-up would make a graph per width.
-        return self._make_geometry(heads) if torch.compiler.is_compiling() else self._geometries[heads]
+        return self._make_subnetwork(heads) if torch.compiler.is_compiling() else self._subnetworks[heads]
 
-    def widths(self, heads: int | Tensor | Geometry | None, batch: int) -> Widths:
+    def widths(self, heads: int | Tensor | Subnetwork | None, batch: int) -> Widths:
         """The subnetworks of one call; ``heads`` as in ``forward``."""
         heads = self.heads if heads is None else heads
-        if isinstance(heads, Geometry):
+        if isinstance(heads, Subnetwork):
             if torch.compiler.is_compiling() or heads not in self._validated:
-                self._validated.add(heads.validate(self.config))
+                self._validated.add(self.config.sizes.validate(heads))
             return Widths((heads,), None)
         if not isinstance(heads, Tensor):
-            return Widths((self.geometry(heads),), None)
+            return Widths((self.subnetwork(heads),), None)
         if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
         if heads.shape != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
-        # Compiled, which widths occur is not known: then all are in the table, and the stream is as wide as the widest.
+        # A compiled call cannot know which widths occur: its table has all, and the residual is as wide as the widest.
         compiling = torch.compiler.is_compiling()
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
-        geometries = tuple(self.geometry(k) for k in used)
+        subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
-            return Widths(geometries, None)
+            return Widths(subnetworks, None)
         beyond = self.config.max_heads + 1
         index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
         subnet = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
-        return Widths(geometries, subnet)
+        return Widths(subnetworks, subnet)
 
     def _select_backend(self, parameter: Tensor) -> None:
         """For the device and dtype of ``parameter``; raises where the requested backend cannot run there."""
@@ -181,7 +180,7 @@ class HydraViT(DeferredSteps):
             self.packed_inference.drop()
 
     def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str) -> Engine:
-        """Inference with the least latency: see ``hydravit.engine.Engine``."""
+        """Inference with the least latency: see ``hydravit.inference.Engine``."""
         return Engine(self, max_batch, dtype, **cuda)
 
     def __getstate__(self):
@@ -194,11 +193,11 @@ class HydraViT(DeferredSteps):
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
+    def forward(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
         """Logits ``(B, num_classes)`` of images ``(B, in_channels, height, width)``.
 
         Args:
-            heads: active heads in this call; or an integer tensor ``(B,)``, one width per image; or any ``Geometry``.
+            heads: active heads in this call; or an integer tensor ``(B,)``, one width per image; or any ``Subnetwork``.
                 None: ``self.heads``.
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
@@ -208,9 +207,9 @@ class HydraViT(DeferredSteps):
             if (logits := self.packed_inference.run(self, images, widths)) is not None:
                 return logits
         x = self._trunk(images, widths, pooled_only=self.config.pool == "token")
-        return self._head(x, self.norm if self.config.pool == "token" else self.fc_norm, widths)
+        return self._head(x, self.head_parameters(), widths)
 
-    def forward_features(self, images: Tensor, heads: int | Tensor | Geometry | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
         """Tokens ``(B, N, Dk)`` after the blocks, and after the final norm where it precedes pooling (as in timm).
 
         With one width per image ``Dk`` is the widest, and the channels beyond an image's own are zero.
@@ -222,14 +221,19 @@ class HydraViT(DeferredSteps):
         return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.subnet)
 
     def forward_head(
-        self, features: Tensor, heads: int | Tensor | Geometry | None = None, *, pre_logits: bool = False
+        self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
     ) -> Tensor:
         """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
         widths = self.widths(heads, features.shape[0])
         features = check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)), self.pos_embed)
-        return self._head(features, None if self.config.pool == "token" else self.fc_norm, widths, pre_logits)
+        parameters = self.head_parameters()
+        if self.config.pool == "token":  # the features are normalised
+            parameters = parameters._replace(norm_weight=None, norm_bias=None)
+        if pre_logits:
+            parameters = parameters._replace(weight=None, bias=None)
+        return self._head(features, parameters, widths)
 
-    def attention_maps(self, images: Tensor, heads: int | Geometry | None = None) -> list[Tensor | None]:
+    def attention_maps(self, images: Tensor, heads: int | Subnetwork | None = None) -> list[Tensor | None]:
         """Per layer what every token attends to, ``(B, heads, N, N)``; None where a layer's attention is skipped."""
         images, widths = self._enter(images, heads)
         x = self._stem(images, widths)
@@ -237,64 +241,68 @@ class HydraViT(DeferredSteps):
             raise ValueError("attention_maps takes one width for the batch")
         maps = []
         for i, block in enumerate(self.blocks):
-            attention = widths.geometries[0].attention[i]
-            parameters = block.attention_parameters()[:4]
-            maps.append(kernels.attention_map(x, *parameters, attention, widths.eps) if attention.heads else None)
+            (attention,) = widths.attention(i)
+            parameters = block.attention_parameters()
+            maps.append(kernels.attention_map(x, parameters, attention, widths.eps) if attention.heads else None)
             x = self._block(i, x, widths)
         return maps
 
-    def _enter(self, images: Tensor, heads: int | Tensor | Geometry | None) -> tuple[Tensor, Widths]:
+    def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Widths]:
         """What every forward begins with: checks, the widths, the backend."""
         images = check_batch("images", images, (self.config.in_channels, *self.config.image_size), self.pos_embed)
         widths = self.widths(heads, images.shape[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
             self._select_backend(self.pos_embed)
-        in_place = self.slice_gradients is not None and torch.is_grad_enabled()
-        if self.slice_optimizer is not None:  # other passes may pack the weights, for all widths together
-            self.slice_optimizer.catch_up(widths.geometries if in_place else None)
-        if in_place:
-            self.slice_gradients.mark(widths.geometries)
+        if self.slice_gradients is not None and torch.is_grad_enabled():
+            self.slice_gradients.mark(widths.subnetworks)
         return images, widths
 
-    def stem_parameters(self) -> tuple[Tensor | None, ...]:
-        tokens = (getattr(self, "cls_token", None), getattr(self, "reg_token", None))
-        return (self.patch_embed.proj.weight, self.patch_embed.proj.bias, *tokens, self.pos_embed)
+    def stem_parameters(self) -> kernels.StemParameters:
+        return kernels.StemParameters(
+            weight=self.patch_embed.proj.weight,
+            bias=self.patch_embed.proj.bias,
+            cls_token=getattr(self, "cls_token", None),
+            reg_token=getattr(self, "reg_token", None),
+            pos_embed=self.pos_embed,
+        )
 
-    def head_parameters(self, norm: nn.LayerNorm | None, classifier: bool) -> tuple[Tensor | None, ...]:
-        of_norm = (None, None) if norm is None else (norm.weight, norm.bias)
-        return (*of_norm, *(self.head.head_parameters() if classifier else (None, None)))
+    def head_parameters(self) -> kernels.HeadParameters:
+        norm = getattr(self, self.config.final_norm)
+        weight, bias = self.head.rows() if self.num_classes else (None, None)
+        return kernels.HeadParameters(norm_weight=norm.weight, norm_bias=norm.bias, weight=weight, bias=bias)
 
-    @property
-    def pool_range(self) -> tuple[int, int]:
-        """The tokens that the head takes the mean of: the first of them and the first behind."""
-        return (0, 1) if self.config.pool == "token" else (self.config.prefix_tokens, self.config.tokens)
+    def network_parameters(self) -> kernels.NetworkParameters:
+        """All parameters, as kernels take them: separate classifiers are rows of one."""
+        return kernels.NetworkParameters(
+            stem=self.stem_parameters(),
+            attention=[block.attention_parameters() for block in self.blocks],
+            mlp=[block.mlp_parameters() for block in self.blocks],
+            head=self.head_parameters(),
+        )
 
     def _stem(self, images: Tensor, widths: Widths) -> Tensor:
         parameters = self.stem_parameters()
-        return kernels.stem(images, *parameters, widths.embed, widths.subnet, **self._how(parameters))
+        buffers = self._buffers_of(parameters)
+        return kernels.stem(images, parameters, widths.embed, widths.subnet, backend=self.backend, buffers=buffers)
 
     def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
-        """All tokens; or those that the head pools, where nobody sees that the last block computed no others."""
+        """All tokens; or those that the head pools, if nothing can see that the last block computes no others."""
         x, last = self._stem(images, widths), self.blocks[-1]
         for i, block in enumerate(self.blocks):
             alone = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
-            x = self._block(i, x, widths, *((self.pool_range,) if alone else ()))
+            x = self._block(i, x, widths, *((self.config.pool_range,) if alone else ()))
         return x
 
     def _block(self, i: int, x: Tensor, widths: Widths, *pool: tuple[int, int]) -> Tensor:
-        attention = [geometry.attention[i] for geometry in widths.geometries]
-        mlp = [geometry.mlp[i] for geometry in widths.geometries]
-        return self.blocks[i](x, attention, mlp, widths.eps, widths.subnet, self._how, *pool)
+        slices = widths.attention(i), widths.mlp(i)
+        return self.blocks[i](x, *slices, widths.eps, widths.subnet, self.backend, self.slice_gradients, *pool)
 
-    def _head(self, x: Tensor, norm: nn.LayerNorm | None, widths: Widths, pre_logits: bool = False) -> Tensor:
-        parameters = self.head_parameters(norm, not pre_logits and self.num_classes > 0)
-        slices = [geometry.head for geometry in widths.geometries]
-        pool = self.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # others are gone
-        return kernels.head(x, *parameters, pool, slices, widths.eps, widths.subnet, **self._how(parameters))
+    def _head(self, x: Tensor, parameters: kernels.HeadParameters, widths: Widths) -> Tensor:
+        pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # the others are gone
+        buffers = self._buffers_of(parameters)
+        return kernels.head(
+            x, parameters, pool, widths.head, widths.eps, widths.subnet, backend=self.backend, buffers=buffers
+        )
 
-    def _how(self, parameters: tuple[Tensor | None, ...]) -> dict:
-        """How the kernels run: on which backend, and where they put gradients."""
-        if self.slice_gradients is None:
-            return {"backend": self.backend}
-        buffers = [None if p is None else self.slice_gradients.buffer(p) for p in parameters]
-        return {"backend": self.backend, "buffers": buffers}
+    def _buffers_of(self, parameters):
+        return None if self.slice_gradients is None else self.slice_gradients.buffers_of(parameters)

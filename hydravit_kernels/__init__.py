@@ -2,41 +2,59 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
-from hydravit_kernels.engine import CudaNetwork, PhaseTime, SubnetSlices, cuda_network_why_not, to_e4m3
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
-from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
+from hydravit_kernels.networks import CpuNetwork, CudaNetwork, Network, PhaseTime, to_e4m3
+from hydravit_kernels.parameters import (
+    AttentionParameters,
+    HeadParameters,
+    MlpParameters,
+    NetworkParameters,
+    NetworkSizes,
+    StemParameters,
+    named_specs,
+)
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.reference import attention_map, layer_norm
-from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
+from hydravit_kernels.subnetwork import (
+    AttentionSlice,
+    EmbedSlice,
+    HeadSlice,
+    Intervals,
+    MlpSlice,
+    Subnetwork,
+    widest,
+)
 
 __all__ = [
     "AdamWStep",
+    "AttentionParameters",
     "AttentionSlice",
+    "CpuNetwork",
     "CudaNetwork",
     "EmbedSlice",
-    "Fingerprint",
+    "HeadParameters",
     "HeadSlice",
+    "Intervals",
+    "MlpParameters",
     "MlpSlice",
-    "NetworkSlices",
-    "Packed",
+    "Network",
+    "NetworkParameters",
+    "NetworkSizes",
     "PhaseTime",
-    "SubnetSlices",
+    "StemParameters",
+    "Subnetwork",
     "adamw",
     "annotate",
     "attention_block",
     "attention_map",
     "available_backends",
     "check_backend",
-    "cuda_network_why_not",
-    "fingerprint",
     "head",
     "layer_norm",
     "mlp_block",
-    "network",
-    "pack",
+    "named_specs",
     "rectangles_of",
     "select",
-    "slices_of_network",
     "stem",
     "to_e4m3",
     "widest",

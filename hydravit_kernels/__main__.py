@@ -7,7 +7,7 @@ import platform
 import torch
 
 from hydravit_kernels import _native, backends
-from hydravit_kernels.engine import cuda_network_why_not
+from hydravit_kernels.networks import CudaNetwork
 
 
 def report() -> str:
@@ -28,7 +28,7 @@ def report() -> str:
         for name, state in backends.report(device).items():
             rows[f"{name} on {device}"] = state
     if torch.cuda.is_available():
-        rows["engine on cuda"] = cuda_network_why_not(torch.device("cuda")) or "available"
+        rows["CUDA network"] = CudaNetwork.why_not(torch.device("cuda")) or "available"
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 

@@ -1,10 +1,11 @@
 """The blocks as functions: any backend, with gradients.
 
 A compiled backend's forward and backward are separate ops behind one ``autograd.Function``, entered only where a
-gradient is needed. Gradients are full-size tensors with exact zeros outside the slice, as PyTorch users expect; with
+gradient is needed. Gradients are full-size tensors with exact zeros outside the slice, as PyTorch users expect. With
 ``buffers`` they are added in place to the slice of those tensors instead, and autograd sees none for the parameters.
+``buffers`` is a tuple like ``parameters``, with None where no gradient is wanted.
 
-Under ``torch.autocast`` the triton backend keeps activations in autocast's dtype, beside parameters in their own.
+Under ``torch.autocast`` the triton backend keeps activations in autocast's dtype, and parameters in their own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor
 
 from hydravit_kernels import ops, reference
+from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
 from hydravit_kernels.ranges import annotate
-from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
-
-Buffers = Sequence[Tensor | None] | None
+from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
 
 # Ops that can return what their backward needs, so that it is not computed again.
 _SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in schema)
@@ -27,38 +27,26 @@ _SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in s
 @annotate("stem")
 def stem(
     images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls_token: Tensor | None,
-    reg_token: Tensor | None,
-    pos_embed: Tensor | None,
+    parameters: StemParameters,
     slices: Sequence[EmbedSlice],
     subnet: Tensor | None = None,
     *,
     backend: str,
-    buffers: Buffers = None,
+    buffers: StemParameters | None = None,
 ) -> Tensor:
     """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual stream ``(B, N, Dk)``.
 
-    ``weight (D, C, patch, patch)``, ``bias (D,)``, tokens ``(1, ·, D)``; ``pos_embed (1, P, D)`` has ``P`` all tokens
-    or the patches only. Order: class, registers, patches (ViT, arXiv 2010.11929; registers, arXiv 2309.16588).
+    Tokens are in the order class, registers, patches (ViT, arXiv 2010.11929; registers, arXiv 2309.16588).
     """
-    parameters = (weight, bias, cls_token, reg_token, pos_embed)
     if backend == "reference":
-        return reference.stem(images, *parameters, slices, subnet)
+        return reference.stem(images, parameters, slices, subnet)
     return _run("stem", backend, images, parameters, (flatten(slices), subnet), buffers)
 
 
 @annotate("attention_block")
 def attention_block(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
+    parameters: AttentionParameters,
     branch_scale: Tensor | None,
     slices: Sequence[AttentionSlice],
     eps: float,
@@ -66,16 +54,17 @@ def attention_block(
     *,
     queries: int | None = None,
     backend: str,
-    buffers: Buffers = None,
+    buffers: AttentionParameters | None = None,
 ) -> Tensor:
     """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape.
 
-    ``queries``: only the first so many tokens are computed, and returned; all of them are still attended to.
+    Args:
+        branch_scale: ``(B,)``, multiplies an image's branch (drop-path); None for ones.
+        queries: only the first so many tokens are computed, and returned; all tokens are still attended to.
     """
     queries = x.shape[1] if queries is None else queries
-    parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale)
     if backend == "reference":
-        return reference.attention_block(x, *parameters, branch_scale, slices, eps, subnet, queries)
+        return reference.attention_block(x, parameters, branch_scale, slices, eps, subnet, queries)
     constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, subnet, queries)
     return _run("attention_block", backend, x, parameters, constants, buffers)
 
@@ -83,56 +72,44 @@ def attention_block(
 @annotate("mlp_block")
 def mlp_block(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
+    parameters: MlpParameters,
     branch_scale: Tensor | None,
     slices: Sequence[MlpSlice],
     eps: float,
     subnet: Tensor | None = None,
     *,
     backend: str,
-    buffers: Buffers = None,
+    buffers: MlpParameters | None = None,
 ) -> Tensor:
     """Norm, fc1, exact GELU, fc2, scales and residual: ``x (B, N, Dk)`` to the same shape."""
-    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     if backend == "reference":
-        return reference.mlp_block(x, *parameters, branch_scale, slices, eps, subnet)
+        return reference.mlp_block(x, parameters, branch_scale, slices, eps, subnet)
     return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, subnet), buffers)
 
 
 @annotate("head")
 def head(
     x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    parameters: HeadParameters,
     pool: tuple[int, int],
     slices: Sequence[HeadSlice],
     eps: float,
     subnet: Tensor | None = None,
     *,
     backend: str,
-    buffers: Buffers = None,
+    buffers: HeadParameters | None = None,
 ) -> Tensor:
     """Mean of the tokens ``[pool[0], pool[1])``, norm, classifier: ``x (B, N, Dk)`` to logits ``(B, classes)``.
 
-    ``weight (rows, D)``, ``bias (rows,)``: a width's slice says which rows are its classifier. Without ``norm_weight``
-    there is no norm; without ``weight`` the result is the pooled features ``(B, Dk)``.
+    Without the norm's parameters there is no norm. Without a classifier the result is the pooled features ``(B, Dk)``.
     """
-    parameters = (norm_weight, norm_bias, weight, bias)
     if backend == "reference":
-        return reference.head(x, *parameters, *pool, slices, eps, subnet)
+        return reference.head(x, parameters, *pool, slices, eps, subnet)
     return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, subnet), buffers)
 
 
 def _run(name, backend, x, parameters, constants, buffers):
-    """The plain op, or the ``autograd.Function`` around it where somebody wants a gradient."""
+    """Run the plain op, or the ``autograd.Function`` around it where a gradient is wanted."""
     if backend == "triton" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # its products cast weights themselves, tile by tile
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
@@ -146,9 +123,9 @@ def _op(name, backend):
 
 
 def _reached(edges, parameters) -> list[bool]:
-    """Per parameter whether this backward pass is to fill its ``.grad``: autograd's own rule, for gradients in place.
+    """Say per parameter whether this backward pass fills its ``.grad``: autograd's own rule, for gradients in place.
 
-    Not so where ``torch.autograd.grad`` or ``backward(inputs=...)`` asks for other tensors only. Raises
+    It does not where ``torch.autograd.grad`` or ``backward(inputs=...)`` asks for other tensors only. Raises
     ``RuntimeError`` where ``torch.autograd.grad`` asks for a parameter, before anything is written.
     """
     nodes, reached = iter(edges), []

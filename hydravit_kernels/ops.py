@@ -5,11 +5,7 @@ full model and ``Dk`` of the (widest) active subnetwork:
 
     ``x, y``            ``(B, N, Dk)``; beyond an image's own width, ``y`` is zero
     ``queries``         ``Nq``: attention is computed for the first ``Nq`` tokens only, ``y`` is then ``(B, Nq, Dk)``
-    ``norm_*``          ``(D,)``, like ``layer_scale``
-    ``qkv_weight``      ``(rows, D)``
-    ``proj_weight``     ``(D, columns)``
-    ``fc1_weight``      ``(hidden, D)``, ``fc2_weight (D, hidden)``
-    ``weight``          of the head ``(rows, D)``, of the stem ``(D, channels, patch, patch)``
+    parameters          as in ``parameters.py``, in the order of its tuples
     ``branch_scale``    ``(B,)``, multiplies an image's branch (drop-path)
     ``subnet``          ``(B,)`` int64, which of the slices an image uses; None: all use the only one
 
@@ -31,59 +27,41 @@ from __future__ import annotations
 
 import torch
 
-from hydravit_kernels.parameters import NetworkSizes
+from hydravit_kernels.parameters import ATTENTION, HEAD, MLP, STEM, ParameterSpec
+from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, unflatten
 
 LIBRARY = torch.library.Library("hydravit", "DEF")
 
-_STEM = "Tensor images, Tensor weight, Tensor? bias, Tensor? cls_token, Tensor? reg_token, Tensor? pos_embed"
+
+def _tensors(specs: tuple[ParameterSpec, ...]) -> str:
+    """Schema of a block's parameters."""
+    return ", ".join(f"Tensor{'?' * spec.optional} {name}" for name, spec in zip(specs._fields, specs, strict=True))
+
+
+def _buffers(specs: tuple[ParameterSpec, ...]) -> str:
+    """Schema of a block's gradient buffers: optional, mutated, each its own alias set."""
+    return ", ".join(f"Tensor({chr(ord('a') + i)}!)? grad_{name}" for i, name in enumerate(specs._fields))
+
+
+_STEM = f"Tensor images, {_tensors(STEM)}, SymInt[] slices, Tensor? subnet"
 _ATTENTION = (
-    "Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
-    "Tensor? layer_scale, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? subnet, "
+    f"{_tensors(ATTENTION)}, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? subnet, "
     "SymInt queries"
 )
-_MLP = (
-    "Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-    "Tensor? layer_scale, Tensor? branch_scale, SymInt[] slices, float eps, Tensor? subnet"
-)
-_HEAD = (
-    "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight, Tensor? bias, SymInt pool_start, "
-    "SymInt pool_stop, SymInt[] slices, float eps, Tensor? subnet"
-)
-
-
-def _buffers(*names: str) -> str:
-    """Schema of the gradient buffers: optional, mutated, each its own alias set."""
-    return ", ".join(f"Tensor({chr(ord('a') + i)}!)? grad_{name}" for i, name in enumerate(names))
-
+_MLP = f"{_tensors(MLP)}, Tensor? branch_scale, SymInt[] slices, float eps, Tensor? subnet"
+_HEAD = f"Tensor x, {_tensors(HEAD)}, SymInt pool_start, SymInt pool_stop, SymInt[] slices, float eps, Tensor? subnet"
+_SAVED = "Tensor grad, Tensor x, Tensor qkv, Tensor attended, Tensor logsumexp"
 
 SCHEMAS = {
-    "stem": f"({_STEM}, SymInt[] slices, Tensor? subnet) -> Tensor",
-    "stem_backward": f"(Tensor grad, {_STEM}, SymInt[] slices, Tensor? subnet, bool x_grad, "
-    + _buffers("weight", "bias", "cls_token", "reg_token", "pos_embed")
-    + ") -> Tensor",
+    "stem": f"({_STEM}) -> Tensor",
+    "stem_backward": f"(Tensor grad, {_STEM}, bool x_grad, {_buffers(STEM)}) -> Tensor",
     "attention_block": f"(Tensor x, {_ATTENTION}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attention_block_backward": f"(Tensor grad, Tensor x, Tensor qkv, Tensor attended, Tensor logsumexp, {_ATTENTION}, "
-    "bool x_grad, "
-    + _buffers("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale")
-    + ") -> Tensor",
+    "attention_block_backward": f"({_SAVED}, {_ATTENTION}, bool x_grad, {_buffers(ATTENTION)}) -> Tensor",
     "mlp_block": f"(Tensor x, {_MLP}, bool save) -> (Tensor, Tensor)",
-    "mlp_block_backward": f"(Tensor grad, Tensor x, Tensor hidden, {_MLP}, bool x_grad, "
-    + _buffers("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale")
-    + ") -> Tensor",
+    "mlp_block_backward": f"(Tensor grad, Tensor x, Tensor hidden, {_MLP}, bool x_grad, {_buffers(MLP)}) -> Tensor",
     "head": f"({_HEAD}) -> Tensor",
-    "head_backward": f"(Tensor grad, {_HEAD}, bool x_grad, "
-    + _buffers("norm_weight", "norm_bias", "weight", "bias")
-    + ") -> Tensor",
+    "head_backward": f"(Tensor grad, {_HEAD}, bool x_grad, {_buffers(HEAD)}) -> Tensor",
 }
-
-# The whole network without gradients, from `packed`, which holds the parameters at `offsets`; both as packed.py makes
-# them, `sizes` as in parameters.py. Slices and scales: block after block, and within a block width after width.
-# `pooled_only`: the last block computes only what the head pools.
-NETWORK = (
-    "(Tensor images, Tensor packed, int[] offsets, int[] sizes, int pool_start, int pool_stop, "
-    "SymInt[] stem_slices, SymInt[] attention_slices, SymInt[] mlp_slices, SymInt[] head_slices, float[] scales, "
-    "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
-)
 
 # AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
 # hold. `gradients` and `averages` may be empty.
@@ -92,19 +70,14 @@ ADAMW = (
     "Tensor rectangles, int[] bounds, Tensor steps) -> ()"
 )
 
-# Integers per slice in `slices`, in the order of the fields in `slices.py`.
-EMBED_INTS, ATTENTION_INTS, MLP_INTS, HEAD_INTS = 2, 10, 4, 4
-
-
-def _column(slices, ints, field):
-    return [slices[start + field] for start in range(0, len(slices), ints)]
-
-
-def _largest(values):
-    result = values[0]
-    for value in values[1:]:
-        result = max(result, value)
-    return result
+# The whole network without gradients, on the CPU; networks/cpu.py says what the arguments hold.
+NETWORK = {
+    "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor packed, int[] offsets)",
+    "plan_network_native": "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) "
+    "-> Tensor",
+    "network_native": "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? subnet, bool pooled_only)"
+    " -> Tensor",
+}
 
 
 def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
@@ -112,52 +85,66 @@ def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
     tokens = (height // weight.shape[2]) * (width // weight.shape[3])
     for prefix in (cls_token, reg_token):
         tokens = tokens + (0 if prefix is None else prefix.shape[1])
-    return images.new_empty((batch, tokens, _largest(_column(slices, EMBED_INTS, 1))))
+    return images.new_empty((batch, tokens, max(s.embed for s in unflatten(EmbedSlice, slices))))
 
 
-def _attention_block(x, *arguments):
-    slices, queries, save = arguments[8], arguments[12], arguments[13]
+def _attention_block(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
+    slices, scales, eps, subnet, queries, save,
+):  # fmt: skip
     batch, tokens, width = x.shape
     y = x.new_empty((batch, queries, width))
     if not save:
         return y, x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,))
-    heads, head_dim, value_dim = (_column(slices, ATTENTION_INTS, field) for field in (6, 7, 8))
-    qkv = _largest([h * (2 * d + v) for h, d, v in zip(heads, head_dim, value_dim, strict=True)])
-    attended = _largest([h * v for h, v in zip(heads, value_dim, strict=True)])
+    each = unflatten(AttentionSlice, slices)
     return (
         y,
-        x.new_empty((batch, tokens, qkv)),
-        x.new_empty((batch, queries, attended)),
-        x.new_empty((batch, _largest(heads) * tokens), dtype=torch.float32),
+        x.new_empty((batch, tokens, max(s.heads * (2 * s.head_dim + s.value_dim) for s in each))),
+        x.new_empty((batch, queries, max(s.heads * s.value_dim for s in each))),
+        x.new_empty((batch, max(s.heads for s in each) * tokens), dtype=torch.float32),
     )
 
 
-def _mlp_block(x, *arguments):
-    slices, save = arguments[8], arguments[11]
+def _mlp_block(
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale,
+    slices, eps, subnet, save,
+):  # fmt: skip
     batch, tokens, _ = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
         return y, x.new_empty((0,))
-    return y, x.new_empty((batch, tokens, _largest(_column(slices, MLP_INTS, 3))))
+    return y, x.new_empty((batch, tokens, max(s.hidden for s in unflatten(MlpSlice, slices))))
 
 
 def _head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
-    return x.new_empty((x.shape[0], _largest(_column(slices, HEAD_INTS, 1 if weight is None else 3))))
+    each = unflatten(HeadSlice, slices)
+    return x.new_empty((x.shape[0], max(s.embed if weight is None else s.classes for s in each)))
 
 
-def _backward(x, x_grad):
-    return torch.empty_like(x, memory_format=torch.contiguous_format) if x_grad else x.new_empty((0,))
+def _fake_backward(schema: str, activation: str):
+    """A backward's fake kernel: the gradient of one argument, or nothing."""
+    names = [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
+    x, x_grad = names.index(activation), names.index("x_grad")
+
+    def fake(*arguments):
+        like = arguments[x]
+        if arguments[x_grad]:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return like.new_empty((0,))
+
+    return fake
 
 
 FAKES = {
     "stem": _stem,
-    "stem_backward": lambda grad, images, *arguments: _backward(images, arguments[7]),
     "attention_block": _attention_block,
-    "attention_block_backward": lambda grad, x, *arguments: _backward(x, arguments[16]),
     "mlp_block": _mlp_block,
-    "mlp_block_backward": lambda grad, x, *arguments: _backward(x, arguments[12]),
     "head": _head,
-    "head_backward": lambda grad, x, *arguments: _backward(x, arguments[9]),
+    "stem_backward": _fake_backward(SCHEMAS["stem_backward"], "images"),
+    **{
+        name: _fake_backward(SCHEMAS[name], "x")
+        for name in ("attention_block_backward", "mlp_block_backward", "head_backward")
+    },
 }
 
 
@@ -170,16 +157,14 @@ def define(backend: str) -> None:
     torch.library.register_fake(f"hydravit::adamw_{backend}", lambda *arguments: None, lib=LIBRARY)
 
 
-def _network(images, *arguments):
-    sizes, slices = NetworkSizes(*arguments[2]), arguments[8]
-    return images.new_empty((images.shape[0], _largest(_column(slices, HEAD_INTS, 3 if sizes.classes else 1))))
+def _network(images, packed, plans, columns, subnet, pooled_only):
+    return images.new_empty((images.shape[0], columns))
 
 
 define("native")
-LIBRARY.define(f"network_native{NETWORK}")
+for _name, _schema in NETWORK.items():
+    LIBRARY.define(_name + _schema)
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
-LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
-torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
-# What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.
+# What the native CPU kernels run on: "avx512", "avx2" or "portable". Tests set others than the best one.
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("set_cpu_isa(str isa) -> ()")

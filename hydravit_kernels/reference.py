@@ -1,8 +1,8 @@
 """Every block in plain PyTorch on views of the full weights: the oracle, the documentation, the path for any device.
 
-Differentiable to any order where a gradient is asked for. Shapes as in ``ops.py``; here a block takes the slices as a
-sequence of ``EmbedSlice``, ``AttentionSlice``, ``MlpSlice`` or ``HeadSlice``. Maths: ViT (arXiv 2010.11929) with
-pre-norm blocks, exact GELU and an explicit attention scale, as sliced by HydraViT (arXiv 2409.17978).
+It is differentiable to any order where a gradient is asked for. Shapes are those of ``ops.py``; a block takes its
+parameters as a tuple of ``parameters.py`` and the slices as a sequence. Maths: ViT (arXiv 2010.11929) with pre-norm
+blocks, exact GELU and an explicit attention scale, as sliced by HydraViT (arXiv 2409.17978).
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hydravit_kernels.slices import AttentionSlice, widest
+from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
+from hydravit_kernels.subnetwork import AttentionSlice, widest
 
 
-def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet=None) -> Tensor:
+def stem(images, p: StemParameters, slices, subnet=None) -> Tensor:
     """Patches, class and register tokens, position embedding: images ``(B, C, height, width)`` to ``(B, N, Dk)``."""
 
     def single(images, _, s):
         def channels(parameter, dim):
             return None if parameter is None else parameter.narrow(dim, s.embed_offset, s.embed)
 
-        patches = F.conv2d(images, channels(weight, 0), channels(bias, 0), stride=weight.shape[2:]).flatten(2).mT
-        prefix = [channels(t, 2).expand(images.shape[0], -1, -1) for t in (cls_token, reg_token) if t is not None]
-        position = channels(pos_embed, 2)
+        weight, bias = channels(p.weight, 0), channels(p.bias, 0)
+        patches = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+        prefix = [channels(t, 2).expand(images.shape[0], -1, -1) for t in (p.cls_token, p.reg_token) if t is not None]
+        position = channels(p.pos_embed, 2)
         if position is not None and position.shape[1] == patches.shape[1]:
             patches, position = patches + position, None
         tokens = torch.cat([t.to(patches.dtype) for t in prefix] + [patches], dim=1)
@@ -32,10 +34,7 @@ def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet=N
     return _per_image(single, images, None, slices, subnet)
 
 
-def attention_block(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
-    slices, eps, subnet=None, queries=None,
-) -> Tensor:  # fmt: skip
+def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, subnet=None, queries=None) -> Tensor:
     """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``.
 
     With ``queries`` for the first so many tokens only.
@@ -44,54 +43,51 @@ def attention_block(
     def single(x, branch_scale, s):
         if s.heads == 0:
             return x[:, :queries]
-        query, key, value = _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps)
+        query, key, value = _query_key_value(x, p, s, eps)
         query = query[:, :, :queries]
         if torch.is_grad_enabled():
             attended = _attention(query, key, s.scale) @ value
         else:  # the fused kernels have no second derivative, so they serve only where no gradient is asked for
             attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
         attended = attended.transpose(1, 2).flatten(2)
-        columns = _head_rows(proj_weight.t(), s.proj_column, s.value_dim, s).t()
-        return _add_branch(x[:, :queries], attended, columns, proj_bias, layer_scale, branch_scale, s)
+        columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()
+        return _add_branch(x[:, :queries], attended, columns, p.proj_bias, p.layer_scale, branch_scale, s)
 
     return _per_image(single, x, branch_scale, slices, subnet)
 
 
-def mlp_block(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale,
-    slices, eps, subnet=None,
-) -> Tensor:  # fmt: skip
+def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet=None) -> Tensor:
     """``x + branch_scale * layer_scale * fc2(gelu(fc1(norm(x))))``."""
 
     def single(x, branch_scale, s):
         if s.hidden == 0:
             return x
-        normed = _norm(x, norm_weight, norm_bias, s, eps)
-        rows = fc1_weight.narrow(0, s.hidden_offset, s.hidden).narrow(1, s.embed_offset, s.embed)
-        bias = None if fc1_bias is None else fc1_bias.narrow(0, s.hidden_offset, s.hidden)
+        normed = _norm(x, p.norm_weight, p.norm_bias, s, eps)
+        rows = p.fc1_weight.narrow(0, s.hidden_offset, s.hidden).narrow(1, s.embed_offset, s.embed)
+        bias = None if p.fc1_bias is None else p.fc1_bias.narrow(0, s.hidden_offset, s.hidden)
         hidden = F.gelu(F.linear(normed, rows, bias))
-        columns = fc2_weight.narrow(1, s.hidden_offset, s.hidden)
-        return _add_branch(x, hidden, columns, fc2_bias, layer_scale, branch_scale, s)
+        columns = p.fc2_weight.narrow(1, s.hidden_offset, s.hidden)
+        return _add_branch(x, hidden, columns, p.fc2_bias, p.layer_scale, branch_scale, s)
 
     return _per_image(single, x, branch_scale, slices, subnet)
 
 
-def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet=None) -> Tensor:
+def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet=None) -> Tensor:
     """Mean of tokens ``[pool_start, pool_stop)``, norm, classifier: ``(B, N, Dk)`` to ``(B, classes)``.
 
-    Without ``norm_weight`` there is no norm; without ``weight`` the pooled features ``(B, Dk)`` are the result.
+    Without a norm there is none; without a classifier the pooled features ``(B, Dk)`` are the result.
     """
 
     def single(x, _, s):
         pooled = x[:, pool_start:pool_stop].mean(dim=1)
-        if norm_weight is not None:
-            pooled = _norm(pooled, norm_weight, norm_bias, s, eps)
-        if weight is None:
+        if p.norm_weight is not None:
+            pooled = _norm(pooled, p.norm_weight, p.norm_bias, s, eps)
+        if p.weight is None:
             return pooled
-        rows = weight.narrow(0, s.class_offset, s.classes).narrow(1, s.embed_offset, s.embed)
-        return F.linear(pooled, rows, None if bias is None else bias.narrow(0, s.class_offset, s.classes))
+        rows = p.weight.narrow(0, s.class_offset, s.classes).narrow(1, s.embed_offset, s.embed)
+        return F.linear(pooled, rows, None if p.bias is None else p.bias.narrow(0, s.class_offset, s.classes))
 
-    return _per_image(single, x, None, slices, subnet, pad=weight is None)
+    return _per_image(single, x, None, slices, subnet, pad=p.weight is None)
 
 
 def layer_norm(x, norm_weight, norm_bias, slices, eps, subnet=None) -> Tensor:
@@ -99,9 +95,9 @@ def layer_norm(x, norm_weight, norm_bias, slices, eps, subnet=None) -> Tensor:
     return _per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, subnet)
 
 
-def attention_map(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s: AttentionSlice, eps) -> Tensor:
-    """What every token attends to in this block: ``(B, heads, N, N)``, rows sum to one."""
-    query, key, _ = _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps)
+def attention_map(x, p: AttentionParameters, s: AttentionSlice, eps) -> Tensor:
+    """Softmax of the block's scaled scores, ``(B, heads, N, N)``: how much every token attends to every other."""
+    query, key, _ = _query_key_value(x, p, s, eps)
     return _attention(query, key, s.scale)
 
 
@@ -114,13 +110,13 @@ def _norm(x, weight, bias, s, eps):
     return F.layer_norm(x, (s.embed,), weight, bias, eps)
 
 
-def _query_key_value(x, norm_weight, norm_bias, qkv_weight, qkv_bias, s, eps):
+def _query_key_value(x, p, s, eps):
     """Three tensors ``(B, heads, N, channels)``, each from its own rows of the fused weight."""
-    normed = _norm(x, norm_weight, norm_bias, s, eps)
-    columns = qkv_weight.narrow(1, s.embed_offset, s.embed)
+    normed = _norm(x, p.norm_weight, p.norm_bias, s, eps)
+    columns = p.qkv_weight.narrow(1, s.embed_offset, s.embed)
     roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
     for row, length in roles:
-        bias = None if qkv_bias is None else _head_rows(qkv_bias, row, length, s)
+        bias = None if p.qkv_bias is None else _head_rows(p.qkv_bias, row, length, s)
         projected = F.linear(normed, _head_rows(columns, row, length, s), bias)
         yield projected.unflatten(-1, (s.heads, length)).transpose(1, 2)
 

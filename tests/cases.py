@@ -9,9 +9,9 @@ import random
 import torch
 from blocks import EPS, Block
 from budget import assert_within_budget
+from hydravit_kernels.slices import flatten
 
 from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, reference, widest
-from hydravit_kernels.slices import flatten
 
 
 class Case:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydravit.engine import with_e4m3_weights
 from small import SMALL
 
 from bench import agree, results
@@ -24,7 +25,6 @@ from bench.run import main
 from bench.timer import SPREAD, Effort, Witness, interleave, spread
 from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
 from hydravit import HydraViTConfig
-from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation.cost import costs
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
+from hydravit.engine import DTYPES, with_e4m3_weights
 from small import images, poison, shake
 
 from bench import phases
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
-from hydravit.engine import DTYPES, with_e4m3_weights
 from hydravit.inference import in_order
 from hydravit.training import SliceAdamW, SliceGradients
 from hydravit_kernels import _native, engine

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from hydravit.engine import with_e4m3_weights
 from PIL import Image
 from torch.utils.data import TensorDataset
 
 import hydravit_kernels
 from hydravit import CONFIGS, HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
-from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation import cost, costs, evaluate, format_table, plot, write_results
 from hydravit.evaluation.latency import backends_to_time, measure_latency, with_backend
 from hydravit.evaluation.memory import measure_memory

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = read_checkpoint(args.checkpoint)
     model = fused_model(checkpoint=checkpoint, backend="reference", allow_untrained=args.allow_untrained)
-    weights, geometry = extract(model, args.heads), model.geometry(args.heads)
+    weights, geometry = extract(model, args.heads), model.subnetwork(args.heads)
     heads, width = geometry.attention[0].heads, geometry.embed.embed
     config = resolve_config(
         model.config,

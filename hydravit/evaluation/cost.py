@@ -7,9 +7,9 @@ import math
 from typing import NamedTuple
 
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import Geometry, every_width
+from hydravit.geometry import every_width, parameter_slices
 from hydravit.model import HydraViT
-from hydravit_kernels import AttentionSlice, MlpSlice
+from hydravit_kernels import AttentionSlice, MlpSlice, Subnetwork
 
 
 class Cost(NamedTuple):
@@ -19,7 +19,7 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: bool = False) -> Cost:
+def cost(config: HydraViTConfig, geometry: Subnetwork, pooled_only: bool = False) -> Cost:
     """Parameters and multiply-accumulates of one subnetwork.
 
     The products of attention count (queries by keys, weights by values), as they are in the figures of the ViT
@@ -37,7 +37,7 @@ def cost(config: HydraViTConfig, geometry: Geometry, pooled_only: bool = False) 
         unpooled = config.prefix_tokens if config.pool == "avg" else tokens - 1
         macs -= unpooled * ((embed + tokens) * (keys + values) + 2 * embed * mlp.hidden)  # all but key and value
 
-    slices = geometry.parameter_slices(config)
+    slices = parameter_slices(config, geometry)
     params = 0
     for name, shape in _parameter_shapes(config).items():
         read = [sum(length for _, length in axis) for axis in slices.get(name, ())]

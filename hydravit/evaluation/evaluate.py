@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from hydravit.engine import with_e4m3_weights
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
 from hydravit.evaluation.memory import measure_memory
+from hydravit.inference import with_e4m3_weights
 from hydravit.model import HydraViT
 
 
@@ -57,7 +57,7 @@ def evaluate(
         RuntimeError: logits that are not finite, backends that disagree.
     """
     heads = list(model.allowed_heads if heads is None else heads)
-    geometries = {k: model.geometry(k) for k in heads}
+    subnetworks = {k: model.subnetwork(k) for k in heads}
     mode = model.training
     model.eval()
     try:
@@ -76,7 +76,7 @@ def evaluate(
         model.train(mode)
     rows = []
     for k in heads:
-        params, macs = cost(model.config, geometries[k])
+        params, macs = cost(model.config, subnetworks[k])
         timing = timings.get(k, {})
         rows.append(
             {

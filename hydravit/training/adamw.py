@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
-from hydravit.geometry import Geometry
 from hydravit.model import HydraViT
 from hydravit.training.memory import zeros_like
 from hydravit.training.regions import Region, Regions
+from hydravit_kernels import Subnetwork
 
 # How many steps "exact" may owe before it makes up for all of them.
 _HISTORY = 256
@@ -136,13 +136,13 @@ class SliceAdamW(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(self._parameters.values())
         return loss
 
-    def catch_up(self, geometries: Iterable[Geometry] | None = None) -> None:
+    def catch_up(self, subnetworks: Iterable[Subnetwork] | None = None) -> None:
         """Give what these subnetworks read, or everything, the steps it missed. The model calls it in every forward."""
         if not self._history:
             return
         if torch.compiler.is_compiling():
             raise RuntimeError("a compiled forward cannot make up for skipped steps: call SliceAdamW.flush() before it")
-        self._advance(self._regions.all if geometries is None else self._regions.read_by(geometries), [])
+        self._advance(self._regions.all if subnetworks is None else self._regions.read_by(subnetworks), [])
         self._forget_history()
 
     def flush(self) -> None:

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hydravit.geometry import Geometry, Intervals
+from hydravit.geometry import parameter_slices
+from hydravit.layers import Parameters
 from hydravit.training.memory import zeros_like
+from hydravit_kernels import Intervals, Subnetwork
 
 # Unions of widths whose views are kept. Per-image widths make many different unions.
 _CACHED_UNIONS = 64
@@ -56,9 +58,9 @@ class SliceGradients:
             if parameter.requires_grad:
                 parameter.grad = zeros_like(parameter)
                 self._buffers[name] = parameter, parameter.grad
-        self._marked: set[Geometry] = set()
-        self._forward: tuple[Geometry, ...] = ()
-        self._views: dict[frozenset[Geometry], list[LiveSlices]] = {}
+        self._marked: set[Subnetwork] = set()
+        self._forward: tuple[Subnetwork, ...] = ()
+        self._views: dict[frozenset[Subnetwork], list[LiveSlices]] = {}
         self._hook = model.register_forward_hook(_mark_in_backward)
         model.slice_gradients = self
 
@@ -71,7 +73,7 @@ class SliceGradients:
         if self.model.slice_gradients is self:
             self.model.slice_gradients = None
 
-    def mark(self, geometries: Iterable[Geometry]) -> None:
+    def mark(self, subnetworks: Iterable[Subnetwork]) -> None:
         """Note that these subnetworks' slices are about to receive gradients. The model calls it in every forward.
 
         Raises:
@@ -85,12 +87,12 @@ class SliceGradients:
                 )
         self._check_buffers()
         if torch.compiler.is_compiling():  # a set of symbolic widths would make a graph for each: all is live
-            geometries = [self.model.geometry(self.model.config.max_heads)]
-        self._forward = tuple(geometries)
+            subnetworks = [self.model.subnetwork(self.model.config.max_heads)]
+        self._forward = tuple(subnetworks)
         self._marked.update(self._forward)
 
     @property
-    def marked(self) -> frozenset[Geometry]:
+    def marked(self) -> frozenset[Subnetwork]:
         """The subnetworks whose slices may hold gradients: those of the forward passes since the last ``zero_``.
 
         Raises:
@@ -99,8 +101,14 @@ class SliceGradients:
         self._check_buffers()
         return frozenset(self._marked)
 
+    def buffers_of(self, parameters: Parameters) -> Parameters:
+        """The tensors to which backward adds the gradients of a tuple of ``hydravit_kernels``' parameters."""
+        return type(parameters)(*(None if p is None else self.buffer(p) for p in parameters))
+
     def buffer(self, parameter: Tensor) -> Tensor | None:
-        """Where the gradient of a parameter, or of a view of one, is added: a view of ``.grad``; None if it is frozen.
+        """The tensor to which the gradient of a parameter, or of a view of one, is added; None if it is frozen.
+
+        It is a view of ``.grad``.
 
         Raises:
             RuntimeError: if the buffer was taken away.
@@ -168,8 +176,8 @@ class SliceGradients:
             if parameter.grad is not buffer:
                 raise RuntimeError(_GONE.format(name=repr(name)))
 
-    def _make_views(self, marked: frozenset[Geometry]) -> Iterator[LiveSlices]:
-        slices = [geometry.parameter_slices(self.model.config) for geometry in marked]
+    def _make_views(self, marked: frozenset[Subnetwork]) -> Iterator[LiveSlices]:
+        slices = [parameter_slices(self.model.config, subnetwork) for subnetwork in marked]
         for name, (parameter, buffer) in self._buffers.items():
             used = [s.get(name, ()) for s in slices]
             used = [axes for axes in used if all(axes)]  # an axis without intervals: the branch is skipped
@@ -193,8 +201,8 @@ def _mark_in_backward(model, inputs, output) -> None:
     gradients = model.slice_gradients
     if gradients is None or torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.requires_grad):
         return
-    geometries = gradients._forward
-    output.register_hook(lambda _: gradients._marked.update(geometries))
+    subnetworks = gradients._forward
+    output.register_hook(lambda _: gradients._marked.update(subnetworks))
 
 
 _GONE = (

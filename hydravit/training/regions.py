@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import Geometry
-from hydravit_kernels import rectangles_of
+from hydravit.geometry import parameter_slices
+from hydravit_kernels import Subnetwork, rectangles_of
 
 # Per axis the interval ``(start, length)``: a part of a parameter.
 Box = tuple[tuple[int, int], ...]
@@ -40,7 +40,7 @@ class Region:
     boxes: dict[str, list[Box]]
     done: int = 0
     age: int = 0
-    readers: set[Geometry] = field(default_factory=set)
+    readers: set[Subnetwork] = field(default_factory=set)
 
 
 class Regions:
@@ -58,16 +58,16 @@ class Regions:
         self.all = found
         self._config, self._parameters, self._groups = config, parameters, groups
         self._index = {name: i for i, name in enumerate(parameters)}
-        self._known: set[Geometry] = set()
+        self._known: set[Subnetwork] = set()
         self._rectangles = functools.lru_cache(_CACHED_TABLES)(self._make_rectangles)
         self._table = functools.lru_cache(_CACHED_TABLES)(self._make_table)
 
-    def read_by(self, geometries: Iterable[Geometry]) -> list[Region]:
+    def read_by(self, subnetworks: Iterable[Subnetwork]) -> list[Region]:
         """The regions that one of these subnetworks reads."""
-        geometries = frozenset(geometries)
-        for geometry in geometries - self._known:
+        subnetworks = frozenset(subnetworks)
+        for geometry in subnetworks - self._known:
             self._cut(geometry)
-        return [region for region in self.all if not region.readers.isdisjoint(geometries)]
+        return [region for region in self.all if not region.readers.isdisjoint(subnetworks)]
 
     def table(self, sets: Iterable[Sequence[Region]], programs: int) -> Tensor:
         """``kernels.adamw``'s rectangles of these sets of regions, of which each has so many programs of its own.
@@ -91,9 +91,9 @@ class Regions:
                 rows += [(*prefix, *rectangle) for rectangle in rectangles_of(parameter, box)]
         return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
 
-    def _cut(self, geometry: Geometry) -> None:
+    def _cut(self, geometry: Subnetwork) -> None:
         """Note a new subnetwork: what it reads of a region becomes a region of its own."""
-        slices = geometry.parameter_slices(self._config)
+        slices = parameter_slices(self._config, geometry)
         read = {}
         for name, parameter in self._parameters.items():
             axes = slices.get(name, ())  # a parameter that nobody slices is read whole

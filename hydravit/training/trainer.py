@@ -84,7 +84,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.heads = recipe.trained_heads
         for heads in self.heads:
-            model.geometry(heads)  # a width the model does not have is refused here, not in the middle of training
+            model.subnetwork(heads)  # a width the model does not have is refused here, not in the middle of training
 
         torch.manual_seed(recipe.seed + self.rank)  # drop-path
         self.batches = Batches(

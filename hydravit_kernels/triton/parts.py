@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydravit_kernels.ops import ATTENTION_INTS, EMBED_INTS, HEAD_INTS, MLP_INTS
-from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
+from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, unflatten
 
 
 class Part(NamedTuple):
@@ -216,12 +215,6 @@ def scale_table(scales: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
-def _each(kind: type, ints: int, slices: Sequence[int]) -> list:
-    if not slices or len(slices) % ints:
-        raise RuntimeError(f"slices: {ints} integers for each expected, {len(slices)} given")
-    return [kind(*slices[start : start + ints]) for start in range(0, len(slices), ints)]
-
-
 class AttentionParts(NamedTuple):
     qkv: Parts
     proj: Parts
@@ -231,7 +224,7 @@ class AttentionParts(NamedTuple):
 @functools.cache
 def attention_parts(slices: tuple[int, ...]) -> AttentionParts:
     qkv, proj, heads = [], [], 0
-    for s in _each(lambda *ints: AttentionSlice(*ints, scale=0.0), ATTENTION_INTS, slices):
+    for s in unflatten(AttentionSlice, slices):
         least, most = sorted((s.head_dim, s.value_dim))
         if s.heads and least < 1:
             raise RuntimeError(f"slices: head_dim and value_dim of 1 at least expected, {least} given")
@@ -253,7 +246,7 @@ class MlpParts(NamedTuple):
 
 @functools.cache
 def mlp_parts(slices: tuple[int, ...]) -> MlpParts:
-    each = _each(MlpSlice, MLP_INTS, slices)
+    each = unflatten(MlpSlice, slices)
     fc1 = [Part(s.hidden, s.embed, s.hidden_offset, s.embed_offset) for s in each]
     fc2 = [Part(s.embed, s.hidden, s.embed_offset, s.hidden_offset) for s in each]
     return MlpParts(Parts(fc1), Parts(fc2))
@@ -266,7 +259,7 @@ class HeadParts(NamedTuple):
 
 @functools.cache
 def head_parts(slices: tuple[int, ...]) -> HeadParts:
-    each = _each(HeadSlice, HEAD_INTS, slices)
+    each = unflatten(HeadSlice, slices)
     classifier = [Part(s.classes, s.embed, s.class_offset, s.embed_offset) for s in each]
     features = [Part(s.embed, s.embed, s.embed_offset, s.embed_offset) for s in each]
     return HeadParts(Parts(classifier), Parts(features))
@@ -275,4 +268,4 @@ def head_parts(slices: tuple[int, ...]) -> HeadParts:
 @functools.cache
 def stem_parts(slices: tuple[int, ...], pixels: int) -> Parts:
     """Of the patch embedding, whose columns are all ``pixels`` of a patch, channel by channel."""
-    return Parts([Part(s.embed, pixels, s.embed_offset, 0) for s in _each(EmbedSlice, EMBED_INTS, slices)])
+    return Parts([Part(s.embed, pixels, s.embed_offset, 0) for s in unflatten(EmbedSlice, slices)])

@@ -1,0 +1,32 @@
+"""The part of a model that inference sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+import hydravit_kernels as kernels
+from hydravit.config import HydraViTConfig
+
+
+class Packable(Protocol):
+    """What packed inference and engines need of a model; ``hydravit.HydraViT`` has it."""
+
+    config: HydraViTConfig
+    backend: str
+    training: bool
+    heads: int
+    blocks: nn.ModuleList
+    pos_embed: Tensor
+    unseen_writes: int  # how often `weights_changed` was called
+
+    @property
+    def allowed_heads(self) -> tuple[int, ...]: ...
+
+    def subnetwork(self, heads: int) -> kernels.Subnetwork: ...
+
+    def network_parameters(self) -> kernels.NetworkParameters: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...

@@ -1,0 +1,74 @@
+"""Inference inside ordinary calls of a model, through one packed copy of the weights that serves every width."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+import hydravit_kernels as kernels
+from hydravit.geometry import Widths
+from hydravit.inference.packable import Packable
+from hydravit.inference.staleness import Fingerprint, Structure
+
+
+class PackedInference:
+    """Runs a model's whole forward as one op where only the clock can tell the difference.
+
+    The packed copy is as large as the parameters. It is made when a second call finds the parameters as the first did,
+    so that turns with training, or ``torch.func.functional_call``, pack nothing in vain. It is dropped as soon as a
+    call finds them changed. Several threads may use it.
+
+    Args:
+        pooled_only: the last block computes only the tokens that the head pools. The logits are the same, bit for bit.
+    """
+
+    def __init__(self, pooled_only: bool = True):
+        self.pooled_only = pooled_only
+        self._lock = threading.Lock()
+        self._structure: Structure | None = None
+        self._seen: Fingerprint | None = None
+        self._packed: tuple[Fingerprint, kernels.CpuNetwork] | None = None
+
+    def __reduce__(self):  # copies and pickles start without a packed copy
+        return PackedInference, (self.pooled_only,)
+
+    def drop(self) -> None:
+        """Forget the packed copy."""
+        with self._lock:
+            self._seen = self._packed = None
+
+    def run(self, model: Packable, images: Tensor, widths: Widths) -> Tensor | None:
+        """The logits; or None where the model's blocks must run one by one, or the weights are not packed yet."""
+        if model.backend != "native" or model.training or torch.compiler.is_compiling():
+            return None
+        structure = self._structure
+        if structure is None or not structure.holds():
+            structure = self._structure = Structure(model)
+        if structure.seen_from_outside():
+            return None
+        parameters = structure.parameters()
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
+            return None
+        if any(kernels.CpuNetwork.why_not(s) for s in widths.subnetworks):
+            return None
+        network = self._fresh(model, parameters)
+        if network is None:
+            return None
+        return network.run(images, widths.subnetworks, widths.subnet, pooled_only=self.pooled_only)
+
+    def _fresh(self, model: Packable, parameters: list[Tensor | None]) -> kernels.CpuNetwork | None:
+        kept = self._packed
+        if kept is not None and kept[0].holds(parameters):
+            return kept[1]
+        with self._lock:
+            if self._packed is not None and self._packed[0].holds(parameters):  # another thread was faster
+                return self._packed[1]
+            self._packed = None
+            if self._seen is None or not self._seen.holds(parameters):
+                self._seen = Fingerprint.take(parameters)
+                return None
+            network = kernels.CpuNetwork(model.network_parameters(), model.config.sizes)
+            self._packed = self._seen, network
+            return network

@@ -1,0 +1,110 @@
+"""The whole network as one op on the CPU, from packed weights.
+
+Packing lays every weight out in panels of ``PANEL`` output channels, input channel by input channel, in one tensor. The
+slice of a narrower width is the beginning of some panels, so one copy serves every width that begins on a panel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydravit_kernels import backends
+from hydravit_kernels.parameters import NetworkParameters, NetworkSizes
+from hydravit_kernels.ranges import annotate
+from hydravit_kernels.subnetwork import Subnetwork
+
+PANEL = 32  # kPanel of csrc/hydravit.h
+
+# How many subnetworks keep their plan. A model has a dozen widths, but a call may bring any subnetwork.
+_MOST_PLANS = 256
+
+
+class _Packed(NamedTuple):
+    """``offsets``: where every parameter begins in ``weights``, -1 where it is absent.
+
+    ``plans``: per subnetwork its slices, resolved to addresses in ``weights``.
+    """
+
+    weights: Tensor
+    offsets: list[int]
+    plans: dict[Subnetwork, Tensor]
+
+
+class CpuNetwork:
+    """A network in float32 by the native kernels. Several threads may use it; workspaces belong to the threads.
+
+    Args:
+        parameters: float32 tensors on the CPU, which are copied.
+        sizes: of the full network.
+    Raises:
+        RuntimeError: the native kernels cannot run here, or a parameter has another shape than ``sizes`` say.
+        ValueError: a parameter is missing.
+    """
+
+    def __init__(self, parameters: NetworkParameters, sizes: NetworkSizes):
+        backends.select("native", "cpu", torch.float32)
+        self.sizes = sizes
+        self.pack(parameters)
+
+    @staticmethod
+    def why_not(subnetwork: Subnetwork) -> str:
+        """Why packed weights cannot serve the subnetwork, or "".
+
+        They serve rows that begin on a panel and lie side by side.
+        """
+        starts = [subnetwork.embed.embed_offset, subnetwork.head.class_offset]
+        for layer, s in enumerate(subnetwork.attention):
+            if s.heads > 1 and not s.pitch == s.head_dim == s.value_dim:
+                return f"the heads of layer {layer} do not lie side by side"
+            starts += [s.query_row, s.key_row, s.value_row] if s.heads else []
+        starts += [s.hidden_offset for s in subnetwork.mlp if s.hidden]
+        inside = [start for start in starts if start % PANEL]
+        return f"row {inside[0]} begins inside a panel of {PANEL}" if inside else ""
+
+    def pack(self, parameters: NetworkParameters) -> None:
+        """Copy the parameters again. A call in another thread finishes with the copy it began with."""
+        self.sizes.check(parameters)
+        with torch.no_grad():
+            weights, offsets = torch.ops.hydravit.pack_network_native(parameters.flat(), self.sizes)
+        self._packed = _Packed(weights, offsets, {})
+
+    @annotate("network")
+    def run(
+        self,
+        images: Tensor,
+        subnetworks: Sequence[Subnetwork],
+        subnet: Tensor | None = None,
+        *,
+        pooled_only: bool = True,
+    ) -> Tensor:
+        """Images ``(B, C, height, width)`` to logits ``(B, classes)``, without gradients.
+
+        Args:
+            subnet: ``(B,)`` int64, which of the subnetworks an image uses; None: all use the only one.
+            pooled_only: the last block computes only the tokens that the head pools, which gives the same bits with
+                less work. False computes all, for comparisons.
+        Returns:
+            Without a classifier the pooled features ``(B, Dk)``. Beyond an image's own width they are zero.
+        """
+        packed = self._packed
+        plans = [self._plan(packed, s) for s in subnetworks]
+        columns = max(s.head.classes if self.sizes.classes else s.embed.embed for s in subnetworks)
+        with torch.no_grad():
+            return torch.ops.hydravit.network_native.default(
+                images, packed.weights, plans, columns, subnet, pooled_only
+            )
+
+    def _plan(self, packed: _Packed, subnetwork: Subnetwork) -> Tensor:
+        plan = packed.plans.get(subnetwork)
+        if plan is None:
+            if len(packed.plans) >= _MOST_PLANS:
+                packed.plans.clear()
+            plan = torch.ops.hydravit.plan_network_native(
+                packed.weights, packed.offsets, self.sizes, *subnetwork.flat(), subnetwork.eps
+            )
+            packed.plans[subnetwork] = plan
+        return plan
