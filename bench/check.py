@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from hydravit.engine import with_e4m3_weights
 from torch import Tensor
 
 import hydravit_kernels as kernels
@@ -16,6 +15,7 @@ from bench.machine import precision
 from bench.peers import cut
 from bench.workloads import DTYPES, Workload, images_of, make_images, make_labels, make_stream
 from hydravit import HydraViT
+from hydravit.inference import with_e4m3_weights
 
 # How many times less exact than eager PyTorch in the same dtype a peer may be, per norm; the kernels' own error budget.
 FACTORS = {2: 2.0, float("inf"): 4.0}
@@ -133,7 +133,7 @@ def _block(workload, model, heads, device, dtype) -> dict[str, Tensor]:
     kind, _, backward = workload.task.partition("_")
     x, grad = (tensor.to(dtype) for tensor in make_stream(workload, device))
     x.requires_grad_(bool(backward))
-    block, geometry = model.blocks[0], model.geometry(heads)
+    block, geometry = model.blocks[0], model.subnetwork(heads)
     if kind == "attention":
         parameters, slices, run = block.attention_parameters(), geometry.attention[:1], kernels.attention_block
     else:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from hydravit.engine import cuda_network
 
 import hydravit_kernels as kernels
 from bench import results
@@ -25,6 +24,7 @@ from bench.timer import Effort, interleave, quantiles
 from bench.workloads import DTYPES, Workload, default_heads, make_images, make_model
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
+from hydravit.inference import cuda_network
 
 _DTYPES = {**{name: DTYPES[name] for name in ("bf16", "fp16")}, "e4m3": torch.float8_e4m3fn}
 _EXAMPLES = """examples:

@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
-from hydravit_kernels.slices import flatten
 
 from hydravit_kernels import ops  # noqa: F401  (defines the ops)
+from hydravit_kernels.subnetwork import flatten
 
 hydravit = torch.ops.hydravit
 EPS = 1e-6

@@ -9,9 +9,20 @@ import random
 import torch
 from blocks import EPS, Block
 from budget import assert_within_budget
-from hydravit_kernels.slices import flatten
 
-from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, reference, widest
+from hydravit_kernels import (
+    AttentionParameters,
+    AttentionSlice,
+    EmbedSlice,
+    HeadParameters,
+    HeadSlice,
+    MlpParameters,
+    MlpSlice,
+    StemParameters,
+    reference,
+    widest,
+)
+from hydravit_kernels.subnetwork import flatten
 
 
 class Case:
@@ -115,7 +126,7 @@ def stem_case(case):
         images,
         parameters,
         (flatten(slices), subnet),
-        lambda x, p: reference.stem(x, *p, slices, beside(x, subnet)),
+        lambda x, p: reference.stem(x, StemParameters(*p), slices, beside(x, subnet)),
     )
 
 
@@ -167,7 +178,9 @@ def attention_case(case):
         x,
         parameters,
         (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet, queries),
-        lambda x, p: reference.attention_block(x, *p, beside(x, branch_scale), slices, EPS, beside(x, subnet), queries),
+        lambda x, p: reference.attention_block(
+            x, AttentionParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet), queries
+        ),
     )
 
 
@@ -199,7 +212,7 @@ def mlp_case(case):
         stream(case, slices, batch, subnet),
         parameters,
         (branch_scale, flatten(slices), EPS, subnet),
-        lambda x, p: reference.mlp_block(x, *p, beside(x, branch_scale), slices, EPS, beside(x, subnet)),
+        lambda x, p: reference.mlp_block(x, MlpParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet)),
     )
 
 
@@ -225,7 +238,7 @@ def head_case(case):
         x,
         parameters,
         (*pool, flatten(slices), EPS, subnet),
-        lambda x, p: reference.head(x, *p, *pool, slices, EPS, beside(x, subnet)),
+        lambda x, p: reference.head(x, HeadParameters(*p), *pool, slices, EPS, beside(x, subnet)),
     )
 
 

@@ -4,6 +4,7 @@ import torch
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
+from hydravit.geometry import parameter_slices
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
 
@@ -24,12 +25,12 @@ def images(config, batch=2):
     return torch.randn(batch, config.in_channels, *config.image_size)
 
 
-def poison(model, geometries):
-    """NaN in every element of every parameter that none of the geometries reads."""
+def poison(model, subnetworks):
+    """NaN in every element of every parameter that none of the subnetworks reads."""
     for name, parameter in model.named_parameters():
         read = torch.zeros(parameter.shape, dtype=torch.bool)
-        for geometry in geometries:
-            axes = geometry.parameter_slices(model.config)[name]
+        for subnetwork in subnetworks:
+            axes = parameter_slices(model.config, subnetwork)[name]
             if all(axes):  # a skipped branch reads nothing
                 lists = [torch.cat([torch.arange(start, start + length) for start, length in axis]) for axis in axes]
                 lists += [torch.arange(size) for size in parameter.shape[len(axes) :]]

@@ -66,7 +66,7 @@ def test_active_is_adamw_with_a_count_per_entry(case, backend):
 def test_active_neither_reads_nor_writes_outside(backend):
     run = Run(active, backend)
     run.step(4)
-    geometries = [run.model.geometry(2)]
+    geometries = [run.model.subnetwork(2)]
     holders = [poison(module, geometries) for module in (run.model, run.average)]
     for key in ("exp_avg", "exp_avg_sq"):
         holders.append(copy.deepcopy(run.model))
@@ -110,9 +110,9 @@ def test_rings_have_few_rectangles():
     run = Run(active, "reference", averaged=False)
     regions, name = run.optimizer._regions, "blocks.0.attn.proj.weight"
     for heads in (3, 1, 4, 2):
-        regions.read_by([run.model.geometry(heads)])
+        regions.read_by([run.model.subnetwork(heads)])
     assert sorted(len(region.boxes[name]) for region in regions.all if name in region.boxes) == [1, 2, 2, 2]
-    table = regions.table([regions.read_by([run.model.geometry(3)])], 1)
-    assert table is regions.table([regions.read_by([run.model.geometry(3)])], 1)  # backends keep what they make of it
+    table = regions.table([regions.read_by([run.model.subnetwork(3)])], 1)
+    assert table is regions.table([regions.read_by([run.model.subnetwork(3)])], 1)  # backends keep what they make of it
     index = list(run.optimizer._parameters).index(name)
     assert [row[2:] for row in table.tolist() if row[0] == index] == [[0, 24, 32, 24]]

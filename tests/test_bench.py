@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydravit.engine import with_e4m3_weights
 from small import SMALL
 
 from bench import agree, results
@@ -26,6 +25,7 @@ from bench.timer import SPREAD, Effort, Witness, interleave, spread
 from bench.workloads import PARTS, Workload, make_images, make_model, needs, workloads
 from hydravit import HydraViTConfig
 from hydravit.evaluation.cost import costs
+from hydravit.inference import with_e4m3_weights
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
-from hydravit.engine import DTYPES, with_e4m3_weights
 from small import images, poison, shake
 
 from bench import phases
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
-from hydravit.inference import in_order
+from hydravit.inference import DTYPES, in_order, with_e4m3_weights
 from hydravit.training import SliceAdamW, SliceGradients
 from hydravit_kernels import _native, engine
 
@@ -200,7 +199,7 @@ def test_nothing_outside_the_slice_is_read(kind):
     for dtype in (None, *other_dtypes(kind)):
         for heads in (1, 2):
             model = make()
-            poison(model, [model.geometry(heads)])
+            poison(model, [model.subnetwork(heads)])
             assert model.engine(dtype=dtype)(images(CONFIG), heads=heads).isfinite().all()
 
 

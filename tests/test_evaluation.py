@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from hydravit.engine import with_e4m3_weights
 from PIL import Image
 from torch.utils.data import TensorDataset
 
@@ -15,6 +14,7 @@ from hydravit.evaluation import cost, costs, evaluate, format_table, plot, write
 from hydravit.evaluation.latency import backends_to_time, measure_latency, with_backend
 from hydravit.evaluation.memory import measure_memory
 from hydravit.geometry import hydravit, matformer, scala, skd
+from hydravit.inference import with_e4m3_weights
 
 TINY = HydraViTConfig(image_size=8, patch_size=4, in_channels=1, num_classes=7, depth=2, max_heads=3, head_dim=4)
 

@@ -9,19 +9,18 @@ from blocks import hydravit
 from cases import OPS, Case, check_op
 from small import poison, shake
 
-from hydravit import HydraViT, HydraViTConfig, inference
-from hydravit.geometry import Geometry, Widths
+from hydravit import HydraViT, HydraViTConfig
+from hydravit.geometry import Widths
 from hydravit_kernels import (
     AttentionSlice,
+    CpuNetwork,
     EmbedSlice,
     HeadSlice,
     MlpSlice,
+    Subnetwork,
     _native,
-    network,
-    pack,
-    slices_of_network,
 )
-from hydravit_kernels.packed import PANEL
+from hydravit_kernels.networks.cpu import PANEL
 
 pytestmark = pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}")
 CASES = 50  # of one test
@@ -97,8 +96,8 @@ def random_config(case):
     )
 
 
-def random_geometry(case, config):
-    """Any that a packed copy serves: rows from a panel on, heads side by side, all else as it comes."""
+def random_subnetwork(case, config):
+    """Any subnetwork that a packed copy serves: rows from a panel on, heads side by side, all else as it comes."""
 
     def part(size):
         offset = PANEL * case.random.randrange(-(-size // PANEL))
@@ -123,7 +122,7 @@ def random_geometry(case, config):
         head = HeadSlice(*embed, case.random.choice([i for i in offsets if i % classes == 0] or [0]), classes)
     else:
         head = HeadSlice(*embed, *(part(classes) if classes else (0, 0)))
-    return Geometry(1, embed, tuple(attention), tuple(mlp), head, 1e-5).validate(config)
+    return config.sizes.validate(Subnetwork(1, embed, tuple(attention), tuple(mlp), head, 1e-5))
 
 
 @torch.no_grad()
@@ -131,19 +130,16 @@ def check_network(case):
     torch.manual_seed(case.random.getrandbits(32))
     config = case.keep("config", random_config(case))
     batch, count = case.between("batch", 1, 5), case.between("widths", 1, 3)
-    geometries = case.keep("geometries", tuple(random_geometry(case, config) for _ in range(count)))
-    model = poison(shake(HydraViT(config, backend="native").eval()), geometries)
+    subnetworks = case.keep("subnetworks", tuple(random_subnetwork(case, config) for _ in range(count)))
+    model = poison(shake(HydraViT(config, backend="native").eval()), subnetworks)
     images = case.images(batch, config.in_channels, *config.image_size)
-    widths = Widths(geometries, case.subnet(batch, count))
-    norm = model.norm if config.pool == "token" else model.fc_norm
-    expected = model._head(model._trunk(images, widths), norm, widths)
+    widths = Widths(subnetworks, case.subnet(batch, count))
+    expected = model._head(model._trunk(images, widths), model.head_parameters(), widths)
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 
-    slices = slices_of_network(*zip(*((g.embed, g.attention, g.mlp, g.head) for g in geometries), strict=True))
-    packed = pack(inference.in_order(model))
+    network = CpuNetwork(model.network_parameters(), config.sizes)
     for pooled_only in (True, False):
-        arguments = (images, packed, slices, model.pool_range, widths.eps, widths.subnet)
-        logits = network(*arguments, pooled_only=pooled_only)
+        logits = network.run(images, *widths, pooled_only=pooled_only)
         assert torch.equal(logits, expected), f"other bits, pooled_only={pooled_only}"
 
 

@@ -18,7 +18,7 @@ def indices(intervals):
     return [i for offset, length in intervals for i in range(offset, offset + length)]
 
 
-def test_a_geometry_is_small_frozen_and_hashable():
+def test_a_subnetwork_is_small_frozen_and_hashable():
     one, two = geometry.hydravit(CONFIGS["base"], 3), geometry.hydravit(CONFIGS["base"], 3)
     assert one == two and hash(one) == hash(two) and one is not two
     with pytest.raises(AttributeError):
@@ -28,9 +28,9 @@ def test_a_geometry_is_small_frozen_and_hashable():
 @pytest.mark.parametrize("heads", range(1, 13))
 def test_hydravit_prefix(heads):
     config = CONFIGS["base"]
-    resolved = geometry.hydravit(config, heads).validate(config)
+    resolved = config.sizes.validate(geometry.hydravit(config, heads))
     layer, width = plain.prefix(config, heads).layers[0], 64 * heads
-    slices = resolved.parameter_slices(config)
+    slices = geometry.parameter_slices(config, resolved)
     rows, columns = slices["blocks.11.attn.qkv.weight"]
     assert indices(rows) == layer.query + layer.key + layer.value
     assert indices(columns) == list(range(width))
@@ -50,8 +50,8 @@ SCALA_ROLES = {
 
 @pytest.mark.parametrize(("width", "suffix"), SCALA_ROLES)
 def test_scala_mixes_roles(width, suffix):
-    resolved = geometry.scala(DEIT_S, width, suffix=suffix).validate(DEIT_S)
-    rows, columns = map(indices, resolved.parameter_slices(DEIT_S)["blocks.0.attn.qkv.weight"])
+    resolved = DEIT_S.sizes.validate(geometry.scala(DEIT_S, width, suffix=suffix))
+    rows, columns = map(indices, geometry.parameter_slices(DEIT_S, resolved)["blocks.0.attn.qkv.weight"])
     assert columns == list(range(384 - width, 384) if suffix else range(width))
     roles = ["QKV"[row // 384] for row in rows]
     assert tuple(dict(Counter(roles[i * width : (i + 1) * width])) for i in range(3)) == SCALA_ROLES[width, suffix]
@@ -60,8 +60,8 @@ def test_scala_mixes_roles(width, suffix):
 
 
 def test_skd_segments_inside_heads():
-    resolved = geometry.skd(DEIT_S, [(24, 480)] * 11 + [(0, 0)]).validate(DEIT_S)
-    slices = resolved.parameter_slices(DEIT_S)
+    resolved = DEIT_S.sizes.validate(geometry.skd(DEIT_S, [(24, 480)] * 11 + [(0, 0)]))
+    slices = geometry.parameter_slices(DEIT_S, resolved)
     rows, columns = slices["blocks.0.attn.qkv.weight"]
     assert rows[:2] == ((0, 24), (64, 24)) and len(rows) == 18 and columns == ((0, 384),)
     assert slices["blocks.0.attn.proj.weight"][1] == tuple((64 * head, 24) for head in range(6))
@@ -80,7 +80,7 @@ def test_parameter_slices_are_what_gradients_touch(name, heads):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     model(torch.randn(8, 3, 16, 16).double(), heads=heads).square().sum().backward()
-    slices = model.geometry(heads).parameter_slices(config)
+    slices = geometry.parameter_slices(config, model.subnetwork(heads))
     for parameter_name, parameter in model.named_parameters():
         read = torch.zeros(parameter.shape, dtype=torch.bool)
         axes = [torch.tensor(indices(intervals)) for intervals in slices[parameter_name]]
@@ -95,7 +95,7 @@ def test_parameter_slices_are_what_gradients_touch(name, heads):
 GOOD = geometry.hydravit(DEIT_S, 2)
 ATTENTION, MLP = GOOD.attention[0], GOOD.mlp[0]
 BAD = {
-    "for depth 12": GOOD._replace(attention=GOOD.attention[:3]),
+    "for 12 layers": GOOD._replace(attention=GOOD.attention[:3]),
     "eps must be positive": GOOD._replace(eps=0.0),
     "embed .* is not inside": GOOD._replace(embed=GOOD.embed._replace(embed=385)),
     "head does not use the embed interval": GOOD._replace(head=GOOD.head._replace(embed_offset=1)),
@@ -112,10 +112,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_a_geometry_that_does_not_fit_is_refused(message):
-    GOOD.validate(DEIT_S)
+def test_a_subnetwork_that_does_not_fit_is_refused(message):
+    DEIT_S.sizes.validate(GOOD)
     with pytest.raises(ValueError, match=message):
-        BAD[message].validate(DEIT_S)
+        DEIT_S.sizes.validate(BAD[message])
 
 
 def test_config_round_trip_and_named_widths():

@@ -52,7 +52,7 @@ def plain_gradients(model, heads, images, grad, device, dtype):
 
 def inside(model, heads, name):
     """Indices of what the width reads of a parameter."""
-    slices = model.geometry(heads).parameter_slices(model.config)[name]
+    slices = parameter_slices(model.config, model.subnetwork(heads))[name]
     axes = [torch.cat([torch.arange(start, start + length) for start, length in axis]) for axis in slices]
     return torch.meshgrid(*axes, indexing="ij")
 

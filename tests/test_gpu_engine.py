@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 from budget import assert_within_budget
-from hydravit.engine import DTYPES, with_e4m3_weights
 from small import images, shake
 
 from hydravit import HydraViT, HydraViTConfig
+from hydravit.inference import DTYPES, with_e4m3_weights
 from hydravit_kernels import cuda_network_why_not
 
 DEVICE = torch.device("cuda")

@@ -1,6 +1,8 @@
-"""One direction of imports, and imports that stay light."""
+"""The direction of imports: no circle between files, nothing against the order of the layers, and imports stay light."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,52 +10,99 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+
+# A package or module may import what stands before it, and itself.
+ORDER = {
+    "hydravit_kernels": [
+        "subnetwork", "parameters", "ranges", "ops", "adamw", "reference", "functional", "triton", "_native", "_triton",
+        "backends", "networks", "__init__", "__main__",
+    ],
+    "hydravit": [
+        "config", "geometry", "checks", "layers", "inference", "model", "atomic", "preprocessing", "checkpoint",
+        "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
+    ],
+    "bench": ["measuring", "peers", "report", "gpu", "__init__", "run", "__main__"],
+}  # fmt: skip
+
+
+def modules(package):
+    """Every module of a package by its dotted name."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts), path
+
+
+BUILT = ("hydravit_kernels._cuda", "hydravit_kernels._build_info")  # what the build makes
+MODULES = {name: path for package in ORDER for name, path in modules(package) if name not in BUILT}
 
 
 def imported(path):
-    """Top-level names of everything a file imports, also inside functions."""
+    """Everything that a file imports, also inside functions and for type checkers: ``a.b`` of ``from a import b``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files(package):
-    return sorted((ROOT / package).rglob("*.py"))
+def module_of(name):
+    """The module of ours that an imported name is, or is defined in; None if it is another's, or built."""
+    while name and name not in BUILT and not name.startswith(tuple(f"{built}." for built in BUILT)):
+        for module in (name, f"{name}.__init__"):
+            if module in MODULES:
+                return module
+        name = name.rpartition(".")[0]
+    return None
 
 
-@pytest.mark.parametrize("path", files("hydravit_kernels"), ids=lambda p: p.name)
-def test_kernels_do_not_know_the_model(path):
-    assert not [name for name in imported(path) if name.split(".")[0] in ("hydravit", "bench", "tests", "timm")]
+GRAPH = {name: {module_of(target) for target in imported(path)} - {None, name} for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("path", files("hydravit"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_model_uses_public_kernels_only(path):
-    for name in imported(path):
-        assert name.split(".")[0] not in ("bench", "tests"), name
-        allowed = ("hydravit_kernels", "hydravit_kernels.__main__")  # the latter is the build report
-        assert not name.startswith("hydravit_kernels.") or name in allowed, name
-        if name.split(".")[0] in ("timm", "torchvision"):
-            assert path.name == "timm_models.py", f"{path.name} imports {name}"
+def test_no_circle_between_files():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("path", files("bench"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_benchmarks_reach_timm_through_us(path):
-    assert not {name.split(".")[0] for name in imported(path)} & {"tests", "timm", "torchvision"}
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_follow_the_order_of_the_layers(package):
+    rank = {name: i for i, name in enumerate(ORDER[package])}
+    for name, targets in GRAPH.items():
+        inside = name.split(".")
+        if inside[0] != package:
+            continue
+        for target in targets:
+            other = target.split(".")
+            if other[0] == package:
+                assert rank[other[1]] <= rank[inside[1]], f"{name} imports {target}"
 
 
-def test_only_the_binding_sees_torch():
-    kernels = [p for folder in ("cpu", "cuda") for p in (ROOT / "csrc" / folder).glob("*") if p.is_file()]
-    for path in [ROOT / "csrc" / "hydravit.h", *kernels]:
-        text = path.read_text()
-        assert not any(header in text for header in ("<torch/", "<ATen/", "<c10/")), path
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_know_what_is_below_them_only(name):
+    package = name.split(".")[0]
+    below = {"hydravit_kernels": (), "hydravit": ("hydravit_kernels",), "bench": ("hydravit_kernels", "hydravit")}
+    for target in imported(MODULES[name]):
+        top = target.split(".")[0]
+        assert top == package or top in below[package] or top not in (*ORDER, "tests"), f"{name} imports {target}"
+        if package == "hydravit" and top == "hydravit_kernels":  # public names only, and the report of the build
+            assert module_of(target) in ("hydravit_kernels.__init__", "hydravit_kernels.__main__"), target
+        if top in ("timm", "torchvision"):
+            assert name == "hydravit.timm_models", f"{name} imports {target}"
+        if top == "triton":
+            assert name.startswith("hydravit_kernels.triton."), f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("path", files("hydravit_kernels"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_only_its_own_backend_imports_triton(path):
-    ours = path.parent.name == "triton"
-    assert ours or not [name for name in imported(path) if name.split(".")[0] == "triton"]
+def includes(path):
+    return re.findall(r'#include "([^"]+)"', path.read_text())
+
+
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_kernels_see_the_contracts_and_their_own_folder(folder):
+    contracts = {"hydravit.h", "subnetwork.h", "parameters.h"}
+    for path in [*(CSRC / folder).iterdir(), *(CSRC / name for name in contracts)]:
+        assert not any(header in path.read_text() for header in ("<torch/", "<ATen/", "<c10/", "<pybind11/")), path
+        for header in includes(path):
+            assert header in contracts or (path.parent / header).is_file(), f"{path} includes {header}"
 
 
 def test_importing_is_light():
@@ -63,10 +112,3 @@ def test_importing_is_light():
     assert result.stdout.strip() == "[]"
     code = "import torch, hydravit; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_no_file_grows_past_its_meaning():
-    """About 400 lines is where a file asks to be split."""
-    for path in [*files("hydravit"), *files("hydravit_kernels"), *files("bench"), *(ROOT / "csrc").rglob("*.[ch]*")]:
-        limit = 300 if path.name == "model.py" else 450
-        assert len(path.read_text().splitlines()) <= limit, path

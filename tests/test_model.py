@@ -223,7 +223,7 @@ def test_arbitrary_offsets(backend):
         heads_of(7, 11), heads_of(80, 11), heads_of(131, 9), heads_of(3, 9), 3, 0.21, list(range(19, 120))
     )
     subnet = plain.Subnet(embed, [layer] * 2, 1e-3, list(range(2, 9)))
-    any_geometry = geometry.Geometry(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
+    any_geometry = kernels.Subnetwork(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
     check(make(backend), any_geometry, subnet, images_for(config))
 
 
@@ -429,12 +429,12 @@ def test_copies_share_no_state(backend):
     model.slice_gradients = "buffers of this model's parameters"
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.slice_gradients is None
-        assert other._geometries is not model._geometries
+        assert other._subnetworks is not model._subnetworks
         caches = [name for name, value in vars(model).items() if isinstance(value, (dict, set, list))]
         assert not [name for name in caches if vars(other)[name] is vars(model)[name]]
         other.reset_classifier(3)
         assert other(images, heads=2).shape == (3, 3)
-        assert other.geometry(2).head.classes == 3 and model.geometry(2).head.classes == 10
+        assert other.subnetwork(2).head.classes == 3 and model.subnetwork(2).head.classes == 10
     model.slice_gradients = None
     assert torch.equal(model(images, heads=2), expected) and torch.equal(model(images, heads=narrow), expected)
 

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 from blocks import EPS, Block, attention, head, hydravit, mlp, stem
-from hydravit_kernels.slices import flatten
 
 from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, _native
+from hydravit_kernels.subnetwork import flatten
 
 pytestmark = pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}")
 

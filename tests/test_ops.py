@@ -228,10 +228,10 @@ def test_switching_width_prepares_nothing(backend):
     model, images = hydravit.fused_model(config=TWELVE, backend=backend), torch.randn(1, 3, 32, 32)
     for heads in range(1, 13):
         model(images, heads=heads)
-    resolved = {heads: id(model.geometry(heads)) for heads in range(1, 13)}
+    resolved = {heads: id(model.subnetwork(heads)) for heads in range(1, 13)}
     for heads in (3, 12, 3, 1):
         model(images, heads=heads)
-    assert {heads: id(model.geometry(heads)) for heads in range(1, 13)} == resolved
+    assert {heads: id(model.subnetwork(heads)) for heads in range(1, 13)} == resolved
 
 
 @pytest.mark.long

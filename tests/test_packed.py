@@ -129,7 +129,7 @@ def test_the_last_block_may_compute_pooled_tokens_only(isa, threads, variant, co
     packed = kernels.pack(inference.in_order(model))
     for heads in (1, 4, torch.tensor([4, 1, 2, 2, 1])):
         widths = model.widths(heads, 5)
-        arguments = (x, packed, of_network(widths.geometries), model.pool_range, widths.eps, widths.subnet)
+        arguments = (x, packed, of_network(widths.geometries), model.config.pool_range, widths.eps, widths.subnet)
         assert torch.equal(*(kernels.network(*arguments, pooled_only=pooled_only) for pooled_only in (True, False)))
 
 
@@ -138,7 +138,7 @@ def test_nothing_outside_the_slice_is_read(variant):
     config = resolve_config(WIDE, **VARIANTS[variant])
     for heads in make(config).allowed_heads:
         model = make(config)
-        check(poison(model, [model.geometry(heads)]), images(config, 3), heads)
+        check(poison(model, [model.subnetwork(heads)]), images(config, 3), heads)
 
 
 @pytest.mark.parametrize("suffix, width, served", [(False, 32, True), (False, 96, True), (False, 8, False)])
@@ -699,7 +699,7 @@ def call():
         "images": images(SMALL, 3),
         **packed._asdict(),
         **of_network(widths.geometries)._asdict(),
-        "pool": model.pool_range,
+        "pool": model.config.pool_range,
         "subnet": None,
     }
 
@@ -896,7 +896,7 @@ def test_opcheck(mixed):
         packed, slices = kernels.pack(inference.in_order(model)), of_network(widths.geometries)
         torch.library.opcheck(
             hydravit.network_native.default,
-            (images(SMALL, 3), *packed, *model.pool_range, *slices, 1e-6, widths.subnet, True),
+            (images(SMALL, 3), *packed, *model.config.pool_range, *slices, 1e-6, widths.subnet, True),
             test_utils=("test_schema", "test_faketensor"),
         )
     panels = torch.empty(32 * 7)

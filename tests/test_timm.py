@@ -19,6 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from hydravit import HydraViTConfig, fused_model, geometry
+from hydravit.geometry import parameter_slices
 from hydravit.config import resolve_config
 from hydravit.data import load_dataset
 from hydravit.extract import extract, extract_config
@@ -289,7 +290,7 @@ def test_timm_vit_base_at_every_width():
         for logits in results:
             logits.square().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        slices = model.geometry(heads).parameter_slices(model.config)
+        slices = parameter_slices(model.config, model.subnetwork(heads))
         compared = [("logits", *results)]
         for name, parameter in plain.named_parameters():
             ours = gradients[name]

@@ -12,7 +12,6 @@ import torch
 from adamw_runs import Dense, Run, assert_same_runs, exact
 from blocks import Block, attention, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
-from hydravit_kernels.slices import flatten
 from small import images, make
 from test_ops import calls
 from torch._dynamo.utils import counters
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
 from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
+from hydravit_kernels.subnetwork import flatten
 
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if GPU else "cpu"

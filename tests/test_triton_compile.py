@@ -11,10 +11,10 @@ import subprocess
 
 import pytest
 import torch
-from hydravit_kernels.slices import flatten
 
 from hydravit.config import resolve_config
 from hydravit.geometry import every_width, scala
+from hydravit_kernels.subnetwork import flatten
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler: the package triton, and no interpreter", allow_module_level=True)

@@ -54,7 +54,7 @@ def _mixed(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, hea
 
 
 def _block_forward(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, buffers=None) -> Tensor:
-    geometry, block = model.geometry(heads), model.blocks[0]
+    geometry, block = model.subnetwork(heads), model.blocks[0]
     if kind == "attention":
         function, parameters, slices = kernels.attention_block, block.attention_parameters(), geometry.attention[0]
     else:
@@ -77,7 +77,7 @@ def _block_in_place(backend: str, model: HydraViT, kind: str, heads: int, x: Ten
     for parameter in parameters.values():
         parameter.requires_grad = True  # these alone get buffers
     gradients = SliceGradients(own)
-    geometry, block = own.geometry(heads), own.blocks[0]
+    geometry, block = own.subnetwork(heads), own.blocks[0]
     in_order = block.attention_parameters() if kind == "attention" else block.mlp_parameters()
     buffers = [None if p is None else gradients.buffer(p) for p in in_order]
     x = x.detach().requires_grad_()
