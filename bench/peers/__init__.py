@@ -73,7 +73,7 @@ class Peer(NamedTuple):
 
 def cut(gradients: dict[str, Tensor], model, heads: int) -> dict[str, Tensor]:
     """The width's part of full-size tensors by parameter name, in the parameters' order of axes."""
-    from hydravit.extract import take
+    from hydravit.checkpoint import take
 
     slices = model.geometry(heads).parameter_slices(model.config)
     return {name: take(tensor, slices[name]) for name, tensor in gradients.items()}

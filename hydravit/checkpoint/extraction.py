@@ -1,4 +1,4 @@
-"""One width as a plain Vision Transformer of its own, for every tool that knows nothing of slices."""
+"""One width as a plain Vision Transformer, for tools that do not know slices."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
     """The weights of one width as a standalone ViT of that width, under timm's names.
 
     Args:
-        heads: a width, or any geometry that is a plain ViT: the same slices in every layer, none skipped, and heads
-            that together are as wide as the residual stream.
+        heads: a width, or any geometry that is a plain ViT: the same slices in every layer, no branch skipped, and
+            heads that together are as wide as the residual stream.
     Returns:
         Contiguous copies in the model's dtype, on its device. An attention scale other than ``head_dim ** -0.5`` is
         folded into the query rows of ``qkv``. They load strictly into a ``VisionTransformer(**extract_config(...))``.
@@ -31,7 +31,7 @@ def extract(model: HydraViT, heads: int | Geometry) -> dict[str, Tensor]:
     fold = attention.scale / attention.head_dim**-0.5
     result = {}
     for name, tensor in model.state_dict().items():
-        if name not in slices:  # a parameter nobody slices would otherwise come out in full size
+        if name not in slices:  # it would come out in full size
             raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
         tensor = take(tensor, slices[name]).clone(memory_format=torch.contiguous_format)
         if ".qkv." in name and fold != 1.0:
@@ -63,7 +63,7 @@ def extract_config(model: HydraViT, heads: int | Geometry) -> dict:
         "embed_dim": width,
         "depth": config.depth,
         "num_heads": geometry.attention[0].heads,
-        # timm rounds the product down, so a quotient that was rounded down itself would lose a channel
+        # timm rounds width * ratio down, so a ratio that was rounded down would lose a channel
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
         "qkv_bias": config.qkv_bias,
         "init_values": config.layer_scale,
@@ -75,7 +75,7 @@ def extract_config(model: HydraViT, heads: int | Geometry) -> dict:
 
 
 def _plain(model: HydraViT, heads: int | Geometry) -> Geometry:
-    """The geometry, if a plain ViT has its shape."""
+    """The geometry of ``heads``; raises ``ValueError`` unless a plain ViT has its shape."""
     geometry = heads.validate(model.config) if isinstance(heads, Geometry) else model.geometry(heads)
     attention, mlp, width = geometry.attention[0], geometry.mlp[0], geometry.embed.embed
     reason = ""
