@@ -6,10 +6,9 @@ import os
 
 import torch
 
+from hydravit.checkpoint import Checkpoint, load_weights, model_config, read_checkpoint
 from hydravit.config import HydraViTConfig, resolve_config
-from hydravit.fitting import infer_config, load_weights
 from hydravit.model import HydraViT
-from hydravit.weights import Checkpoint, read_checkpoint
 
 
 def fused_model(
@@ -34,32 +33,25 @@ def fused_model(
         heads: active heads; None for all (of a checkpoint: the most it was trained for).
         config: ``"tiny"``, ``"small"``, ``"base"`` or ``"large"``, which names the widest subnetwork, or a config.
             None: the checkpoint's, or ``"base"`` without a checkpoint.
-        checkpoint: a file (or what ``hydravit.weights.read_checkpoint`` returned); without one the weights are random.
-            A file without a config, such as a plain ViT's, goes by ``config``, or by the shapes of its weights.
+        checkpoint: a file, or what ``hydravit.checkpoint.read_checkpoint`` returned; None: the weights are random. A
+            file without a config, such as a plain ViT's, goes by ``config``, or by the shapes of its weights.
         backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``.
         device, dtype: of the parameters; None: torch's defaults.
         allow_untrained: whether widths may be used that the checkpoint says were not trained.
         overrides: fields of the config, such as ``num_classes`` or ``image_size``; they apply on top of a checkpoint's,
-            and its weights are adapted as ``hydravit.fitting.load_weights`` says.
+            and its weights are adapted as ``hydravit.checkpoint.load_weights`` says.
     Raises:
         ValueError: a wrong name, field or width; a damaged or mismatching checkpoint; a ``config`` other than the
             checkpoint's.
         OSError: the checkpoint cannot be read.
         RuntimeError: the backend cannot run here; the message has the reason.
     """
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_checkpoint(checkpoint)
     if checkpoint is None:
-        config = resolve_config("base" if config is None else config, **overrides)
-    elif checkpoint.config is not None:
-        if config is not None:
-            _check_same(config, checkpoint, overrides)
-        config = resolve_config(checkpoint.config, **overrides)
-    elif config is None:
-        config = _infer(checkpoint, overrides)
+        config, trained = resolve_config("base" if config is None else config, **overrides), None
     else:
-        config = resolve_config(config, **overrides)
-    trained = None if checkpoint is None else checkpoint.trained_heads
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = read_checkpoint(checkpoint)
+        config, trained = model_config(checkpoint, config, **overrides), checkpoint.trained_heads
     model = HydraViT(config, trained_heads=trained, backend=backend, device=device, dtype=dtype)
     if checkpoint is not None:
         load_weights(model, checkpoint)
@@ -67,23 +59,3 @@ def fused_model(
     if heads is not None:
         model.heads = heads
     return model
-
-
-def _check_same(config: str | HydraViTConfig, checkpoint: Checkpoint, overrides: dict) -> None:
-    """Raise where an explicit config contradicts the checkpoint's; an override settles its field."""
-    asked, has = resolve_config(config).to_dict(), checkpoint.config.to_dict()
-    differ = [name for name in asked if asked[name] != has[name] and name not in overrides]
-    if differ:
-        label = repr(config) if isinstance(config, str) else "given"
-        fields = ", ".join(f"{name} {asked[name]!r} (checkpoint: {has[name]!r})" for name in differ)
-        raise ValueError(
-            f"config {label} is not that of checkpoint {checkpoint.path}: {fields}; "
-            "leave config out, and override fields by name"
-        )
-
-
-def _infer(checkpoint: Checkpoint, overrides: dict) -> HydraViTConfig:
-    try:
-        return infer_config(checkpoint.state_dict, **overrides)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {checkpoint.path}: {error}") from error

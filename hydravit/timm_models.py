@@ -1,6 +1,6 @@
-"""HydraViT in timm's registry; importing this module adds ``hydravit_tiny_patch16_224`` and the other sizes.
+"""HydraViT in timm's registry: importing this module registers ``hydravit_tiny_patch16_224`` and the other sizes.
 
-The only module that imports timm. The rest of the package needs neither timm nor torchvision.
+No other module imports timm. The rest of the package needs neither timm nor torchvision.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 
-def declare_torchvision_operators() -> None:
-    """Declare the operators whose absence breaks ``import torchvision``, and with it timm's.
+def _declare_torchvision_operators() -> None:
+    """Declare the operators without which ``import torchvision``, and so ``import timm``, fails.
 
-    torchvision from the registry is built for a CUDA torch. Beside a CPU torch its library does not load, and its
-    Python part then describes operators that do not exist. A schema is all it needs; nothing here ever calls them.
+    torchvision from the registry is built for a CUDA torch. Beside a CPU torch its library does not load, but its
+    Python part still refers to the library's operators. It needs their schemas only; nothing here ever calls them.
     """
     spec = find_spec("torchvision")
     if spec is None or hasattr(torch.ops.torchvision, "nms"):
         return
     for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
         try:
-            torch.ops.load_library(str(library))  # torchvision would do the same; a second time has no effect
+            torch.ops.load_library(str(library))  # as torchvision does; loading it twice has no effect
             return
         except OSError:
             pass
@@ -34,12 +34,12 @@ def declare_torchvision_operators() -> None:
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-declare_torchvision_operators()
+_declare_torchvision_operators()
 
 import timm.data  # noqa: E402
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
-__all__ = ["declare_torchvision_operators", "timm"]  # timm adds every model it registers
+__all__ = ["timm"]  # timm adds every model it registers
 
 # timm's names of our fields. Fields of the same name, such as depth, need no entry.
 FIELDS = {
@@ -50,7 +50,7 @@ FIELDS = {
     "init_values": "layer_scale",
     "reg_tokens": "register_tokens",
 }
-# Regularisation that the model does not have: timm's scripts pass these, and 0 asks for nothing.
+# Regularisation that the model does not have. timm's scripts pass these arguments with 0, which asks for nothing.
 DROP_RATES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate")
 
 default_cfgs = generate_default_cfgs(
@@ -58,7 +58,6 @@ default_cfgs = generate_default_cfgs(
         f"hydravit_{size}_patch16_224": {
             "num_classes": 1000,
             "input_size": (3, 224, 224),
-            "pool_size": None,
             "crop_pct": 0.9,
             "interpolation": "bicubic",
             "fixed_input_size": True,
@@ -66,7 +65,6 @@ default_cfgs = generate_default_cfgs(
             "std": IMAGENET_STD,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "license": "mit",
         }
         for size in ("tiny", "small", "base", "large")
     }
@@ -74,7 +72,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **arguments) -> HydraViT:
-    """timm's arguments of a ViT to a model. Raises ``ValueError`` for one that has no meaning here."""
+    """A model from timm's arguments of a ViT. Raises ``ValueError`` for an argument that has no meaning here."""
     for name in DROP_RATES:
         if arguments.pop(name, 0.0):
             raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
@@ -89,7 +87,7 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
             "pretrained_cfg_overlay={'file': ...}"
         )
     model = build_model_with_cfg(_build, f"hydravit_{size}_patch16_224", pretrained, config=size, **arguments)
-    # timm's loaders follow this dictionary, which describes the default model until here.
+    # timm's data loaders follow this dictionary, which still describes the default model.
     model.pretrained_cfg["input_size"] = (model.config.in_channels, *model.config.image_size)
     if model.config.in_channels != 3:
         usual = Preprocessing.for_model(model.config)

@@ -1,5 +1,7 @@
 """A small model whose every parameter matters, for the tests that compare weights."""
 
+import warnings
+
 import torch
 
 from hydravit import HydraViT, HydraViTConfig
@@ -38,3 +40,18 @@ def poison(model, subnetworks):
         with torch.no_grad():
             parameter[~read] = float("nan")
     return model
+
+
+def quietly(function, *arguments, **keywords):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments, **keywords)
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without(name):
+    return lambda state: {key: tensor for key, tensor in state.items() if key != name}

@@ -22,7 +22,7 @@ from adamw_runs import (
 )
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hydravit.extract import extract
+from hydravit.checkpoint import extract
 from hydravit.training import adamw as slice_adamw
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hydravit import HydraViT, HydraViTConfig
+from hydravit.checkpoint import save_checkpoint
 from hydravit.cli import main, parse_heads
 from hydravit.data import load_dataset
-from hydravit.weights import save_checkpoint
 
 TINY = HydraViTConfig(image_size=8, patch_size=4, in_channels=1, num_classes=10, depth=2, max_heads=3, head_dim=4)
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.copies import copied_bytes
 from bench.peers import Absent, cut, eager, ours
 from bench.workloads import Workload, make_images, make_labels, make_model, make_stream
-from hydravit.extract import extract
+from hydravit.checkpoint import extract
 from hydravit.geometry import hydravit
 from hydravit_kernels import reference
 

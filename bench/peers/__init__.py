@@ -73,7 +73,7 @@ class Peer(NamedTuple):
 
 def cut(gradients: dict[str, Tensor], model, heads: int) -> dict[str, Tensor]:
     """The width's part of full-size tensors by parameter name, in the parameters' order of axes."""
-    from hydravit.extract import take
+    from hydravit.checkpoint import take
     from hydravit.geometry import parameter_slices
 
     slices = parameter_slices(model.config, model.subnetwork(heads))

@@ -29,7 +29,7 @@ from bench.peers.training import (
     without_gradients,
 )
 from hydravit import HydraViT
-from hydravit.extract import extract, extract_config
+from hydravit.checkpoint import extract, extract_config
 
 # Slicing as the authors write it: https://github.com/ds-kiel/HydraViT, timm/models/hydravit.py at 45a78ae. ------------
 

@@ -25,11 +25,10 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from hydravit.checkpoint import extract, extract_config, read_checkpoint, save_checkpoint
     from hydravit.config import resolve_config
-    from hydravit.extract import extract, extract_config
     from hydravit.factory import fused_model
     from hydravit.model import HydraViT
-    from hydravit.weights import read_checkpoint, save_checkpoint
 
     checkpoint = read_checkpoint(args.checkpoint)
     model = fused_model(checkpoint=checkpoint, backend="reference", allow_untrained=args.allow_untrained)

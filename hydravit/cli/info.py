@@ -31,14 +31,13 @@ def run(args: argparse.Namespace) -> None:
 
         print(f"hydravit {__version__}\n{report()}")
         return
-    from hydravit.cli.loading import config_of
+    from hydravit.checkpoint import model_config, read_checkpoint
     from hydravit.config import resolve_config
     from hydravit.evaluation import costs
     from hydravit.evaluation.report import aligned, count
-    from hydravit.weights import read_checkpoint
 
     checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
-    config = config_of(checkpoint) if checkpoint else resolve_config(args.config)
+    config = model_config(checkpoint) if checkpoint else resolve_config(args.config)
     rows = config.to_dict()
     if checkpoint:
         classes, preprocessing = checkpoint.class_names, checkpoint.preprocessing

@@ -6,13 +6,11 @@ import argparse
 
 import torch
 
+from hydravit.checkpoint import Checkpoint, read_checkpoint
 from hydravit.cli import parse_heads
-from hydravit.config import HydraViTConfig
 from hydravit.factory import fused_model
-from hydravit.fitting import infer_config
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
-from hydravit.weights import Checkpoint, read_checkpoint
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:
@@ -42,11 +40,6 @@ def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preproce
         allow_untrained=args.allow_untrained,
     )
     return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(model.config)
-
-
-def config_of(checkpoint: Checkpoint) -> HydraViTConfig:
-    """The checkpoint's own config, or for a foreign one what the shapes of its weights say."""
-    return checkpoint.config or infer_config(checkpoint.state_dict)
 
 
 def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:

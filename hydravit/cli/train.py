@@ -80,12 +80,11 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from hydravit.checkpoint import load_weights, read_checkpoint, save_checkpoint
     from hydravit.data import load_dataset
     from hydravit.factory import fused_model
-    from hydravit.fitting import load_weights
     from hydravit.training import Interrupted, Trainer
     from hydravit.training.trainer import CHECKPOINT
-    from hydravit.weights import read_checkpoint, save_checkpoint
 
     recipe = make_recipe(args)
     device, main = _start_ranks(args.device)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydravit.weights import atomic_write
+from hydravit.atomic import atomic_write
 
 # Okabe and Ito's palette: tells apart for all common kinds of colour blindness. Markers differ too.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"

@@ -2,9 +2,9 @@
 
 from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
-from hydravit.training.checkpoint import load_state, save_state
 from hydravit.training.gradients import LiveSlices, SliceGradients
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
+from hydravit.training.resuming import load_state, save_state
 from hydravit.training.sampler import WidthSampler
 from hydravit.training.trainer import Interrupted, Trainer
 

@@ -21,9 +21,9 @@ from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
 from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
-from hydravit.training.checkpoint import Interrupt, load_state, save_state
 from hydravit.training.gradients import SliceGradients
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
+from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"

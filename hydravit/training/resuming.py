@@ -1,4 +1,4 @@
-"""Checkpoints to go on from, and stopping where one can be written."""
+"""Training states to resume from, and signals that stop a run where it can write one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 import torch
 
-from hydravit.weights import atomic_write
+from hydravit.atomic import atomic_write
 
 _FORMAT = 1
 
@@ -20,9 +20,9 @@ def save_state(path: str | os.PathLike, state: dict, identity: dict) -> None:
 
     Args:
         state: tensors and plain values in dicts and lists.
-        identity: plain values that a run which goes on must share: recipe, model, data.
+        identity: plain values that the resumed run must share: recipe, model, data.
     Raises:
-        OSError: it could not be written; an older file at ``path`` is then untouched.
+        OSError: the file could not be written; an older file at ``path`` is then unchanged.
     """
     content = {"format": _FORMAT, "identity": identity, "state": state}
     atomic_write(path, lambda file: torch.save(content, file))
@@ -32,8 +32,9 @@ def load_state(path: str | os.PathLike, identity: dict) -> dict:
     """The state in ``path``, on the CPU. Only tensors and plain values are read, never code.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged or no training state, or of another run: the first field that differs is named.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or no training state, or it belongs to another run; the message names the first
+            field of ``identity`` that differs.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no checkpoint to resume from")
@@ -43,19 +44,19 @@ def load_state(path: str | os.PathLike, identity: dict) -> dict:
         raise ValueError(f"{path}: damaged, or no training checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT or "state" not in content:
         raise ValueError(f"{path}: no training checkpoint of this version")
-    difference = first_difference(content["identity"], identity)
+    difference = _first_difference(content["identity"], identity)
     if difference:
         name, saved, wanted = difference
         raise ValueError(f"{path}: cannot resume, {name} was {saved!r} in the interrupted run and is {wanted!r} now")
     return content["state"]
 
 
-def first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | None:
+def _first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | None:
     """``(dotted name, saved, wanted)`` of the first field that differs, or None."""
     for key in [*saved, *(key for key in wanted if key not in saved)]:
         a, b = saved.get(key), wanted.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            inner = first_difference(a, b, f"{prefix}{key}.")
+            inner = _first_difference(a, b, f"{prefix}{key}.")
             if inner:
                 return inner
         elif a != b:
@@ -64,7 +65,7 @@ def first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | Non
 
 
 class Interrupt:
-    """Within ``with``, SIGINT and SIGTERM set ``signal`` and do not stop the program; a second SIGINT does."""
+    """In a ``with`` block, SIGINT and SIGTERM only set ``signal``; a second SIGINT stops the program."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None

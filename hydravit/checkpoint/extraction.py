@@ -1,4 +1,4 @@
-"""One width as a plain Vision Transformer of its own, for every tool that knows nothing of slices."""
+"""One width as a plain Vision Transformer, for tools that do not know slices."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
     """The weights of one width as a standalone ViT of that width, under timm's names.
 
     Args:
-        heads: a width, or any geometry that is a plain ViT: the same slices in every layer, none skipped, and heads
-            that together are as wide as the residual stream.
+        heads: a width, or any subnetwork that is a plain ViT: the same slices in every layer, no branch skipped, and
+            heads that together are as wide as the residual stream.
     Returns:
         Contiguous copies in the model's dtype, on its device. An attention scale other than ``head_dim ** -0.5`` is
         folded into the query rows of ``qkv``. They load strictly into a ``VisionTransformer(**extract_config(...))``.
     Raises:
         ValueError: no plain ViT computes the same; the message says why.
     """
-    geometry = _plain(model, heads)
-    slices = parameter_slices(model.config, geometry)
-    attention = geometry.attention[0]
+    subnetwork = _plain(model, heads)
+    slices = parameter_slices(model.config, subnetwork)
+    attention = subnetwork.attention[0]
     queries = attention.heads * attention.head_dim
     fold = attention.scale / attention.head_dim**-0.5
     result = {}
     for name, tensor in model.state_dict().items():
-        if name not in slices:  # a parameter nobody slices would otherwise come out in full size
+        if name not in slices:  # it would come out in full size
             raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
         tensor = take(tensor, slices[name]).clone(memory_format=torch.contiguous_format)
         if ".qkv." in name and fold != 1.0:
@@ -52,8 +52,8 @@ def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
 
 def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
     """Keyword arguments of timm's ``VisionTransformer`` for what ``extract`` returns; raises as it does."""
-    geometry, config = _plain(model, heads), model.config
-    width, hidden = geometry.embed.embed, geometry.mlp[0].hidden
+    subnetwork, config = _plain(model, heads), model.config
+    width, hidden = subnetwork.embed.embed, subnetwork.mlp[0].hidden
     ratio = hidden / width
     return {
         "img_size": config.image_size,
@@ -63,24 +63,24 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         "global_pool": config.pool,
         "embed_dim": width,
         "depth": config.depth,
-        "num_heads": geometry.attention[0].heads,
-        # timm rounds the product down, so a quotient that was rounded down itself would lose a channel
+        "num_heads": subnetwork.attention[0].heads,
+        # timm rounds width * ratio down, so a ratio that was rounded down would lose a channel
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
         "qkv_bias": config.qkv_bias,
         "init_values": config.layer_scale,
         "class_token": config.class_token,
         "reg_tokens": config.register_tokens,
         "no_embed_class": config.no_embed_class,
-        "norm_layer": partial(nn.LayerNorm, eps=geometry.eps),
+        "norm_layer": partial(nn.LayerNorm, eps=subnetwork.eps),
     }
 
 
 def _plain(model: HydraViT, heads: int | Subnetwork) -> Subnetwork:
-    """The geometry, if a plain ViT has its shape."""
-    geometry = model.config.sizes.validate(heads) if isinstance(heads, Subnetwork) else model.subnetwork(heads)
-    attention, mlp, width = geometry.attention[0], geometry.mlp[0], geometry.embed.embed
+    """The subnetwork of ``heads``; raises ``ValueError`` unless a plain ViT has its shape."""
+    subnetwork = model.config.sizes.validate(heads) if isinstance(heads, Subnetwork) else model.subnetwork(heads)
+    attention, mlp, width = subnetwork.attention[0], subnetwork.mlp[0], subnetwork.embed.embed
     reason = ""
-    if len(set(geometry.attention)) > 1 or len(set(geometry.mlp)) > 1:
+    if len(set(subnetwork.attention)) > 1 or len(set(subnetwork.mlp)) > 1:
         reason = "its layers differ"
     elif not attention.heads or not mlp.hidden:
         reason = "it skips a branch"
@@ -91,5 +91,5 @@ def _plain(model: HydraViT, heads: int | Subnetwork) -> Subnetwork:
             f"{attention.heads} heads of {attention.head_dim} channels are not as wide as its residual stream, {width}"
         )
     if reason:
-        raise ValueError(f"heads={geometry.heads} cannot be extracted as a plain Vision Transformer: {reason}")
-    return geometry
+        raise ValueError(f"heads={subnetwork.heads} cannot be extracted as a plain Vision Transformer: {reason}")
+    return subnetwork

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading and writing them. No file is ever unpickled beyond tensors and plain containers."""
+"""Checkpoint files, ``.safetensors`` and torch's: tensors and plain containers only, no other object is unpickled."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hydravit.atomic import atomic_write
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 
-# Where training scripts keep the weights in a torch file. The authors of HydraViT evaluate the moving average.
-AVERAGED, LATEST = ("state_dict_ema", "model_ema"), ("state_dict", "model")
-METADATA = "hydravit"
+# Training scripts keep the weights of a torch file under these names. HydraViT's authors evaluate the moving average.
+_AVERAGED, _LATEST = ("state_dict_ema", "model_ema"), ("state_dict", "model")
+_METADATA = "hydravit"  # our entry in a torch file, or in the header of a safetensors file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds. Everything but the weights is None where the file does not say."""
+    """The content of a checkpoint file. Every field but the weights is None where the file does not have it."""
 
     state_dict: dict[str, Tensor]
     config: HydraViTConfig | None = None
@@ -38,35 +37,40 @@ class Checkpoint:
     class_names: tuple[str, ...] | None = None
     path: Path | None = None
 
+    @property
+    def where(self) -> str:
+        """The start of every message about this checkpoint: it names the file, if there is one."""
+        return "" if self.path is None else f"checkpoint {self.path}: "
+
 
 def read_checkpoint(path: str | os.PathLike, *, prefer_ema: bool = True) -> Checkpoint:
     """Read a ``.safetensors`` file or a torch file (any other extension).
 
-    Of a torch file's ``state_dict_ema``, ``model_ema``, ``state_dict`` and ``model`` the first one present is used;
+    The weights of a torch file are its first entry of ``state_dict_ema``, ``model_ema``, ``state_dict`` and ``model``;
     with ``prefer_ema=False`` the last two come first. ``module.`` and ``_orig_mod.`` before names are removed.
 
     Returns:
         Checkpoint: tensors on the CPU, in the dtypes of the file.
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or no checkpoint, or its metadata is wrong. The message names the file.
+        ValueError: the file is damaged or no checkpoint, or its metadata is wrong. The message names the file.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    open(path, "rb").close()  # whatever fails from here on is the content: torch raises OSError for a torn file, too
+    open(path, "rb").close()  # any later error is about the content, although torch raises OSError for a torn file
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 content = {name: file.get_tensor(name) for name in file.keys()}
-                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer stores its arguments
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            metadata = content.get(METADATA, {}) if isinstance(content, Mapping) else {}
-    except Exception as error:  # pickle, zip and safetensors each have their own kinds
+            metadata = content.get(_METADATA, {}) if isinstance(content, Mapping) else {}
+    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = "a whole safetensors file" if path.suffix == ".safetensors" else "a whole torch file of tensors"
         raise ValueError(f"checkpoint {path} cannot be read; expected {expected} ({reason})") from error
@@ -80,18 +84,20 @@ def save_checkpoint(
     path: str | os.PathLike,
     model: nn.Module,
     *,
-    trained_heads: tuple[int, ...] | None = None,
+    trained_heads: Iterable[int] | None = None,
     preprocessing: Preprocessing | None = None,
-    class_names: tuple[str, ...] | list[str] | None = None,
+    class_names: Iterable[str] | None = None,
 ) -> None:
-    """Write the weights and all a user of them needs, atomically: ``.safetensors``, ``.pt`` or ``.pth``.
+    """Write the weights and all that a user of them needs, whole or not at all.
 
     Args:
+        path: ends in ``.safetensors``, ``.pt`` or ``.pth``.
         model: a ``HydraViT``, also one wrapped in DDP or ``torch.compile``.
         trained_heads: the widths that were trained; None: those of the model.
     Raises:
+        TypeError: ``model`` is no ``HydraViT``.
         ValueError: unknown extension, or values that do not fit the model.
-        OSError: it cannot be written; a file that was there before is then unchanged.
+        OSError: the file cannot be written; an older file at ``path`` is then unchanged.
     """
     path = Path(path)
     while not isinstance(model, HydraViT):
@@ -110,62 +116,31 @@ def save_checkpoint(
     _parse_metadata(metadata)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
-        atomic_write(path, lambda file: save_file(state_dict, file, {METADATA: json.dumps(metadata), "format": "pt"}))
+        header = {_METADATA: json.dumps(metadata), "format": "pt"}
+        atomic_write(path, lambda file: save_file(state_dict, file, header))
     elif path.suffix in (".pt", ".pth"):
-        atomic_write(path, lambda file: torch.save({"state_dict": state_dict, METADATA: metadata}, file))
+        atomic_write(path, lambda file: torch.save({"state_dict": state_dict, _METADATA: metadata}, file))
     else:
         raise ValueError(f"path must end in .safetensors, .pt or .pth, not {path.name!r}")
 
 
-def atomic_write(path: str | os.PathLike, writer: Callable[[Path], object]) -> None:
-    """Let ``writer`` write a temporary file beside ``path``, then put it in its place.
-
-    Readers see the old file or the new one, whole, also after a power cut. Whatever ``writer`` raises, the old file
-    stays and the temporary one goes; a failure to write is an ``OSError`` that names ``path``.
-    """
-    path = Path(os.path.realpath(path))  # a link keeps pointing to its file
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        writer(temporary)
-        temporary.chmod(mode)  # safetensors' own are for the owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch words a full disk as an inconsistent position in a file, so say what is left, too.
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        failure = OSError(f"{path} could not be written ({free >> 20} MiB free there): {error}")
-        failure.errno = getattr(error, "errno", None)
-        raise failure from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def named_tensors(content: object, prefer_ema: bool = True) -> dict[str, Tensor]:
     """The named tensors inside a checkpoint's wrappers, without prefixes of DDP, ``torch.compile`` and averaging."""
-    wrappers = AVERAGED + LATEST if prefer_ema else LATEST + AVERAGED
+    wrappers = _AVERAGED + _LATEST if prefer_ema else _LATEST + _AVERAGED
     while isinstance(content, Mapping):
         inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
         if inner is None:
             break
         content = inner
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(
-            f"expected named tensors, found {type(content).__name__}{' with nothing in it' * (content == {})}"
-        )
+        empty = " with nothing in it" if content == {} else ""
+        raise ValueError(f"expected named tensors, found {type(content).__name__}{empty}")
     result = {}
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            known = ", ".join(AVERAGED + LATEST)
-            raise ValueError(f"entry {name!r} is a {type(value).__name__}, not a tensor (weights may lie in {known})")
+            raise ValueError(
+                f"entry {name!r} is a {type(value).__name__}, not a tensor (weights may lie in {', '.join(wrappers)})"
+            )
         short = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
         if short in result:
             raise ValueError(f"entry {short!r} occurs twice")
@@ -177,7 +152,7 @@ def named_tensors(content: object, prefer_ema: bool = True) -> dict[str, Tensor]
 def _parse_metadata(metadata: object) -> dict:
     """The fields of a ``Checkpoint``; raises ``ValueError`` or ``TypeError`` for anything unexpected."""
     if not isinstance(metadata, dict):
-        raise ValueError(f"metadata {METADATA!r} must be a dict, not {type(metadata).__name__}")
+        raise ValueError(f"metadata {_METADATA!r} must be a dict, not {type(metadata).__name__}")
     config, heads, preprocessing, names = (
         metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names")
     )

@@ -1,0 +1,26 @@
+"""Checkpoints: read and save files, load their weights into a model, extract one width as a plain ViT.
+
+Example:
+    >>> checkpoint = read_checkpoint("deit_tiny.pth")       # ours, timm's, DeiT's or the authors'
+    >>> model = HydraViT(model_config(checkpoint))          # ``hydravit.fused_model(checkpoint=...)`` does all three
+    >>> load_weights(model, checkpoint)                     # adapted where that has one sensible meaning
+    >>> save_checkpoint("model.safetensors", model, trained_heads=(3,))
+    >>> state_dict = extract(model, 3)                      # width 3 under timm's names
+"""
+
+from hydravit.checkpoint.adaptation import load_weights
+from hydravit.checkpoint.configs import infer_config, model_config
+from hydravit.checkpoint.extraction import extract, extract_config, take
+from hydravit.checkpoint.files import Checkpoint, read_checkpoint, save_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "extract",
+    "extract_config",
+    "infer_config",
+    "load_weights",
+    "model_config",
+    "read_checkpoint",
+    "save_checkpoint",
+    "take",
+]

@@ -1,0 +1,279 @@
+"""Weights adapted to a model: other position grids, smaller ViTs, other classifiers, older names.
+
+Names are those of timm's ``VisionTransformer``, which the checkpoints of DeiT and of HydraViT's authors share.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hydravit.checkpoint.configs import count_blocks, position_layout
+from hydravit.checkpoint.files import Checkpoint, named_tensors
+from hydravit.config import resolve_config
+from hydravit.geometry import hydravit, parameter_slices
+from hydravit.model import HydraViT
+from hydravit_kernels import Intervals
+
+_PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in this order
+
+
+def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+    """Copy weights into a model, adapted where that has one sensible meaning; an error leaves the model as it was.
+
+    * A position embedding of another patch grid is resampled (bicubic, antialiased, as timm does). The grid is that of
+      the checkpoint's config; without one it is the model's if the number of patches agrees, else a square. If only
+      one of the two has positions for the class and register tokens, the function still stays the same.
+    * A smaller ViT of the same head dim becomes the first heads, as HydraViT (arXiv 2409.17978) starts from DeiT-tiny;
+      all other weights stay as they are.
+    * The model's classifier is initialised anew if the checkpoint has another number of classes or no classifier.
+    * One classifier for all widths is copied to every separate one; ``head.0.weight, head.1.weight, ...`` (or
+      ``heads.0...``) are separate ones in ascending order of widths, each of its width or of full width.
+    * ``norm`` serves as ``fc_norm`` and the reverse. That changes the function: pooling and norm swap places.
+
+    Args:
+        weights: a checkpoint or a state dict; wrappers and prefixes as in ``hydravit.checkpoint.read_checkpoint``.
+        strict: raise where the checkpoint lacks a parameter or has one the model has not, such as the distillation
+            token of a distilled DeiT. If False, the former keep their values and the latter are dropped.
+    Returns:
+        One message for every adaptation; each is also a warning.
+    Raises:
+        ValueError: the weights do not fit; the message names the file, if any, what came and what is expected.
+    """
+    checkpoint = weights if isinstance(weights, Checkpoint) else Checkpoint(dict(weights))
+    try:
+        adaptation = _Adaptation(model, checkpoint, strict)
+        state_dict = adaptation.run()
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.where}{error}") from error
+    model.load_state_dict(state_dict)
+    for message in adaptation.messages:
+        warnings.warn(f"{checkpoint.where}{message}", stacklevel=2)
+    return adaptation.messages
+
+
+class _Adaptation:
+    """One call of ``load_weights``: its steps change ``source``, the checkpoint's tensors, until they fit the model."""
+
+    def __init__(self, model: HydraViT, checkpoint: Checkpoint, strict: bool):
+        self.config, self.own, self.strict = model.config, model.state_dict(), strict
+        self.source_config = checkpoint.config
+        tensors = named_tensors(checkpoint.state_dict)
+        self.source = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): t for name, t in tensors.items()}  # DeiT III
+        self.embed = model.config.embed  # channels of the source's residual stream
+        self.messages: list[str] = []
+
+    def run(self) -> dict[str, Tensor]:
+        """A whole state dict of the model."""
+        self._check_tensors()
+        self._check_patch_embedding()
+        self._check_tokens()
+        self._drop_distillation()
+        self._rename_norm()
+        self._adapt_classifier()
+        if "pos_embed" in self.source:
+            self._adapt_positions()
+        self._check_names()
+        return self._place()
+
+    def _check_tensors(self) -> None:
+        if not set(self.own) & set(self.source):
+            raise ValueError("these are not the weights of a Vision Transformer: expected names as in timm, found "
+                             f"{', '.join(sorted(self.source)[:3]) or 'nothing'}")  # fmt: skip
+        wrong = [f"{name} ({t.dtype})" for name, t in self.source.items() if not t.dtype.is_floating_point]
+        if wrong:
+            raise ValueError(f"weights must be floating-point tensors, not {_some(wrong)}")
+
+    def _check_patch_embedding(self) -> None:
+        """Find the source's channels and explain sizes that cannot be adapted; ``_place`` checks any other shape."""
+        config, weight = self.config, self.source.get("patch_embed.proj.weight")
+        if weight is None or weight.dim() != 4:
+            return
+        for axis, name in ((1, "in_channels"), (2, "patch_size"), (3, "patch_size")):
+            if weight.shape[axis] != getattr(config, name):
+                raise ValueError(f"{name} is {weight.shape[axis]}, the model's is {getattr(config, name)}")
+        self.embed = weight.shape[0]
+        if self.embed > config.embed:
+            raise ValueError(f"the width is {self.embed} channels, the model has only {config.embed}")
+        if self.embed < config.embed and (self.embed % config.head_dim or config.geometry != "hydravit"):
+            raise ValueError(
+                f"the width is {self.embed} channels, the model's is {config.embed}; only a multiple of head_dim "
+                f"{config.head_dim} fits, and only in geometry 'hydravit', not {config.geometry!r}"
+            )
+
+    def _check_tokens(self) -> None:
+        for name in (*_PREFIX, "pos_embed"):
+            shape = tuple(self.source[name].shape) if name in self.source else (1, 1, self.embed)
+            if len(shape) != 3 or shape[::2] != (1, self.embed):
+                raise ValueError(f"{name} has shape {shape}; expected (1, tokens, {self.embed})")
+
+    def _drop_distillation(self) -> None:
+        extra = [name for name in self.source if name == "dist_token" or name.startswith("head_dist.")]
+        if not extra:
+            return
+        if self.strict:
+            raise ValueError(
+                f"it is a distilled DeiT ({_some(extra)}): its logits are the mean of two classifiers on two tokens, "
+                "which this model does not have; strict=False drops the distillation token and its classifier"
+            )
+        if "dist_token" in self.source and "pos_embed" in self.source:
+            positions = self.source["pos_embed"]
+            self.source["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+        for name in extra:
+            del self.source[name]
+        self.messages.append(f"dropped {_some(extra)} of a distilled DeiT")
+
+    def _rename_norm(self) -> None:
+        mine, other = ("norm", "fc_norm") if self.config.pool == "token" else ("fc_norm", "norm")
+        if f"{other}.weight" in self.source and f"{mine}.weight" not in self.source:
+            for name in ("weight", "bias"):
+                if f"{other}.{name}" in self.source:
+                    self.source[f"{mine}.{name}"] = self.source.pop(f"{other}.{name}")
+            self.messages.append(f"{other} is used as {mine}, because the model has pool={self.config.pool!r}")
+
+    def _adapt_classifier(self) -> None:
+        self._stack_classifiers()
+        classifier = {name: self.source.pop(name) for name in ("head.weight", "head.bias") if name in self.source}
+        wanted = self.config.num_classes
+        if not wanted:
+            if classifier:
+                self.messages.append("the classifier is left out, because the model has num_classes=0")
+            return
+        classes = self._count_classes(classifier)
+        if classes == wanted:
+            self.source |= self._copied_to_every_width(classifier)
+            return
+        if classifier:
+            reason = f"num_classes is {classes}, the model's is {wanted}: its classifier"
+        else:
+            reason = "there is no classifier; the model's"
+        self.messages.append(f"{reason} is initialised anew")
+        self.source["head.weight"] = nn.init.trunc_normal_(torch.empty(self.own["head.weight"].shape), std=0.02)
+        self.source["head.bias"] = torch.zeros(self.own["head.bias"].shape)
+
+    def _stack_classifiers(self) -> None:
+        """``head.<i>.weight`` of several widths to one tensor; channels a width does not have are zero."""
+        for kind, axes in (("weight", 2), ("bias", 1)):
+            names = [name for name in self.source if re.fullmatch(rf"heads?\.\d+\.{kind}", name)]
+            names.sort(key=lambda name: int(name.split(".")[1]))
+            parts = [self.source.pop(name) for name in names]
+            if kind == "weight" and all(part.dim() == axes and part.shape[1] <= self.embed for part in parts):
+                parts = [F.pad(part, (0, self.embed - part.shape[1])) for part in parts]
+            if any(part.dim() != axes or part.shape != parts[0].shape for part in parts):
+                raise ValueError(f"separate classifiers differ in shape: {[tuple(part.shape) for part in parts]}")
+            if parts:
+                self.source[f"head.{kind}"] = torch.stack(parts)
+
+    def _count_classes(self, classifier: dict[str, Tensor]) -> int | None:
+        """The number of classes of a classifier, be it one or one for each width; None if there is none."""
+        widths, classes = self.config.separate_classifiers, {}
+        for name, tensor in classifier.items():
+            axes, shape = 2 if name == "head.weight" else 1, tuple(tensor.shape)
+            if len(shape) not in (axes, axes + 1):
+                raise ValueError(f"{name} has shape {shape}; expected {axes} axes, or {axes + 1} for every width's own")
+            if len(shape) > axes and shape[0] != len(widths):
+                raise ValueError(
+                    f"there are separate classifiers: {name} has shape {shape}, "
+                    f"but the model's separate_classifiers are {list(widths)}"
+                )
+            classes[name] = shape[-axes]
+        if len(set(classes.values())) > 1:
+            raise ValueError(
+                f"head.weight is for {classes['head.weight']} classes, head.bias for {classes['head.bias']}"
+            )
+        return next(iter(classes.values()), None)
+
+    def _copied_to_every_width(self, classifier: dict[str, Tensor]) -> dict[str, Tensor]:
+        widths = len(self.config.separate_classifiers)
+        shared = {name for name, tensor in classifier.items() if tensor.dim() < self.own[name].dim()}
+        if shared:
+            self.messages.append("the one classifier is copied to every width's own")
+        return {name: t.expand(widths, *t.shape) if name in shared else t for name, t in classifier.items()}
+
+    def _adapt_positions(self) -> None:
+        """Bring ``pos_embed`` to the model's tokens: the prefix tokens' rows, then those of the patch grid."""
+        config, positions = self.config, self.source["pos_embed"]
+        counts = {name: self.source[name].shape[1] for name in _PREFIX if name in self.source}
+        prefix = sum(counts.values())
+        prefixes = [0, prefix] if config.no_embed_class else [prefix, 0]
+        grids = [known.grid for known in (self.source_config, config) if known]
+        covered, grid = position_layout(positions.shape[1], prefixes, grids)
+        rows, patches = positions[:, :covered], positions[:, covered:]
+        rows = dict(zip(counts, rows.split(list(counts.values()), 1), strict=True)) if covered else {}
+        if grid != config.grid:
+            patches = _resample(patches, grid, config.grid)
+            self.messages.append(
+                f"pos_embed is resampled from {grid[0]} x {grid[1]} to {config.grid[0]} x {config.grid[1]}"
+            )
+        if config.no_embed_class:
+            for name, row in rows.items():  # the model only ever uses the sum of a token and its position
+                self.source[name] = self.source[name] + row
+            if rows:
+                self.messages.append("positions of the class and register tokens are added to these tokens")
+            self.source["pos_embed"] = patches
+            return
+        mine = {name: self.own[name].shape[1] for name in _PREFIX if name in self.own}
+        if mine and not rows:
+            self.messages.append("pos_embed gets zeros for the class and register tokens")
+        # With strict=False a token may be missing in the source; its positions are zeros then.
+        parts = [rows.get(name, positions.new_zeros(1, count, self.embed)) for name, count in mine.items()]
+        self.source["pos_embed"] = torch.cat([*parts, patches], dim=1)
+
+    def _check_names(self) -> None:
+        missing, unexpected = sorted(set(self.own) - set(self.source)), sorted(set(self.source) - set(self.own))
+        for names, problem in ((missing, "the checkpoint lacks"), (unexpected, "the model has no place for")):
+            if names and self.strict:
+                depth, expected = count_blocks(self.source), self.config.depth
+                reason = f"; depth is {depth}, expected {expected}" if depth != expected else ""
+                raise ValueError(f"{problem} {_some(names)}{reason}")
+            if names:
+                self.messages.append(f"{problem} {_some(names)}")
+
+    def _place(self) -> dict[str, Tensor]:
+        """The model's state dict with the source in it."""
+        result, slices = {}, self._slices()
+        for name, own in self.own.items():
+            tensor = self.source.get(name, own)
+            if tensor.shape == own.shape:
+                result[name] = tensor
+                continue
+            channels = [
+                torch.cat([torch.arange(start, start + length) for start, length in intervals])
+                for intervals in slices.get(name, ())
+            ]
+            channels += [torch.arange(size) for size in own.shape[len(channels) :]]
+            expected = tuple(map(len, channels))
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+            result[name] = own.clone()
+            result[name][torch.meshgrid(*channels, indexing="ij")] = tensor.to(own)
+        return result
+
+    def _slices(self) -> dict[str, tuple[Intervals, ...]]:
+        """The channels of every parameter that a smaller ViT fills; empty if the source is as wide as the model."""
+        if self.embed == self.config.embed:
+            return {}
+        heads = self.embed // self.config.head_dim
+        self.messages.append(f"a ViT of {heads} heads becomes the first {heads} of {self.config.max_heads}")
+        plain = resolve_config(self.config, separate_classifiers=())
+        slices = parameter_slices(plain, hydravit(plain, heads))
+        if self.config.separate_classifiers:
+            every_classifier = ((0, len(self.config.separate_classifiers)),)
+            slices |= {name: (every_classifier, *slices[name]) for name in ("head.weight", "head.bias")}
+        return slices
+
+
+def _resample(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embedding ``(1, h * w, D)`` of another grid, ``(1, H * W, D)``, in the dtype given."""
+    image = patches.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    return image.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
