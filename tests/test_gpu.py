@@ -16,6 +16,7 @@ from bench.peers import eager, ours
 from bench.timer import Effort, captured
 from bench.workloads import Workload
 from hydravit.evaluation.latency import with_backend
+from hydravit.geometry import parameter_slices
 from hydravit.recipes import Recipe
 from hydravit.training import Trainer
 from hydravit_kernels import backends
