@@ -54,7 +54,6 @@ class Engine:
             raise ValueError(f"dtype must be {' or '.join(map(str, possible))} on {self.device.type}, not {dtype}")
         if cuda and self.device.type == "cpu":
             raise ValueError(f"{', '.join(cuda)}: for engines on CUDA only")
-        self._catch_up()
         self._network = (_CpuNetwork if self.device.type == "cpu" else _CudaNetwork)(self, **cuda)
         self._look()
 
@@ -70,7 +69,6 @@ class Engine:
         if type(heads) is not int or heads not in self._network.widths:
             model.geometry(heads)  # refuses what is no width of the model
             raise ValueError(f"heads={heads} was no width of the model when the engine was made")
-        self._catch_up()
         logits = self._network.run(images, heads)
         # Looked at behind the launch, where a GPU hides it: stale weights cost a second run, fresh ones no time.
         if self._changed():
@@ -78,11 +76,6 @@ class Engine:
             self._look()
             logits = self._network.run(images, heads)
         return logits
-
-    def _catch_up(self) -> None:
-        """Steps that the model's optimizer still owes come first."""
-        if self.model.slice_optimizer is not None:
-            self.model.slice_optimizer.catch_up(None)
 
     def _look(self) -> None:
         """Remember what the packed weights were made of."""

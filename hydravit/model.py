@@ -10,14 +10,13 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
-from hydravit.deferred import DeferredSteps
 from hydravit.engine import Engine
 from hydravit.geometry import GEOMETRIES, Geometry, Widths, every_width, position
 from hydravit.inference import PackedInference
 from hydravit.layers import Block, Classifier, PatchEmbed, hooks_of, init_weights, is_ours
 
 
-class HydraViT(DeferredSteps):
+class HydraViT(nn.Module):
     """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
 
     Args:
@@ -186,7 +185,7 @@ class HydraViT(DeferredSteps):
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""
-        return {**super().__getstate__(), "slice_gradients": None}  # and no packed weights: PackedInference sees to it
+        return {**self.__dict__, "slice_gradients": None}  # and no packed weights: PackedInference sees to it
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -249,10 +248,7 @@ class HydraViT(DeferredSteps):
         widths = self.widths(heads, images.shape[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
             self._select_backend(self.pos_embed)
-        in_place = self.slice_gradients is not None and torch.is_grad_enabled()
-        if self.slice_optimizer is not None:  # other passes may pack the weights, for all widths together
-            self.slice_optimizer.catch_up(widths.geometries if in_place else None)
-        if in_place:
+        if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.geometries)
         return images, widths
 
