@@ -174,19 +174,15 @@ struct NetworkCall {
 struct AdamwStep {
   float decay, first_weight, second_decay, second_weight, correction, eps, step_size, average_weight;
 };
-struct AdamwTensor {
+// Pointers are those of the rectangle's first element; element row * row_stride + column goes through `step`.
+// Rectangles do not overlap.
+struct AdamwRectangle {
   float* weight;
-  const float* gradient;  // nullable: zero
+  const float* gradient;
   float *first, *second;
   float* average;  // nullable
-};
-// Elements offset + row * row_stride + column of `tensor` go through `steps` steps, of which only the last one sees the
-// gradient. Rectangles do not overlap.
-struct AdamwRectangle {
-  AdamwTensor tensor;
-  int64_t offset, rows, row_stride, columns;
-  const AdamwStep* first_step;
-  int64_t steps;
+  int64_t rows, row_stride, columns;
+  const AdamwStep* step;
 };
 struct Adamw {
   const AdamwRectangle* rectangles;

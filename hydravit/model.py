@@ -185,7 +185,7 @@ class HydraViT(nn.Module):
 
     def __getstate__(self):
         """Copies and pickles share no gradient buffers with the original."""
-        return {**super().__getstate__(), "slice_gradients": None}  # and no packed weights: PackedInference sees to it
+        return {**self.__dict__, "slice_gradients": None}  # and no packed weights: PackedInference sees to it
 
     def __setstate__(self, state):
         super().__setstate__(state)

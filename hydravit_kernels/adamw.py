@@ -23,7 +23,7 @@ Interval = tuple[int, int]
 
 
 class AdamWStep(NamedTuple):
-    """The numbers of one step: a row of the ops' ``steps``."""
+    """The numbers of one step, which are a row of the ops' ``steps``."""
 
     decay: float
     first_weight: float
@@ -38,7 +38,7 @@ class AdamWStep(NamedTuple):
     def at(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, average_decay: float
     ) -> AdamWStep:
-        """Of step ``step``, counted from 1."""
+        """The numbers of step ``step``, counted from 1."""
         beta1, beta2 = betas
         return cls(
             1 - lr * weight_decay,
@@ -59,40 +59,38 @@ def adamw(
     seconds: Sequence[Tensor],
     averages: Sequence[Tensor],
     rectangles: Tensor,
-    programs: Sequence[Sequence[AdamWStep]],
+    steps: Sequence[AdamWStep],
     *,
     backend: str,
 ) -> None:
-    """Take rectangles of parameters through one or several steps; nothing outside of them is read or written.
+    """Take rectangles of parameters through one step; the op reads and writes nothing outside of them.
 
-    On one backend an element gets the same bits whatever rectangle it is in, and whether its steps come in one call or
-    in several. A backend without this kernel leaves it to the reference.
+    On one backend an element gets the same bits whatever rectangle it is in. The reference computes for backends that
+    have no kernel of their own.
 
     Args:
-        weights, firsts, seconds: parameters and their moments, alike in shape, strides, dtype and device.
-        gradients: theirs, which only the last step of a program sees, the others see zero; or empty: all see zero.
-        averages: the moving averages; or empty: there are none.
-        rectangles: int64 ``(R, 6)`` on the CPU: which tensor, which program, then as ``rectangles_of``; disjoint. It
-            must not be changed later: a backend keeps what it made of it for as long as it lives.
-        programs: lists of steps.
+        weights, gradients, firsts, seconds: parameters, their gradients and moments, alike in shape, strides, dtype and
+            device.
+        averages: the moving averages, alike too; or empty: there are none.
+        rectangles: int64 ``(R, 6)`` on the CPU, disjoint. A row is the index of the tensor, the index of its step in
+            ``steps``, and then what ``rectangles_of`` gives. Callers must not change it later, because a backend keeps
+            what it derives from it for as long as the tensor lives.
+        steps: the numbers of the steps. Rectangles whose ages differ need other numbers.
     Raises:
         RuntimeError: tensors or rectangles do not fit (the reference does not check); a CUDA graph is being captured,
-            which would repeat the numbers of these steps.
+            which would repeat the numbers of this step.
     """
-    bounds = [0]
-    for program in programs:
-        bounds.append(bounds[-1] + len(program))
-    rows = [step for program in programs for step in program]
-    steps = torch.tensor(rows, dtype=torch.promote_types(weights[0].dtype, torch.float32)).view(-1, 8)
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    numbers = torch.tensor(steps, dtype=dtype).view(-1, len(AdamWStep._fields))
     op = getattr(torch.ops.hydravit, f"adamw_{backend}", _reference)
     with torch.no_grad():
-        op(weights, gradients, firsts, seconds, averages, rectangles, bounds, steps)
+        op(weights, gradients, firsts, seconds, averages, rectangles, numbers)
 
 
 def rectangles_of(tensor: Tensor, box: Sequence[Interval]) -> list[tuple[int, int, int, int]]:
-    """``(offset, rows, row stride, columns)`` in the tensor's memory: what a box ``((start, length), ...)`` covers.
+    """The rectangles ``(offset, rows, row stride, columns)`` of memory that a box ``((start, length), ...)`` covers.
 
-    As few as possible: axes that lie one behind the other in memory become one.
+    Axes that follow each other in memory are joined, so that the rectangles are few.
     """
     offset = sum(start * stride for (start, _), stride in zip(box, tensor.stride(), strict=True))
     axes = [(stride, length) for (_, length), stride in zip(box, tensor.stride(), strict=True) if length > 1]
@@ -110,27 +108,23 @@ def rectangles_of(tensor: Tensor, box: Sequence[Interval]) -> list[tuple[int, in
     return [(start, rows, stride, columns) for start in offsets]
 
 
-def _reference(weights, gradients, firsts, seconds, averages, rectangles, bounds, steps) -> None:
-    """Every operation is one of torch's that round once, so that an element's bits do not depend on its place."""
+def _reference(weights, gradients, firsts, seconds, averages, rectangles, steps) -> None:
+    """Uses only operations of torch that round once, so that an element's bits do not depend on its place."""
     steps = [AdamWStep(*row) for row in steps.tolist()]
-    for index, program, *rectangle in rectangles.tolist():
-        state = [tensors[index] for tensors in (weights, firsts, seconds, averages) if tensors]
-        gradient = gradients[index] if gradients else None
-        views = [_view(tensor, *rectangle) for tensor in state]
-        begin, end = bounds[program : program + 2]
-        for i in range(begin, end):
-            seen = gradient is not None and i == end - 1
-            values = [view.to(torch.promote_types(view.dtype, torch.float32)) for view in views]
-            _advance(steps[i], _view(gradient, *rectangle).to(values[0].dtype) if seen else 0.0, *values)
-            for view, value in zip(views, values, strict=True):
-                view.copy_(value)
+    for index, step, *rectangle in rectangles.tolist():
+        lists = (gradients, weights, firsts, seconds, averages)
+        views = [_view(tensors[index], *rectangle) for tensors in lists if tensors]
+        gradient, *values = (view.to(torch.promote_types(view.dtype, torch.float32)) for view in views)
+        _advance(steps[step], gradient, *values)
+        for view, value in zip(views[1:], values, strict=True):
+            view.copy_(value)
 
 
 def _view(tensor: Tensor, offset: int, rows: int, row_stride: int, columns: int) -> Tensor:
     return tensor.data.as_strided((rows, columns), (row_stride, 1), tensor.storage_offset() + offset)
 
 
-def _advance(step: AdamWStep, gradient: Tensor | float, weight, first, second, average=None) -> None:
+def _advance(step: AdamWStep, gradient: Tensor, weight, first, second, average=None) -> None:
     weight.mul_(step.decay)
     _interpolate(first, gradient, step.first_weight)
     second.mul_(step.second_decay).add_(gradient * step.second_weight * gradient)
@@ -140,7 +134,7 @@ def _advance(step: AdamWStep, gradient: Tensor | float, weight, first, second, a
         _interpolate(average, weight, step.average_weight)
 
 
-def _interpolate(start: Tensor, end: Tensor | float, weight: float) -> None:
+def _interpolate(start: Tensor, end: Tensor, weight: float) -> None:
     """``start + weight * (end - start)``, from the end that is nearer: with a weight of 1 it is ``end``, exactly."""
     difference = end - start
     if weight < 0.5:

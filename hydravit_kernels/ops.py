@@ -64,10 +64,10 @@ SCHEMAS = {
 }
 
 # AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
-# hold. `gradients` and `averages` may be empty.
+# hold. `averages` may be empty.
 ADAMW = (
     "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] averages, "
-    "Tensor rectangles, int[] bounds, Tensor steps) -> ()"
+    "Tensor rectangles, Tensor steps) -> ()"
 )
 
 # The whole network without gradients, on the CPU; networks/cpu.py says what the arguments hold.

@@ -1,4 +1,4 @@
-"""A small model in training with one optimizer, and dense AdamW by the same kernel to compare it with."""
+"""A small model in training with one optimizer: ``SliceAdamW``, or torch's to compare it with."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ from hydravit.training import SliceAdamW, SliceGradients
 
 BACKENDS = kernels.available_backends()
 
-# Sizes are such that torch's kernels have whole vectors only: what they compute beyond is rounded in another way.
+# Every parameter has whole vectors only, because torch's kernels round the elements beyond these in another way.
 CONFIG = HydraViTConfig(
     image_size=8, patch_size=4, in_channels=2, num_classes=32, depth=2, max_heads=4, head_dim=8, mlp_ratio=2.0
 )
@@ -39,33 +39,6 @@ def batch(step, count=4):
     return images, torch.randint(32, (count,), generator=generator)
 
 
-class Dense:
-    """What ``SliceAdamW`` has to equal: every entry of every parameter takes part in every step, by the same kernel."""
-
-    def __init__(self, groups, model, average=None, **options):
-        groups = [group if isinstance(group, dict) else {"params": [group]} for group in groups]
-        self.param_groups = [{**OPTIONS, **options, **group, "params": list(group["params"])} for group in groups]
-        self.backend, self.count = model.backend, 0
-        averages = {} if average is None else dict(average.named_parameters())
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        self.entries = [
-            (parameter, torch.zeros_like(parameter), torch.zeros_like(parameter), averages.get(names[parameter]), group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        ]
-
-    def step(self):
-        decay = ema_decay(self.count) if self.count else 0.0
-        self.count += 1
-        for weight, first, second, average, group in self.entries:
-            numbers = {name: group[name] for name in OPTIONS}
-            step = kernels.AdamWStep.at(self.count, average_decay=decay, **numbers)
-            whole = torch.tensor([[0, 0, 0, 1, weight.numel(), weight.numel()]])
-            averages = [] if average is None else [average]
-            kernels.adamw([weight], [weight.grad], [first], [second], averages, whole, [[step]], backend=self.backend)
-
-
 def two_groups(model):
     parameters = list(model.parameters())
     return [
@@ -74,10 +47,21 @@ def two_groups(model):
     ]
 
 
+def active(groups, model, average, **options):
+    return SliceAdamW(groups, model, average=average, ema_decay=ema_decay, **options)
+
+
+def dense(groups, model, average, **options):
+    """It leaves the average to the test."""
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
 class Run:
     """A model in training with one optimizer, its gradients in place."""
 
-    def __init__(self, optimizer, backend, averaged=True, groups=two_groups, options=OPTIONS, device="cpu", **changes):
+    def __init__(
+        self, backend, optimizer=active, averaged=True, groups=two_groups, options=OPTIONS, device="cpu", **changes
+    ):
         self.model = make_model(backend, device, **changes)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if averaged else None
         self.gradients = SliceGradients(self.model)
@@ -103,29 +87,9 @@ class Run:
         return torch.stack([logits.detach() for logits in results])
 
 
-def exact(groups, model, average=None, **options):
-    return SliceAdamW(groups, model, average=average, ema_decay=ema_decay, **options)
-
-
-def active(groups, model, average=None, **options):
-    return SliceAdamW(groups, model, mode="active", average=average, ema_decay=ema_decay, **options)
-
-
 def assert_same(model, other):
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-def assert_same_runs(run, dense):
-    """Weights, average and moments, to the bit."""
-    assert_same(run.model, dense.model)
-    if run.average is not None:
-        assert_same(run.average, dense.average)
-    run.optimizer.flush()
-    for weight, first, second, _, _ in dense.optimizer.entries:
-        name = next(name for name, parameter in dense.model.named_parameters() if parameter is weight)
-        state = run.optimizer.state[run.model.get_parameter(name)]
-        assert torch.equal(state["exp_avg"], first) and torch.equal(state["exp_avg_sq"], second), name
 
 
 WIDTHS = [[2], [1], [1], [4], [1], [3], [2], [1], [4], [1], [1]]

@@ -1,24 +1,27 @@
-"""AdamW on the slice, mode "active": what no step trains rests; and the regions that share a history."""
+"""AdamW on the slice: what no step trains rests; and the regions that took part in the same steps."""
 
 import copy
 
 import pytest
 import torch
-from adamw_runs import BACKENDS, CASES, OPTIONS, Run, active, assert_same, ema_decay
+import torch.nn.functional as F
+from adamw_runs import BACKENDS, CASES, OPTIONS, Run, assert_same, batch, dense, ema_decay
 from small import poison
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hydravit.training.regions import intersection, join, subtract
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not there")
 
 
-def elementwise(run, geometries, ages, states):
+def elementwise(run, subnetworks, ages, states):
     """One step of AdamW on whole tensors of counts: entries that no geometry reads keep everything."""
     inside = copy.deepcopy(run.model)
     with torch.no_grad():
         for parameter in inside.parameters():
             parameter.zero_()
-    poison_free = poison(inside, geometries)
+    poison_free = poison(inside, subnetworks)
     for group in run.optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for parameter in group["params"]:
@@ -40,11 +43,11 @@ def elementwise(run, geometries, ages, states):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ["widths", "per image", "separate classifiers", "prefix and suffix", "per layer"])
-def test_active_is_adamw_with_a_count_per_entry(case, backend):
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_adamw_with_a_count_per_entry(case, backend):
     changes, steps = CASES[case]
     # A large epsilon: AdamW divides the rounding of gradients that are zero (those of key biases) by itself otherwise.
-    run = Run(active, backend, options={**OPTIONS, "eps": 1e-4}, **changes)
+    run = Run(backend, options={**OPTIONS, "eps": 1e-4}, **changes)
     ages = {name: torch.zeros(p.shape, dtype=torch.int64) for name, p in run.model.named_parameters()}
     states = {
         name: (p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double(), p.detach().double())
@@ -52,8 +55,8 @@ def test_active_is_adamw_with_a_count_per_entry(case, backend):
     }
     for widths in steps:
         run.step(*widths)
-        geometries = [g for heads in widths for g in run.model.widths(heads, 4).geometries]
-        elementwise(run, geometries, ages, states)
+        subnetworks = [g for heads in widths for g in run.model.widths(heads, 4).subnetworks]
+        elementwise(run, subnetworks, ages, states)
     for name, parameter in run.model.named_parameters():
         state = run.optimizer.state[parameter]
         found = (parameter, state["exp_avg"], state["exp_avg_sq"], run.average.get_parameter(name))
@@ -63,11 +66,11 @@ def test_active_is_adamw_with_a_count_per_entry(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_active_neither_reads_nor_writes_outside(backend):
-    run = Run(active, backend)
+def test_it_neither_reads_nor_writes_outside(backend):
+    run = Run(backend)
     run.step(4)
-    geometries = [run.model.subnetwork(2)]
-    holders = [poison(module, geometries) for module in (run.model, run.average)]
+    subnetworks = [run.model.subnetwork(2)]
+    holders = [poison(module, subnetworks) for module in (run.model, run.average)]
     for key in ("exp_avg", "exp_avg_sq"):
         holders.append(copy.deepcopy(run.model))
         for name, parameter in run.model.named_parameters():
@@ -85,11 +88,84 @@ def test_active_neither_reads_nor_writes_outside(backend):
             assert not torch.equal(a, b) or b.isnan().all() or "reg" in name, f"{name} did not move"
 
 
-def test_active_without_a_forward_moves_nothing():
-    run = Run(active, BACKENDS[0])
+def test_without_a_forward_nothing_moves():
+    run = Run(BACKENDS[0])
     before = copy.deepcopy(run.model)
     run.optimizer.step()
     assert_same(run.model, before)
+
+
+@native
+@pytest.mark.parametrize("averaged", [False, True])
+def test_at_the_full_width_it_is_torchs_to_the_bit(averaged):
+    if (torch.backends.cpu.get_cpu_capability() == "DEFAULT") != (torch.ops.hydravit.cpu_isa() == "portable"):
+        pytest.skip("either torch or the kernels have no fused multiply-add here")
+    run, theirs = Run("native", averaged=averaged), Run("native", dense, averaged=averaged)
+    for count in range(12):
+        assert torch.equal(run.step(4), theirs.step(4))
+        if averaged:
+            update = get_ema_multi_avg_fn(ema_decay(count) if count else 0.0)
+            update(list(theirs.average.parameters()), list(theirs.model.parameters()), count)
+    assert_same(run.model, theirs.model)
+    if averaged:
+        assert_same(run.average, theirs.average)
+
+
+@native
+def test_threads_do_not_show(isa, threads):
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        run = Run("native", max_heads=8, mlp_ratio=4.0)
+        for heads in (8, 1, 5, 1, 8):
+            run.step(heads)
+        found.append(run)
+    assert sum(p.numel() for p in found[0].model.parameters()) > 2**15  # enough for three threads
+    for run in found[1:]:
+        assert_same(run.model, found[0].model)
+
+
+@native
+def test_a_step_makes_packed_weights_stale():
+    run = Run("native")
+    run.model.eval(), run.average.eval()
+    images, _ = batch(98)
+    for heads in (4, 1, 2):
+        run.step(heads)
+        for module in (run.model, run.average):
+            in_place = copy.deepcopy(module)
+            in_place.packed_inference = None
+            with torch.no_grad():
+                for _ in range(3):  # the second call packs
+                    assert torch.equal(module(images), in_place(images))
+            assert module.packed_inference._packed is not None
+
+
+def test_backward_after_a_step_raises():
+    run = Run(BACKENDS[0])
+    images, labels = batch(0)
+    loss = F.cross_entropy(run.model(images, heads=2), labels)
+    loss.backward(retain_graph=True)
+    run.optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_steps_that_a_scaler_skips_are_none():
+    run = Run(BACKENDS[0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step, heads in enumerate((4, 1, 2, 1, 1, 3)):
+        before = copy.deepcopy((run.model, run.average))
+        run.gradients.zero_()
+        images, labels = batch(step)
+        scaler.scale(F.cross_entropy(run.model(images, heads=heads), labels)).backward()
+        if step in (1, 4):
+            run.model.head.bias.grad[0] = float("inf")
+        scaler.step(run.optimizer)
+        scaler.update()
+        if step in (1, 4):
+            assert_same(run.model, before[0]), assert_same(run.average, before[1])
+    assert {region.age for region in run.optimizer._regions.all} == {1, 2, 3, 4}
 
 
 # Regions ------------------------------------------------------------------------------------------------------------
@@ -106,13 +182,23 @@ def test_boxes():
 
 
 def test_rings_have_few_rectangles():
-    """However widths come up, a ring is two boxes of a square weight, and a width whose rings are alike is one."""
-    run = Run(active, "reference", averaged=False)
+    """In whatever order widths appear, a ring is two boxes of a square weight, and rings of one age are joined."""
+    run = Run("reference", averaged=False)
     regions, name = run.optimizer._regions, "blocks.0.attn.proj.weight"
-    for heads in (3, 1, 4, 2):
-        regions.read_by([run.model.subnetwork(heads)])
-    assert sorted(len(region.boxes[name]) for region in regions.all if name in region.boxes) == [1, 2, 2, 2]
-    table = regions.table([regions.read_by([run.model.subnetwork(3)])], 1)
-    assert table is regions.table([regions.read_by([run.model.subnetwork(3)])], 1)  # backends keep what they make of it
     index = list(run.optimizer._parameters).index(name)
-    assert [row[2:] for row in table.tolist() if row[0] == index] == [[0, 24, 32, 24]]
+
+    def table(heads):
+        by_age = regions.read_by(frozenset([run.model.subnetwork(heads)]))
+        return regions.table(by_age.values())
+
+    def rectangles(heads):
+        return [row[1:] for row in table(heads).tolist() if row[0] == index]
+
+    for heads in (3, 1, 4, 2):
+        table(heads)
+    assert sorted(len(region.boxes[name]) for region in regions.all if name in region.boxes) == [1, 2, 2, 2]
+    assert table(3) is table(3)  # backends keep what they derive from it
+    assert rectangles(3) == [[0, 0, 24, 32, 24]]
+    run.step(2)
+    assert rectangles(2) == [[0, 0, 16, 32, 16]]
+    assert sorted(rectangles(3)) == [[0, 0, 16, 32, 16], [1, 16, 16, 32, 8], [1, 512, 8, 32, 24]]

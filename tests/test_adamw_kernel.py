@@ -17,9 +17,9 @@ native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library
 
 
 def work(dtype=torch.float32, average=True, device="cpu"):
-    """Rectangles of four parameters, several programs; ``(tensors, rectangles, programs)``, alike in every call.
+    """Rectangles of four parameters, several steps; ``(tensors, rectangles, steps)``, alike in every call.
 
-    Widths are multiples of a vector and others, of one column and of more than a program takes.
+    Widths are multiples of a vector and others, of one column and of more than a Triton program takes.
     """
     generator = torch.Generator().manual_seed(3)
     shapes = [(37, 50), (1, 5, 130), (77,), (23, 336)]
@@ -37,25 +37,22 @@ def work(dtype=torch.float32, average=True, device="cpu"):
         [(3, 1, (0, 1), (0, 336)), (3, 2, (22, 1), (100, 36))],
     ]
     rectangles = [
-        (tensor, program, *rectangle)
+        (tensor, step, *rectangle)
         for of_tensor in boxes
-        for tensor, program, *box in of_tensor
+        for tensor, step, *box in of_tensor
         for rectangle in kernels.rectangles_of(weights[tensor], box)
     ]
-    programs = [
-        [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-2, 0.1, 0.1 * age) for age in ages]
-        for ages in ([1], [3, 4, 5, 6], [1, 2])
-    ]
+    steps = [kernels.AdamWStep.at(age, 1e-2, (0.9, 0.99), 1e-2, 0.1, 0.1 * age) for age in (1, 6, 2)]
     tensors = [[t.to(device, dtype) for t in group] for group in (weights, gradients, firsts, seconds, averages)]
     if not average:
         tensors[4] = []
-    return tensors, torch.tensor(rectangles), programs
+    return tensors, torch.tensor(rectangles), steps
 
 
 def result(backend, dtype=torch.float32, average=True, device="cpu"):
     """Weights, moments and averages after one call."""
-    tensors, rectangles, programs = work(dtype, average, device)
-    kernels.adamw(*tensors, rectangles, programs, backend=backend)
+    tensors, rectangles, steps = work(dtype, average, device)
+    kernels.adamw(*tensors, rectangles, steps, backend=backend)
     return [t.cpu() for group in (tensors[0], *tensors[2:]) for t in group]
 
 
@@ -95,26 +92,11 @@ def test_instruction_sets_with_fused_multiply_add_agree():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_steps_at_once_are_steps_one_by_one(target, dtype):
-    backend, device = target
-    if (backend == "native" and dtype != torch.float32) or (backend == "triton" and dtype == torch.float64):
-        pytest.skip(f"{backend} does not compute in {dtype}")
-    (tensors, rectangles, programs), (others, _, _) = work(dtype, device=device), work(dtype, device=device)
-    kernels.adamw(tensors[0], [], *tensors[2:], rectangles, programs, backend=backend)
-    for i in range(4):
-        one = [program[i : i + 1] for program in programs]
-        kernels.adamw(others[0], [], *others[2:], rectangles, one, backend=backend)
-    for group, other in zip(tensors, others, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(group, other, strict=True))
-
-
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_rectangle_does_not_show(target, shift):
     """The same bits from one rectangle as from many, whether memory can be read in vectors or not."""
     backend, device = target
-    [groups, _, programs], found = work(device=device), []
+    [groups, _, steps], found = work(device=device), []
     columns = [[(0, 336)], [(0, 1), (1, 3), (4, 64), (68, 268)]]
     for intervals in columns:
         tensors = []
@@ -122,7 +104,7 @@ def test_the_rectangle_does_not_show(target, shift):
             room = torch.full((23 * 336 + shift,), float("nan"), device=device)
             tensors.append([room[shift:].view(23, 336).copy_(group[3])])
         rows = [(0, 1, *r) for one in intervals for r in kernels.rectangles_of(tensors[0][0], ((0, 23), one))]
-        kernels.adamw(*tensors, torch.tensor(rows), programs, backend=backend)
+        kernels.adamw(*tensors, torch.tensor(rows), steps, backend=backend)
         found.append([group[0] for group in tensors])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert not torch.equal(found[0][0], groups[0][3])
@@ -131,7 +113,7 @@ def test_the_rectangle_does_not_show(target, shift):
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_the_rectangles_are_touched(target):
     backend, device = target
-    tensors, rectangles, programs = work(device=device)
+    tensors, rectangles, steps = work(device=device)
     inside = [torch.zeros(t.numel(), dtype=torch.bool) for t in tensors[0]]
     for tensor, _, offset, rows, stride, columns in rectangles.tolist():
         for row in range(rows):
@@ -141,7 +123,7 @@ def test_only_the_rectangles_are_touched(target):
     for group in tensors:
         for tensor, read in zip(group, inside, strict=True):
             tensor.view(-1)[~read.to(device)] = float("nan")
-    kernels.adamw(*tensors, rectangles, programs, backend=backend)
+    kernels.adamw(*tensors, rectangles, steps, backend=backend)
     for group in tensors:
         for tensor, read in zip(group, inside, strict=True):
             assert torch.equal(tensor.isnan().view(-1).cpu(), ~read)
@@ -149,11 +131,11 @@ def test_only_the_rectangles_are_touched(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_without_decay_the_average_is_the_weights(target):
-    """Exactly, as after the first step of an average."""
+    """They are equal to the bit, as the first step of an average needs."""
     backend, device = target
     tensors, rectangles, _ = work(device=device)
-    programs = [[kernels.AdamWStep.at(1, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.0)]] * 3
-    kernels.adamw(*tensors, rectangles, programs, backend=backend)
+    steps = [kernels.AdamWStep.at(1, 1e-2, (0.9, 0.99), 1e-8, 0.1, 0.0)] * 3
+    kernels.adamw(*tensors, rectangles, steps, backend=backend)
     for tensor, _, offset, rows, stride, columns in rectangles.tolist():
         pair = (tensors[group][tensor].as_strided((rows, columns), (stride, 1), offset) for group in (0, 4))
         assert torch.equal(*pair)
@@ -161,16 +143,16 @@ def test_without_decay_the_average_is_the_weights(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_that_lie_apart(target):
-    """As of a parameter that is a part of a larger tensor: nothing between its rows is read or written."""
+    """A parameter may be a part of a larger tensor: nothing between its rows is read or written."""
     backend, device = target
-    groups, _, programs = work(device=device)
+    groups, _, steps = work(device=device)
     whole, apart = [[[group[0]] for group in work(device=device)[0]] for _ in range(2)]
     for group in apart:
         room = torch.full((37, 59), float("nan"), device=device)
         group[0] = room[:, 4:54].copy_(group[0])
     for tensors in (whole, apart):
         rows = [(0, 2, *rectangle) for rectangle in kernels.rectangles_of(tensors[0][0], ((0, 37), (0, 50)))]
-        kernels.adamw(*tensors, torch.tensor(rows), programs, backend=backend)
+        kernels.adamw(*tensors, torch.tensor(rows), steps, backend=backend)
     for (a,), (b,) in zip(whole, apart, strict=True):
         assert torch.equal(a, b) and int(b._base.isnan().sum()) == 37 * 9
     assert not torch.equal(whole[0][0], groups[0][0])
@@ -178,25 +160,25 @@ def test_rows_that_lie_apart(target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_table_serves_other_tensors(target):
-    """And none: what a backend keeps for a table is of the tensors that it came with."""
+    """What a backend keeps for a table belongs to the tensors that came with it. A table may also be empty."""
     backend, device = target
-    [first, rectangles, programs], expected = work(device=device), result(backend, device=device)
-    kernels.adamw(*first, rectangles, programs, backend=backend)
+    [first, rectangles, steps], expected = work(device=device), result(backend, device=device)
+    kernels.adamw(*first, rectangles, steps, backend=backend)
     again = work(device=device)[0]
-    kernels.adamw(*again, rectangles, programs, backend=backend)
+    kernels.adamw(*again, rectangles, steps, backend=backend)
     found = [t.cpu() for group in (again[0], *again[2:]) for t in group]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    kernels.adamw(*again, rectangles[:0].clone(), programs, backend=backend)
+    kernels.adamw(*again, rectangles[:0].clone(), steps, backend=backend)
     assert all(torch.equal(t.cpu(), e) for t, e in zip([*again[0], *again[2]], expected, strict=False))
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.gpu
 def test_a_graph_cannot_hold_the_numbers_of_a_step():
-    tensors, rectangles, programs = work(device="cuda")
-    kernels.adamw(*tensors, rectangles, programs, backend="triton")
+    tensors, rectangles, steps = work(device="cuda")
+    kernels.adamw(*tensors, rectangles, steps, backend="triton")
     with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        kernels.adamw(*tensors, rectangles, programs, backend="triton")
+        kernels.adamw(*tensors, rectangles, steps, backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -226,12 +208,10 @@ def test_rectangles_cover_the_box(shape, order, box, count):
 @pytest.mark.parametrize("target", COMPILED)
 def test_opcheck(target):
     backend, device = target
-    tensors, rectangles, programs = work(device=device)
-    bounds = [0, *torch.tensor([len(program) for program in programs]).cumsum(0).tolist()]
-    steps = torch.tensor([step for program in programs for step in program])
+    tensors, rectangles, steps = work(device=device)
     torch.library.opcheck(
         getattr(torch.ops.hydravit, f"adamw_{backend}").default,
-        (*tensors, rectangles, bounds, steps),
+        (*tensors, rectangles, torch.tensor(steps)),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
@@ -241,11 +221,11 @@ def test_wrong_arguments_of_the_op_raise(target):
     backend, device = target
 
     def refuses(match, change):
-        tensors, rectangles, programs = work(device=device)
-        arguments = {"tensors": tensors, "rectangles": rectangles, "programs": programs}
+        tensors, rectangles, steps = work(device=device)
+        arguments = {"tensors": tensors, "rectangles": rectangles, "steps": steps}
         change(arguments)
         with pytest.raises(RuntimeError, match=match):
-            kernels.adamw(*arguments["tensors"], arguments["rectangles"], arguments["programs"], backend=backend)
+            kernels.adamw(*arguments["tensors"], arguments["rectangles"], arguments["steps"], backend=backend)
 
     def replace(group, value):
         def change(arguments):
@@ -264,8 +244,8 @@ def test_wrong_arguments_of_the_op_raise(target):
     refuses("rectangles: dtype int64", lambda a: a.update(rectangles=a["rectangles"].int()))
     refuses("rectangles: a contiguous", lambda a: a.update(rectangles=a["rectangles"][:, :5].contiguous()))
     refuses("tensor in .0, 4.", rectangle([4, 0, 0, 1, 1, 1]))
-    refuses("program in .0, 3.", rectangle([0, 3, 0, 1, 1, 1]))
-    refuses("and (a )?program", rectangle([0, -1, 0, 1, 1, 1]))
+    refuses("step in .0, 3.", rectangle([0, 3, 0, 1, 1, 1]))
+    refuses("step in .0, 3.", rectangle([0, -1, 0, 1, 1, 1]))
     outside = ([2, 0, 70, 1, 8, 8], [2, 0, -1, 1, 8, 8], [0, 0, 1, 37, 50, 50], [0, 0, 0, 2, 2**62, 5])
     for row in (*outside, [0, 0, 0, 3, 4, 5], [0, 0, 0, 0, 0, 1]):
         refuses("rectangles: rows of columns inside", rectangle(row))

@@ -160,6 +160,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
     (tmp_path / "file").touch()
     good = ("evaluate", "--checkpoint", digits, "--data", "digits", "--accuracy-only", "--out")
     assert str(tmp_path / "file") in fails(capsys, *good, tmp_path / "file")
+    train = ("train", "--recipe", "demo", "--out", tmp_path / "run", "--set", "optimizer=exact")
+    assert "optimizer must be 'dense' or 'active', not 'exact'" in fails(capsys, *train)
     assert "vit.bin" in fails(capsys, "extract", "--checkpoint", digits, "--heads", 1, "--out", tmp_path / "vit.bin")
     assert main(["evaluate", *map(str, model), "--data", "digits", "--backend", "quantum"]) == 2
     assert "unknown backend 'quantum'" in capsys.readouterr().err

@@ -109,14 +109,14 @@ def _training(
     heads: Sequence[int],
     amp,
 ) -> dict[int, Step]:
-    """``optimizer``: ``"dense"``, or the mode of ``SliceAdamW``."""
+    """``optimizer``: ``"dense"`` or ``"active"``, as in a recipe."""
     if amp is not None and backend == "native":
         raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
     own = _on(copy.deepcopy(model).train(), backend)
     if not pooled_only:
         own.blocks[-1].register_forward_hook(lambda *_: None)  # somebody who would see that tokens are missing
     clear = SliceGradients(own).zero_ if in_place else None
-    stepper = None if optimizer == "dense" else SliceAdamW(own.parameters(), own, mode=optimizer, **OPTIONS)
+    stepper = None if optimizer == "dense" else SliceAdamW(own.parameters(), own, **OPTIONS)
     return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear, stepper)
 
 
@@ -153,27 +153,17 @@ def _peers(backend: str) -> list[Peer]:
         training=partial(_training, backend, True, True, "dense"),
         without=f"same as {backend}",
     )
-    return [plain, all_tokens, in_place, *(_slice_optimizer(backend, mode) for mode in _OUTSIDE)]
-
-
-# What becomes of weights outside the slice, by the mode of SliceAdamW.
-_OUTSIDE = {
-    "active": "weights outside rest, unlike all others': only inside the slice, which is compared, is it the same step",
-    "exact": "weights outside get the steps they missed before a wider forward pass, with one width every 256 steps",
-}
-
-
-def _slice_optimizer(backend: str, mode: str) -> Peer:
-    about = f"this repository's {backend} backend, gradients in place, AdamW on the slice only (SliceAdamW)"
-    return Peer(
-        f"{backend}-{mode}",
-        f"{about}: {_OUTSIDE[mode]}",
+    active = Peer(
+        f"{backend}-active",
+        f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside rest, unlike all others': "
+        "only inside the slice, which is compared, is it the same step",
         uncapturable="which gradients a step clears depends on the step before",
         ours=True,
         pooled_only=True,
-        training=partial(_training, backend, True, True, mode),
+        training=partial(_training, backend, True, True, "active"),
         without=f"same as {backend}",
     )
+    return [plain, all_tokens, in_place, active]
 
 
 def _engine_peer(name: str, how: str, strategy: str = "chain", weights: str = "") -> Peer:

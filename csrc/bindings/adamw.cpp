@@ -4,7 +4,7 @@
 namespace hydravit {
 namespace {
 
-constexpr int64_t kRectangleIntegers = 6;  // tensor, program, offset, rows, row stride, columns
+constexpr int64_t kRectangleIntegers = 6;  // tensor, step, offset, rows, row stride, columns
 constexpr int64_t kStepNumbers = sizeof(AdamwStep) / sizeof(float);
 
 using Tensors = std::vector<Tensor>;
@@ -16,8 +16,7 @@ int64_t extent_of(const Tensor& tensor) {
   return tensor.numel() == 0 ? 0 : extent;
 }
 
-void check_like(const Tensors& tensors, const char* name, const Tensors& weights, bool optional) {
-  if (optional && tensors.empty()) return;
+void check_like(const Tensors& tensors, const char* name, const Tensors& weights) {
   HYDRAVIT_CHECK(tensors.size() == weights.size(), name, ": as many tensors as weights expected, ", tensors.size(),
                  " for ", weights.size(), " given");
   for (size_t i = 0; i < tensors.size(); i++) {
@@ -37,44 +36,36 @@ void check_table(const Tensor& table, const char* name, ScalarType type, int64_t
 }
 
 void adamw(const Tensors& weights, const Tensors& gradients, const Tensors& firsts, const Tensors& seconds,
-           const Tensors& averages, const Tensor& rectangles, const Integers& bounds, const Tensor& steps) {
-  check_like(weights, "weights", weights, false);
-  check_like(gradients, "gradients", weights, true);
-  check_like(firsts, "firsts", weights, false);
-  check_like(seconds, "seconds", weights, false);
-  check_like(averages, "averages", weights, true);
+           const Tensors& averages, const Tensor& rectangles, const Tensor& steps) {
+  check_like(weights, "weights", weights);
+  check_like(gradients, "gradients", weights);
+  check_like(firsts, "firsts", weights);
+  check_like(seconds, "seconds", weights);
+  if (!averages.empty()) check_like(averages, "averages", weights);
   check_table(rectangles, "rectangles", ScalarType::Long, kRectangleIntegers);
   check_table(steps, "steps", ScalarType::Float, kStepNumbers);
-  const int64_t programs = static_cast<int64_t>(bounds.size()) - 1;
-  HYDRAVIT_CHECK(programs >= 0 && bounds.front() >= 0 && bounds.back() <= steps.size(0) &&
-                     std::is_sorted(bounds.begin(), bounds.end()),
-                 "bounds: ascending integers in [0, ", steps.size(0), "] expected, ", text(bounds), " given");
 
-  std::vector<AdamwTensor> tensors;
   Integers extents;
-  for (size_t i = 0; i < weights.size(); i++) {
-    tensors.push_back({mutable_floats(weights[i]), gradients.empty() ? nullptr : floats(gradients[i]),
-                       mutable_floats(firsts[i]), mutable_floats(seconds[i]),
-                       averages.empty() ? nullptr : mutable_floats(averages[i])});
-    extents.push_back(extent_of(weights[i]));
-  }
+  for (const Tensor& weight : weights) extents.push_back(extent_of(weight));
   const auto* all_steps = static_cast<const AdamwStep*>(steps.const_data_ptr());
   const auto* row = static_cast<const int64_t*>(rectangles.const_data_ptr());
   std::vector<AdamwRectangle> work;
   work.reserve(static_cast<size_t>(rectangles.size(0)));
   for (int64_t i = 0; i < rectangles.size(0); i++, row += kRectangleIntegers) {
-    const int64_t tensor = row[0], program = row[1], offset = row[2], rows = row[3], stride = row[4], columns = row[5];
-    HYDRAVIT_CHECK(tensor >= 0 && tensor < static_cast<int64_t>(weights.size()) && program >= 0 && program < programs,
-                   "rectangles: tensor in [0, ", weights.size(), ") and program in [0, ", programs, ") expected, ",
-                   tensor, " and ", program, " given");
-    const int64_t extent = extents[static_cast<size_t>(tensor)];
+    const int64_t tensor = row[0], step = row[1], offset = row[2], rows = row[3], stride = row[4], columns = row[5];
+    HYDRAVIT_CHECK(tensor >= 0 && tensor < static_cast<int64_t>(weights.size()) && step >= 0 && step < steps.size(0),
+                   "rectangles: tensor in [0, ", weights.size(), ") and step in [0, ", steps.size(0), ") expected, ",
+                   tensor, " and ", step, " given");
+    const auto t = static_cast<size_t>(tensor);
+    const int64_t extent = extents[t];
     HYDRAVIT_CHECK(offset >= 0 && rows > 0 && columns > 0 && offset <= extent - columns &&
                        (rows == 1 || (stride >= columns && stride <= (extent - columns - offset) / (rows - 1))),
                    "rectangles: rows of columns inside the ", extent, " elements of tensor ", tensor,
                    " expected; offset ", offset, ", ", rows, " rows ", stride, " apart, ", columns, " columns given");
-    const int64_t begin = bounds[static_cast<size_t>(program)], end = bounds[static_cast<size_t>(program + 1)];
-    work.push_back(
-        {tensors[static_cast<size_t>(tensor)], offset, rows, stride, columns, all_steps + begin, end - begin});
+    work.push_back({mutable_floats(weights[t]) + offset, floats(gradients[t]) + offset,
+                    mutable_floats(firsts[t]) + offset, mutable_floats(seconds[t]) + offset,
+                    averages.empty() ? nullptr : mutable_floats(averages[t]) + offset, rows, stride, columns,
+                    all_steps + step});
   }
   check_status(adamw_cpu({work.data(), static_cast<int64_t>(work.size())}, torch_threads()));
 }

@@ -29,8 +29,8 @@ class Recipe:
         weight_decay: of AdamW; none on biases, norms, tokens, position embedding and layer scale.
         betas, eps: of AdamW.
         optimizer: what AdamW does outside the slice that a step trains. "dense": decay and momentum go on there, as in
-            the paper's code, at the cost of the full model; "exact": the same, put off until somebody looks; "active":
-            nothing. See ``hydravit.training.SliceAdamW``. On several ranks the last two need ``rank_shared``.
+            the paper's code, at the cost of the full model. "active": nothing, so that a step costs what its slice
+            costs (``hydravit.training.SliceAdamW``); on several ranks it needs ``rank_shared``.
         smoothing: label smoothing.
         mixup, cutmix: their alphas, 0 for none; done by timm (mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899).
         clip_norm: largest norm of a step's gradient; 0: not clipped.
@@ -91,7 +91,7 @@ class Recipe:
         for name in ("smoothing", "ema", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("cooldown_epochs", 0 <= self.cooldown_epochs < self.epochs, "at least 0 and less than epochs")
-        self._check("optimizer", self.optimizer in ("dense", "exact", "active"), "'dense', 'exact' or 'active'")
+        self._check("optimizer", self.optimizer in ("dense", "active"), "'dense' or 'active'")
         largest = self.config.max_heads
         for heads in self.heads:
             self._check("heads", type(heads) is int and 1 <= heads <= largest, f"different integers in 1..{largest}")

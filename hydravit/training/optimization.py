@@ -22,9 +22,9 @@ def make_optimizer(
     """AdamW, without decay on vectors (biases, norms, layer scale), tokens and the position embedding, as in DeiT.
 
     With ``recipe.optimizer == "dense"`` it is the reference's: a weight outside the trained slice has a gradient of
-    zero, not none, so it is still decayed and moved by its momentum; and whoever steps also updates the average.
-    Otherwise it is ``SliceAdamW`` in that mode, which makes ``average`` the weights' average itself. Frozen parameters
-    are left out. Raises ``ValueError`` if all are frozen.
+    zero, not none, so it is still decayed and moved by its momentum; and the caller updates the average.
+    With ``"active"`` it is ``SliceAdamW``, which updates the average itself. Frozen parameters are left out. Raises
+    ``ValueError`` if all are frozen.
     """
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -44,8 +44,8 @@ def make_optimizer(
     if recipe.optimizer == "dense":
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(decays, **options, fused=fused)
-    options |= {"mode": recipe.optimizer, "ema_decay": average_decay(recipe)}
-    return SliceAdamW(decays, model, average=None if average is None else average.module, **options)
+    weights = None if average is None else average.module
+    return SliceAdamW(decays, model, average=weights, ema_decay=average_decay(recipe), **options)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:

@@ -1,15 +1,15 @@
-"""Which entries of the parameters go through the optimizer together: regions, cut anew where a new width appears.
+"""Which entries of the parameters take part in the same optimizer steps: regions, split where a new subnetwork appears.
 
-Between two neighbouring widths lies a ring of entries that the wider one reads and the narrower does not. In general a
-region is what the same subnetworks read, whatever their offsets and layers, so that each of its entries has gone
-through the same steps. Every entry of every parameter is in exactly one region.
+A region holds the entries that the same subnetworks read, whatever their offsets and layers, so that all its entries
+have taken part in the same steps. Of nested widths, each adds one ring of entries to the narrower ones. Every entry of
+every parameter is in exactly one region.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,26 +19,24 @@ from hydravit.config import HydraViTConfig
 from hydravit.geometry import parameter_slices
 from hydravit_kernels import Subnetwork, rectangles_of
 
-# Per axis the interval ``(start, length)``: a part of a parameter.
+# A part of a parameter: the interval ``(start, length)`` per axis.
 Box = tuple[tuple[int, int], ...]
 
-# Sets of regions whose tables are kept.
+# How many tables are kept.
 _CACHED_TABLES = 256
 
 
 @dataclass(eq=False)
 class Region:
-    """Entries with one history.
+    """Entries that have taken part in the same steps.
 
     Attributes:
-        boxes: per parameter name disjoint boxes.
-        done: how many of the optimizer's steps its entries have seen.
-        age: how many of these moved them since their moments were zero, which is what bias correction counts.
-        readers: the known subnetworks that read it.
+        boxes: disjoint boxes per parameter name.
+        age: how many steps the entries took part in, which is what bias correction counts.
+        readers: the known subnetworks that read the entries.
     """
 
     boxes: dict[str, list[Box]]
-    done: int = 0
     age: int = 0
     readers: set[Subnetwork] = field(default_factory=set)
 
@@ -47,8 +45,8 @@ class Regions:
     """All regions of a model's parameters.
 
     Args:
-        parameters: by name; their shapes and strides count.
-        groups: per name the index of its parameter group.
+        parameters: by name; only their shapes and strides count.
+        groups: the index of the parameter group, by name.
         found: disjoint regions that cover the parameters.
     """
 
@@ -57,62 +55,58 @@ class Regions:
     ):
         self.all = found
         self._config, self._parameters, self._groups = config, parameters, groups
-        self._index = {name: i for i, name in enumerate(parameters)}
         self._known: set[Subnetwork] = set()
-        self._rectangles = functools.lru_cache(_CACHED_TABLES)(self._make_rectangles)
         self._table = functools.lru_cache(_CACHED_TABLES)(self._make_table)
 
-    def read_by(self, subnetworks: Iterable[Subnetwork]) -> list[Region]:
-        """The regions that one of these subnetworks reads."""
-        subnetworks = frozenset(subnetworks)
-        for geometry in subnetworks - self._known:
-            self._cut(geometry)
-        return [region for region in self.all if not region.readers.isdisjoint(subnetworks)]
+    def read_by(self, subnetworks: frozenset[Subnetwork]) -> dict[int, tuple[Region, ...]]:
+        """The regions that at least one of these subnetworks reads, by their age."""
+        for subnetwork in subnetworks - self._known:
+            self._split(subnetwork)
+        by_age: dict[int, tuple[Region, ...]] = {}
+        for region in self.all:
+            if not region.readers.isdisjoint(subnetworks):
+                by_age[region.age] = (*by_age.get(region.age, ()), region)
+        return by_age
 
-    def table(self, sets: Iterable[Sequence[Region]], programs: int) -> Tensor:
-        """``kernels.adamw``'s rectangles of these sets of regions, of which each has so many programs of its own.
+    def table(self, sets: Iterable[tuple[Region, ...]]) -> Tensor:
+        """The rectangles of sets of regions, for ``kernels.adamw``.
 
-        A set's programs are one per parameter group, in the order of the groups. The same sets get the same tensor
-        again, so that a backend can keep what it makes of it.
+        Each set has one step per parameter group: the step of set ``i`` has index ``group * number of sets + i``. Equal
+        sets get the same tensor again, because backends keep what they derive from it.
         """
-        return self._table(tuple(map(tuple, sets)), programs)
+        return self._table(tuple(sets))
 
-    def _make_table(self, sets: tuple[tuple[Region, ...], ...], programs: int) -> Tensor:
-        shifts = torch.tensor([0, programs, 0, 0, 0, 0])
-        table = torch.cat([self._rectangles(regions) + i * shifts for i, regions in enumerate(sets)])
-        return table[table[:, 0].argsort(stable=True)]  # rings of one parameter lie side by side in memory
-
-    def _make_rectangles(self, regions: tuple[Region, ...]) -> Tensor:
-        """Of one set, with the parameter group in place of the program."""
+    def _make_table(self, sets: tuple[tuple[Region, ...], ...]) -> Tensor:
         rows = []
-        for name, parameter in self._parameters.items():
-            for box in join(box for region in regions for box in region.boxes.get(name, ())):
-                prefix = self._index[name], self._groups[name]
-                rows += [(*prefix, *rectangle) for rectangle in rectangles_of(parameter, box)]
+        # Parameters are the outer loop, because the regions of one parameter lie side by side in memory.
+        for index, (name, parameter) in enumerate(self._parameters.items()):
+            for i, regions in enumerate(sets):
+                step = self._groups[name] * len(sets) + i
+                for box in join(box for region in regions for box in region.boxes.get(name, ())):
+                    rows += [(index, step, *rectangle) for rectangle in rectangles_of(parameter, box)]
         return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
 
-    def _cut(self, geometry: Subnetwork) -> None:
-        """Note a new subnetwork: what it reads of a region becomes a region of its own."""
-        slices = parameter_slices(self._config, geometry)
+    def _split(self, subnetwork: Subnetwork) -> None:
+        """Split every region into what a new subnetwork reads of it and the rest."""
+        slices = parameter_slices(self._config, subnetwork)
         read = {}
         for name, parameter in self._parameters.items():
-            axes = slices.get(name, ())  # a parameter that nobody slices is read whole
+            axes = slices.get(name, ())  # a parameter without slices is read whole
             whole = [((0, size),) for size in parameter.shape[len(axes) :]]
             read[name] = list(itertools.product(*axes, *whole))
         regions = []
         for region in self.all:
             inside, outside = {}, {}
             for name, boxes in region.boxes.items():
-                cut = [intersection(box, other) for box in boxes for other in read[name]]
-                inside[name] = join(box for box in cut if box)
+                shared = [intersection(box, other) for box in boxes for other in read[name]]
+                inside[name] = join(box for box in shared if box)
                 outside[name] = join(rest for box in boxes for rest in subtract(box, read[name]))
-            for boxes, readers in ((inside, {*region.readers, geometry}), (outside, region.readers)):
+            for boxes, readers in ((inside, {*region.readers, subnetwork}), (outside, region.readers)):
                 boxes = {name: found for name, found in boxes.items() if found}
                 if boxes:
-                    regions.append(Region(boxes, region.done, region.age, readers))
+                    regions.append(Region(boxes, region.age, readers))
         self.all = regions
-        self._known.add(geometry)
-        self._rectangles.cache_clear()
+        self._known.add(subnetwork)
         self._table.cache_clear()
 
 
@@ -128,7 +122,7 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 
 def subtract(box: Box, others: Iterable[Box]) -> list[Box]:
-    """What of a box lies in none of the others, as disjoint boxes."""
+    """The part of a box that lies in none of the others, as disjoint boxes."""
     left = [box]
     for other in others:
         left = [part for box in left for part in _around(box, intersection(box, other))]
@@ -136,7 +130,7 @@ def subtract(box: Box, others: Iterable[Box]) -> list[Box]:
 
 
 def _around(box: Box, hole: Box | None) -> list[Box]:
-    """A box without a hole inside it: axis by axis, what lies before and behind the hole."""
+    """A box without a hole inside it: per axis, the parts below and above the hole."""
     if hole is None:
         return [box]
     parts = []
@@ -148,7 +142,7 @@ def _around(box: Box, hole: Box | None) -> list[Box]:
 
 
 def join(boxes: Iterable[Box]) -> list[Box]:
-    """The same entries in fewer boxes: those that differ in one axis, and touch there, become one."""
+    """The same entries in fewer boxes: two boxes that touch in one axis and agree in all others become one."""
     boxes, before = list(boxes), None
     while boxes != before:
         before = boxes
@@ -158,13 +152,14 @@ def join(boxes: Iterable[Box]) -> list[Box]:
 
 
 def _join_along(axis: int, boxes: list[Box]) -> list[Box]:
+    def others(box: Box) -> Box:
+        return (*box[:axis], *box[axis + 1 :])
+
     joined: list[Box] = []
-    for box in sorted(boxes, key=lambda box: (*box[:axis], *box[axis + 1 :], box[axis])):
+    for box in sorted(boxes, key=lambda box: (others(box), box[axis])):
         start, length = box[axis]
-        if joined:
-            before, (before_start, before_length), behind = joined[-1][:axis], joined[-1][axis], joined[-1][axis + 1 :]
-            if (before, behind) == (box[:axis], box[axis + 1 :]) and before_start + before_length == start:
-                joined[-1] = (*before, (before_start, before_length + length), *behind)
-                continue
-        joined.append(box)
+        if joined and others(joined[-1]) == others(box) and sum(joined[-1][axis]) == start:
+            start, before = joined.pop()[axis]
+            length += before
+        joined.append((*box[:axis], (start, length), *box[axis + 1 :]))
     return joined

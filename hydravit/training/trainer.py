@@ -19,7 +19,6 @@ import hydravit_kernels as kernels
 from hydravit.evaluation import accuracy
 from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
-from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
 from hydravit.training.gradients import SliceGradients
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
@@ -143,8 +142,6 @@ class Trainer:
                 self.gradients.close()
             self.gradients, self._network = None, self.model  # the process group may be taken down from here on
             self.model.zero_grad(set_to_none=True)
-            if isinstance(self.optimizer, SliceAdamW):
-                self.optimizer.flush()
         return self.trained
 
     def _share_weights(self) -> None:

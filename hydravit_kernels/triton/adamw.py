@@ -1,9 +1,8 @@
 """AdamW and the moving average of the weights in one launch; arguments as in ``hydravit_kernels/adamw.py``.
 
-Every element is read and written once, however many steps it goes through in registers in between. Where rectangles
-lie, and which program takes which part of them, is copied to the device once per table of rectangles. A call copies the
-numbers of its steps, some hundred bytes, and waits for nothing; as they are of that call only, no captured graph can
-hold one.
+The kernel reads and writes every element once. The host copies to the device, once per table of rectangles, where the
+rectangles lie and which program takes which part of them. A call copies the numbers of its steps, some hundred bytes,
+and waits for nothing. No captured graph can hold a call, because these numbers differ from call to call.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from hydravit_kernels.triton.launch import INTERPRETED, launch
 
 _TILE, _WARPS = 1024, 8  # elements of a program, four per thread: a vector of float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KEPT = 4  # plans per table: with and without gradients, and as many again of tensors that were replaced
+_KEPT = 2  # plans per table: one more than needed, for tensors that are replaced now and then
 
 
 class _Rectangle(NamedTuple):
-    """A row on the device. Addresses are of the rectangle's first element; 0: there is no such array."""
+    """A row on the device. Addresses are those of the rectangle's first element; an average of 0 means none."""
 
     weight: int
     gradient: int
     first: int
     second: int
     average: int
-    program: int
+    step: int
     rows: int
     row_stride: int
     columns: int
@@ -52,19 +51,13 @@ def _interpolate(start, end, weight):
 
 
 @triton.jit
-def _rounded(x, like):
-    """To the dtype between steps too, so that it does not show which of them share a call."""
-    return x.to(like.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
 def _array(address, like, ALIGN: tl.constexpr):
     return tl.multiple_of(address.to(like.dtype), ALIGN * (like.dtype.element_ty.primitive_bitwidth // 8))
 
 
 # Grid: (tiles,). `like` is any of the arrays; all addresses, strides and columns are multiples of ALIGN elements.
 @triton.jit(do_not_specialize=["like"])
-def _adamw_kernel(like, tiles, rectangles, bounds, steps, ALIGN: tl.constexpr, TILE: tl.constexpr):
+def _adamw_kernel(like, tiles, rectangles, steps, ALIGN: tl.constexpr, TILE: tl.constexpr):
     row = rectangles + tl.load(tiles + tl.program_id(0)) * _INTS
     rectangle = _Rectangle(
         _array(tl.load(row), like, ALIGN),
@@ -84,32 +77,27 @@ def _adamw_kernel(like, tiles, rectangles, bounds, steps, ALIGN: tl.constexpr, T
     place = i // rectangle.columns * rectangle.row_stride + i % rectangle.columns
 
     weight = tl.load(rectangle.weight + place, mask=here, other=0.0).to(tl.float32)
-    seen = here & (rectangle.gradient.to(tl.int64) != 0)
-    last_gradient = tl.load(rectangle.gradient + place, mask=seen, other=0.0).to(tl.float32)
+    gradient = tl.load(rectangle.gradient + place, mask=here, other=0.0).to(tl.float32)
     first = tl.load(rectangle.first + place, mask=here, other=0.0).to(tl.float32)
     second = tl.load(rectangle.second + place, mask=here, other=0.0).to(tl.float32)
     average = tl.load(rectangle.average + place, mask=averaged, other=0.0).to(tl.float32)
-    begin, end = tl.load(bounds + rectangle.program), tl.load(bounds + rectangle.program + 1)
-    for index in range(begin, end):
-        number = steps + index * _NUMBERS
-        step = AdamWStep(
-            tl.load(number),
-            tl.load(number + 1),
-            tl.load(number + 2),
-            tl.load(number + 3),
-            tl.load(number + 4),
-            tl.load(number + 5),
-            tl.load(number + 6),
-            tl.load(number + 7),
-        )
-        gradient = tl.where(index == end - 1, last_gradient, 0.0)
-        weight *= step.decay
-        first = _interpolate(first, gradient, step.first_weight)
-        second = tl.fma(step.second_weight * gradient, gradient, second * step.second_decay)
-        denominator = tl.div_rn(tl.sqrt_rn(second), step.correction) + step.eps
-        weight += tl.div_rn(first * -step.step_size, denominator)
-        average = _rounded(_interpolate(average, weight, step.average_weight), like)
-        weight, first, second = _rounded(weight, like), _rounded(first, like), _rounded(second, like)
+    number = steps + rectangle.step * _NUMBERS
+    step = AdamWStep(
+        tl.load(number),
+        tl.load(number + 1),
+        tl.load(number + 2),
+        tl.load(number + 3),
+        tl.load(number + 4),
+        tl.load(number + 5),
+        tl.load(number + 6),
+        tl.load(number + 7),
+    )
+    weight *= step.decay
+    first = _interpolate(first, gradient, step.first_weight)
+    second = tl.fma(step.second_weight * gradient, gradient, second * step.second_decay)
+    denominator = tl.div_rn(tl.sqrt_rn(second), step.correction) + step.eps
+    weight += tl.div_rn(first * -step.step_size, denominator)
+    average = _interpolate(average, weight, step.average_weight)
     dtype = like.dtype.element_ty
     tl.store(rectangle.weight + place, weight.to(dtype), mask=here)
     tl.store(rectangle.first + place, first.to(dtype), mask=here)
@@ -125,14 +113,7 @@ class _Part(NamedTuple):
     rectangles: Tensor  # int64, rows as ``_Rectangle``
 
 
-class _Plan(NamedTuple):
-    """A table of rectangles on the device, and how many programs of steps it takes."""
-
-    parts: list[_Part]
-    programs: int
-
-
-_plans = WeakTensorKeyDictionary()  # per table, per addresses
+_plans = WeakTensorKeyDictionary()  # per table, a list of parts per number of steps and addresses
 
 
 def adamw(
@@ -142,7 +123,6 @@ def adamw(
     seconds: Sequence[Tensor],
     averages: Sequence[Tensor],
     rectangles: Tensor,
-    bounds: Sequence[int],
     steps: Tensor,
 ) -> None:
     like = weights[0]
@@ -150,31 +130,30 @@ def adamw(
         raise RuntimeError("adamw cannot be captured in a graph, which would repeat this step's numbers for ever")
     arrays = (weights, gradients, firsts, seconds, averages)
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in arrays)
-    plans = _plans.setdefault(rectangles, {})
-    if addresses not in plans:
+    plans, key = _plans.setdefault(rectangles, {}), (len(steps), addresses)
+    if key not in plans:
         if len(plans) >= _KEPT:
             plans.clear()
-        plans[addresses] = _make_plan(arrays, addresses, rectangles)
-    plan = plans[addresses]
-    _check_steps(plan.programs, bounds, steps)
-    numbers = _on_device(torch.tensor(bounds, dtype=torch.int32), like), _on_device(steps, like)
-    for part in plan.parts:  # nearly always one
+        _check_arrays(*arrays)
+        _check_rectangles(weights, rectangles, len(steps))
+        plans[key] = _make_plan(like, addresses, rectangles)
+    _check_steps(steps)
+    numbers = _on_device(steps, like)
+    for part in plans[key]:  # nearly always only one has tiles
         launch(
-            _adamw_kernel, (len(part.tiles),), like, like, part.tiles, part.rectangles, *numbers,
+            _adamw_kernel, (len(part.tiles),), like, like, part.tiles, part.rectangles, numbers,
             ALIGN=part.align, TILE=_TILE,
-            # What is fused is said in the kernel, so that an element's bits are the same in both of its variants.
+            # The kernel itself says what is fused, so that both of its variants compute the same bits.
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def _make_plan(arrays: Sequence[Sequence[Tensor]], addresses: Sequence[Sequence[int]], rectangles: Tensor) -> _Plan:
-    like, size = arrays[0][0], arrays[0][0].element_size()
-    _check_arrays(*arrays)
-    _check_rectangles(arrays[0], rectangles)
-    tensor, program, offset, rows, row_stride, columns = rectangles.unbind(1)
+def _make_plan(like: Tensor, addresses: Sequence[Sequence[int]], rectangles: Tensor) -> list[_Part]:
+    size = like.element_size()
+    tensor, step, offset, rows, row_stride, columns = rectangles.unbind(1)
     starts = [torch.tensor(a)[tensor] + offset * size if a else torch.zeros_like(offset) for a in addresses]
     counts = (rows * columns + _TILE - 1) // _TILE
-    table = torch.stack([*starts, program, rows, row_stride, columns, counts], 1)
+    table = torch.stack([*starts, step, rows, row_stride, columns, counts], 1)
     vectors = ((torch.stack([*starts, row_stride * size, columns * size]) % 16) == 0).all(0)
     parts = []
     for align, chosen in ((16 // size, vectors), (1, ~vectors)):
@@ -182,11 +161,11 @@ def _make_plan(arrays: Sequence[Sequence[Tensor]], addresses: Sequence[Sequence[
         part[:, -1] = counts.cumsum(0) - counts
         tiles = torch.repeat_interleave(counts).to(torch.int32)
         parts.append(_Part(align, _on_device(tiles, like), _on_device(part, like)))
-    return _Plan(parts, 1 + max(program.tolist(), default=-1))
+    return parts
 
 
 def _on_device(tensor: Tensor, like: Tensor) -> Tensor:
-    """Copied from pinned memory, which nobody waits for."""
+    """A copy from pinned memory, for which the host need not wait."""
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
@@ -200,16 +179,15 @@ def _check_arrays(weights, gradients, firsts, seconds, averages) -> None:
         if _reach(weight) >= 2**30:  # kernels count in 32 bits, beyond the last element too
             raise RuntimeError(f"weights[{i}]: less than 2**30 elements from the first to the last expected")
     _check_like("weights", weights, weights)
+    _check_like("gradients", gradients, weights)
     _check_like("firsts", firsts, weights)
     _check_like("seconds", seconds, weights)
-    if gradients:
-        _check_like("gradients", gradients, weights)
     if averages:
         _check_like("averages", averages, weights)
 
 
 def _check_like(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """All in the dtype and on the device of the first weight, each in the shape and strides of its own."""
+    """Check that tensors have the dtype and device of the first weight, and each the shape and strides of its own."""
     if len(tensors) != len(weights):
         raise RuntimeError(f"{name}: as many tensors as weights expected, {len(tensors)} for {len(weights)} given")
     dtype, device = weights[0].dtype, weights[0].device
@@ -224,22 +202,22 @@ def _check_like(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor])
 
 
 def _reach(tensor: Tensor) -> int:
-    """How far its last element lies behind the first, and one more."""
+    """The number of elements from the first in memory to the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return last + 1 if tensor.numel() else 0
 
 
-def _check_rectangles(weights: Sequence[Tensor], rectangles: Tensor) -> None:
+def _check_rectangles(weights: Sequence[Tensor], rectangles: Tensor, steps: int) -> None:
     if rectangles.dtype != torch.int64 or rectangles.device.type != "cpu":
         raise RuntimeError(f"rectangles: dtype int64 on the CPU expected, {rectangles.dtype} given")
     if rectangles.dim() != 2 or rectangles.shape[1] != 6 or not rectangles.is_contiguous():
         given = tuple(rectangles.shape)
         raise RuntimeError(f"rectangles: a contiguous tensor of shape (any, 6) expected, {given} given")
     reaches = [_reach(weight) for weight in weights]
-    for tensor, program, offset, rows, stride, columns in rectangles.tolist():
-        if program < 0 or not 0 <= tensor < len(weights):
-            given = f"{tensor} and {program}"
-            raise RuntimeError(f"rectangles: tensor in [0, {len(weights)}) and a program expected, {given} given")
+    for tensor, step, offset, rows, stride, columns in rectangles.tolist():
+        if not 0 <= tensor < len(weights) or not 0 <= step < steps:
+            expected = f"tensor in [0, {len(weights)}) and step in [0, {steps})"
+            raise RuntimeError(f"rectangles: {expected} expected, {tensor} and {step} given")
         possible = offset >= 0 and rows > 0 and columns > 0 and (rows == 1 or stride >= columns)
         if not possible or offset + (rows - 1) * stride + columns > reaches[tensor]:
             raise RuntimeError(
@@ -248,12 +226,8 @@ def _check_rectangles(weights: Sequence[Tensor], rectangles: Tensor) -> None:
             )
 
 
-def _check_steps(programs: int, bounds: Sequence[int], steps: Tensor) -> None:
+def _check_steps(steps: Tensor) -> None:
     numbers = len(AdamWStep._fields)
     if steps.dtype != torch.float32 or steps.dim() != 2 or steps.shape[1] != numbers or not steps.is_contiguous():
         given = f"{steps.dtype} {tuple(steps.shape)}"
         raise RuntimeError(f"steps: a contiguous float32 tensor of shape (any, {numbers}) expected, {given} given")
-    if list(bounds) != sorted(bounds) or bounds[0] < 0 or bounds[-1] > len(steps):
-        raise RuntimeError(f"bounds: ascending integers in [0, {len(steps)}] expected, {list(bounds)} given")
-    if programs >= len(bounds):
-        raise RuntimeError(f"rectangles: program in [0, {len(bounds) - 1}) expected, {programs - 1} given")
