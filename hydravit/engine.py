@@ -114,8 +114,8 @@ class _CpuNetwork:
     def __init__(self, engine: Engine):
         model = engine.model
         kernels.select("native", engine.device, model.pos_embed.dtype)  # raises where it cannot run
-        self._pool = model.pool_range
-        self.widths: dict[int, tuple[kernels.NetworkSlices, float]] = {}
+        self._sizes = model.config.image_size, model.pool_range
+        self.widths: dict[int, tuple[list[kernels.SubnetworkIntegers], float]] = {}
         for heads in model.allowed_heads:
             geometry = model.geometry(heads)
             of_width = (geometry.embed, geometry.attention, geometry.mlp, geometry.head)
@@ -126,12 +126,12 @@ class _CpuNetwork:
         self.pack(in_order(model))
 
     def pack(self, parameters: list[Tensor | None]) -> None:
-        self._packed = kernels.pack(parameters)
+        self._packed = kernels.pack(parameters, *self._sizes)
 
     def run(self, images: Tensor, heads: int) -> Tensor:
         slices, eps = self.widths[heads]
         with torch.no_grad():
-            return kernels.network(images, self._packed, slices, self._pool, eps)
+            return kernels.network(images, self._packed, slices, eps)
 
 
 class _CudaNetwork:

@@ -33,7 +33,7 @@ class PackedInference:
         self._structure: Structure | None = None
         self._seen: kernels.Fingerprint | None = None
         self._packed: tuple[kernels.Fingerprint, kernels.Packed] | None = None
-        self._slices: dict[tuple[Geometry, ...], kernels.NetworkSlices | None] = {}
+        self._slices: dict[tuple[Geometry, ...], list[kernels.SubnetworkIntegers] | None] = {}
 
     def __reduce__(self):  # copies and pickles start without a packed copy
         return PackedInference, (self.pooled_only,)
@@ -58,8 +58,7 @@ class PackedInference:
         packed = None if slices is None else self._fresh(model, parameters)
         if packed is None:
             return None
-        how = (model.pool_range, widths.eps, widths.subnet)
-        return kernels.network(images, packed, slices, *how, pooled_only=self.pooled_only)
+        return kernels.network(images, packed, slices, widths.eps, widths.subnet, pooled_only=self.pooled_only)
 
     def _fresh(self, model: HydraViT, parameters: list[Tensor | None]) -> kernels.Packed | None:
         kept = self._packed
@@ -72,10 +71,10 @@ class PackedInference:
             if self._seen is None or not self._seen.holds(parameters):
                 self._seen = kernels.fingerprint(parameters)
                 return None
-            self._packed = self._seen, kernels.pack(in_order(model))
+            self._packed = self._seen, kernels.pack(in_order(model), model.config.image_size, model.pool_range)
             return self._packed[1]
 
-    def _slices_of(self, geometries: tuple[Geometry, ...]) -> kernels.NetworkSlices | None:
+    def _slices_of(self, geometries: tuple[Geometry, ...]) -> list[kernels.SubnetworkIntegers] | None:
         try:
             return self._slices[geometries]
         except KeyError:

@@ -4,7 +4,15 @@ from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.engine import CudaNetwork, PhaseTime, SubnetSlices, cuda_network_why_not, to_e4m3
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
-from hydravit_kernels.packed import Fingerprint, NetworkSlices, Packed, fingerprint, network, pack, slices_of_network
+from hydravit_kernels.packed import (
+    Fingerprint,
+    Packed,
+    SubnetworkIntegers,
+    fingerprint,
+    network,
+    pack,
+    slices_of_network,
+)
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.reference import attention_map, layer_norm
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
@@ -17,10 +25,10 @@ __all__ = [
     "Fingerprint",
     "HeadSlice",
     "MlpSlice",
-    "NetworkSlices",
     "Packed",
     "PhaseTime",
     "SubnetSlices",
+    "SubnetworkIntegers",
     "adamw",
     "annotate",
     "attention_block",

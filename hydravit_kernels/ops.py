@@ -31,8 +31,6 @@ from __future__ import annotations
 
 import torch
 
-from hydravit_kernels.parameters import NetworkSizes
-
 LIBRARY = torch.library.Library("hydravit", "DEF")
 
 _STEM = "Tensor images, Tensor weight, Tensor? bias, Tensor? cls_token, Tensor? reg_token, Tensor? pos_embed"
@@ -76,14 +74,13 @@ SCHEMAS = {
     + ") -> Tensor",
 }
 
-# The whole network without gradients, from `packed`, which holds the parameters at `offsets`; both as packed.py makes
-# them, `sizes` as in parameters.py. Slices and scales: block after block, and within a block width after width.
-# `pooled_only`: the last block computes only what the head pools.
-NETWORK = (
-    "(Tensor images, Tensor packed, int[] offsets, int[] sizes, int pool_start, int pool_stop, "
-    "SymInt[] stem_slices, SymInt[] attention_slices, SymInt[] mlp_slices, SymInt[] head_slices, float[] scales, "
-    "float eps, Tensor? subnet, bool pooled_only) -> Tensor"
-)
+# The whole network without gradients. `pack_network_native` copies all parameters into one tensor, `packed`, and tells
+# where each of them begins there. `plan_network_native` resolves one subnetwork's slices to addresses in `packed`, once
+# per width. `network_native` runs images through one plan, or every image through the plan that `subnet` names;
+# `columns` are those of the widest result. `pooled_only`: the last layer computes only the tokens that the head pools.
+PACK_NETWORK = "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[])"
+PLAN_NETWORK = "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) -> Tensor"
+NETWORK = "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? subnet, bool pooled_only) -> Tensor"
 
 # AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
 # hold. `gradients` and `averages` may be empty.
@@ -170,16 +167,16 @@ def define(backend: str) -> None:
     torch.library.register_fake(f"hydravit::adamw_{backend}", lambda *arguments: None, lib=LIBRARY)
 
 
-def _network(images, *arguments):
-    sizes, slices = NetworkSizes(*arguments[2]), arguments[8]
-    return images.new_empty((images.shape[0], _largest(_column(slices, HEAD_INTS, 3 if sizes.classes else 1))))
-
-
 define("native")
+# Packing and planning look at memory: only the forward has a fake kernel.
+LIBRARY.define(f"pack_network_native{PACK_NETWORK}")
+LIBRARY.define(f"plan_network_native{PLAN_NETWORK}")
 LIBRARY.define(f"network_native{NETWORK}")
-torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
-LIBRARY.define("pack_weight_native(Tensor weight, Tensor(a!) panels) -> ()")
-torch.library.register_fake("hydravit::pack_weight_native", lambda weight, panels: None, lib=LIBRARY)
+torch.library.register_fake(
+    "hydravit::network_native",
+    lambda images, packed, plans, columns, *_: images.new_empty((images.shape[0], columns)),
+    lib=LIBRARY,
+)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Setting another than the best one is for tests.
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("set_cpu_isa(str isa) -> ()")

@@ -6,7 +6,6 @@ width is the beginning of some panels, so this one copy serves every width that 
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,50 +23,28 @@ PANEL = 32  # kPanel of csrc/hydravit.h
 
 
 class Packed(NamedTuple):
-    """``offsets``: where every parameter begins, -1 where it is absent."""
+    """``offsets``: where every parameter begins, -1 where it is absent. ``plans``: those made so far."""
 
     tensor: Tensor
     offsets: list[int]
-    sizes: NetworkSizes
+    sizes: list[int]
+    plans: dict[tuple, Tensor]
 
 
-class NetworkSlices(NamedTuple):
-    """The slices of one call, block after block and within a block width after width, flat as the op takes them."""
+class SubnetworkIntegers(NamedTuple):
+    """One subnetwork as ``plan_network_native`` takes it, and the columns of its result with and without classifier."""
 
-    stem: list[int]
-    attention: list[int]
-    mlp: list[int]
-    head: list[int]
-    scales: list[float]
+    integers: tuple[int, ...]
+    scales: tuple[float, ...]
+    classes: int
+    embed: int
 
 
-def pack(parameters: Sequence[Tensor | None]) -> Packed:
+def pack(parameters: Sequence[Tensor | None], image_size: tuple[int, int], pool: tuple[int, int]) -> Packed:
     """Copy a network's float32 parameters, in the order of ``NetworkSizes.parameters``; raises what that does."""
-    network = NetworkSizes.of(parameters)
-    weights = [expected.weight for expected in network.parameters()]
-    sizes = [_size(p, w) for p, w in zip(parameters, weights, strict=True)]
-    starts = itertools.accumulate(sizes, initial=0)
-    offsets = [-1 if p is None else start for p, start in zip(parameters, starts, strict=False)]
-    packed = torch.empty(sum(sizes))
-    for parameter, weight, offset, size in zip(parameters, weights, offsets, sizes, strict=True):
-        if parameter is None:
-            continue
-        place = packed[offset : offset + size]
-        if weight:
-            torch.ops.hydravit.pack_weight_native(parameter.detach(), place)
-        else:
-            place[: parameter.numel()].view(parameter.shape).copy_(parameter.detach())
-    return Packed(packed, offsets, network)
-
-
-def _size(parameter: Tensor | None, weight: bool) -> int:
-    """Floats; every parameter begins on a cache line."""
-    if parameter is None:
-        return 0
-    if not weight:
-        return -(-parameter.numel() // 16) * 16
-    rows = -(-parameter.shape[0] // PANEL) * PANEL
-    return rows * (parameter.numel() // parameter.shape[0])
+    sizes = [*NetworkSizes.of(parameters), *image_size, *pool]
+    detached = [None if p is None else p.detach() for p in parameters]
+    return Packed(*torch.ops.hydravit.pack_network_native(detached, sizes), sizes, {})
 
 
 class Fingerprint:
@@ -124,12 +101,12 @@ def slices_of_network(
     attention: Sequence[Sequence[AttentionSlice]],
     mlp: Sequence[Sequence[MlpSlice]],
     head: Sequence[HeadSlice],
-) -> NetworkSlices | None:
+) -> list[SubnetworkIntegers] | None:
     """The slices of every width; of attention and MLP per width one for each block.
 
     None if packed weights cannot serve: they do for rows that begin on a panel and lie side by side.
     """
-    in_attention, in_mlp = ([s for block in zip(*widths, strict=True) for s in block] for widths in (attention, mlp))
+    in_attention, in_mlp = ([s for width in widths for s in width] for widths in (attention, mlp))
     for s in in_attention:
         starts = (s.embed_offset, s.query_row, s.key_row, s.value_row)
         apart = s.heads > 1 and not s.pitch == s.head_dim == s.value_dim
@@ -139,16 +116,29 @@ def slices_of_network(
     starts += [s.class_offset for s in head]
     if any(start % PANEL for start in starts):
         return None
-    scales = [s.scale for s in in_attention]
-    return NetworkSlices(flatten(stem), flatten(in_attention), flatten(in_mlp), flatten(head), scales)
+    return [_integers(*width) for width in zip(stem, attention, mlp, head, strict=True)]
+
+
+def _integers(stem, attention, mlp, head) -> SubnetworkIntegers:
+    layers = [part for layer in zip(attention, mlp, strict=True) for part in layer]
+    integers = tuple(flatten([stem, *layers, head]))
+    return SubnetworkIntegers(integers, tuple(s.scale for s in attention), head.classes, head.embed)
+
+
+def plan(packed: Packed, subnetwork: SubnetworkIntegers, eps: float) -> Tensor:
+    key = (subnetwork, eps)
+    found = packed.plans.get(key)
+    if found is None:
+        rest = (packed.sizes, subnetwork.integers, subnetwork.scales, eps)
+        found = packed.plans[key] = torch.ops.hydravit.plan_network_native(packed.tensor, packed.offsets, *rest)
+    return found
 
 
 @annotate("network")
 def network(
     images: Tensor,
     packed: Packed,
-    slices: NetworkSlices,
-    pool: tuple[int, int],
+    subnetworks: Sequence[SubnetworkIntegers],
     eps: float,
     subnet: Tensor | None = None,
     *,
@@ -156,8 +146,9 @@ def network(
 ) -> Tensor:
     """All blocks in one call, without gradients: images ``(B, C, height, width)`` to logits ``(B, classes)``.
 
-    ``pool``, ``subnet`` and the result as in ``head``. ``pooled_only``: the last block computes only the tokens that
-    the head pools, which gives the same bits with less work; False computes all, for comparisons.
+    ``subnet`` and the result as in ``head``. ``pooled_only``: the last block computes only the tokens that the head
+    pools, which gives the same bits with less work; False computes all, for comparisons.
     """
-    rest = (*pool, *slices, eps, subnet, pooled_only)
-    return torch.ops.hydravit.network_native.default(images, *packed, *rest)
+    plans = [plan(packed, subnetwork, eps) for subnetwork in subnetworks]
+    columns = max(s.classes if packed.sizes[9] else s.embed for s in subnetworks)
+    return torch.ops.hydravit.network_native.default(images, packed.tensor, plans, columns, subnet, pooled_only)

@@ -140,9 +140,9 @@ def check_network(case):
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 
     slices = slices_of_network(*zip(*((g.embed, g.attention, g.mlp, g.head) for g in geometries), strict=True))
-    packed = pack(inference.in_order(model))
+    packed = pack(inference.in_order(model), config.image_size, model.pool_range)
     for pooled_only in (True, False):
-        arguments = (images, packed, slices, model.pool_range, widths.eps, widths.subnet)
+        arguments = (images, packed, slices, widths.eps, widths.subnet)
         logits = network(*arguments, pooled_only=pooled_only)
         assert torch.equal(logits, expected), f"other bits, pooled_only={pooled_only}"
 

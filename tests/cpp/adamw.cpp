@@ -10,7 +10,7 @@ constexpr AdamwStep kSteps[] = {
     {0.99f, 0.2f, 0.999f, 0.001f, 0.9f, 1e-8f, 0.01f, 0.01f},
 };
 
-// All elements of all arrays, one after the other; the gradient is seen by the last step.
+// Every element takes all steps; only the last step sees the gradient.
 template <class T>
 void adamw(const std::vector<AdamwStep>& steps, Values<T>& v) {
   for (size_t s = 0; s < steps.size(); s++)
@@ -28,7 +28,7 @@ void adamw(const std::vector<AdamwStep>& steps, Values<T>& v) {
     }
 }
 
-// The first row apart from the others: two rectangles.
+// Two rectangles: the first row, and the other rows.
 void run(const std::vector<AdamwStep>& steps, Arrays& arrays, const Threads& threads) {
   const AdamwTensor tensor{data(arrays, "weight"), data(arrays, "d_weight"), data(arrays, "first"),
                            data(arrays, "second"), data(arrays, "average")};
