@@ -1,24 +1,24 @@
 // The contract between the bindings (the only files that see torch) and the kernels of every device.
 //
-// A kernel sees one slice of the weights: base pointers with the slice's offsets already folded in, lengths and element
-// strides. It never sees the full tensors' sizes, so nothing outside the slice can be read or written. One call serves
+// A kernel sees one slice of the weights: base pointers that include the slice's offsets, lengths and element strides.
+// It never sees the sizes of the full tensors, so it cannot read or write anything outside the slice. One call serves
 // consecutive images of one subnetwork. Innermost strides are 1 unless a stride is named. Everything is float32.
 //
-// Names: B images, N tokens, k active heads, Dk active channels of the residual stream, d = head_dim, dv = value_dim.
-// "nullable" pointers may be null: an input is then absent, an output is then not wanted and not computed.
-// Gradients of parameters are added to what the buffers hold; gradients of activations are written.
+// Names: B images, N tokens, k active heads, Dk active channels of the residual, d = head_dim, dv = value_dim.
+// A "nullable" pointer may be null: an input is then absent, and the kernel does not compute an output.
+// A kernel adds the gradients of parameters to what the buffers hold; it overwrites the gradients of activations.
 #pragma once
 
 #include <cstdint>
 
 namespace hydravit {
 
-// Every launcher returns one of these; `status_text` puts it in words.
+// Every launcher returns one of these; `status_text` describes it.
 enum Status : int { kOk = 0, kOutOfMemory = 1, kUnknownIsa = 2, kUnsupportedIsa = 3 };
 const char* status_text(int status);
 
-// The caller's thread pool. `parallel_for` calls `body` on disjoint ranges that cover [begin, end), on up to `count`
-// threads, and returns when all are done. A body never throws.
+// The caller's thread pool. `parallel_for` splits [begin, end) into disjoint ranges, calls `body` on each of them, on
+// up to `count` threads, and returns when all calls have returned. A body never throws.
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 struct Threads {
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
@@ -37,12 +37,13 @@ struct MutableTokens {
   int64_t token_stride;
 };
 
-// Channels of one panel of a packed weight: element (row, column) lies at panels[row / kPanel * panel_stride +
-// column * kPanel + row % kPanel]. So the first columns of the first rows, at any width, are read without a gap, and
-// one packed copy serves all widths.
+// A packed weight lies in panels of kPanel output channels (rows): element (row, column) lies at
+// panels[row / kPanel * panel_stride + column * kPanel + row % kPanel]. A kernel reads the first columns of a panel
+// without a gap, whatever the width, so one packed copy serves all widths.
 constexpr int64_t kPanel = 32;
 
-// A weight matrix (or its gradient) whose rows lie `row_stride` apart; the same rows as panels where they were packed.
+// A weight matrix (or its gradient) whose rows lie `row_stride` apart. Where `panels` is not null, the kernel reads the
+// same rows there and ignores `data`.
 struct Weight {
   const float* data;
   int64_t row_stride;
@@ -78,9 +79,10 @@ struct StemGradients {
 };
 
 // ---- Attention block: y = x + branch_scale * layer_scale * (proj(attention(qkv(norm(x))))) ----
-// Head h uses rows [h * pitch, h * pitch + d) of the query and key weights and biases, dv rows of the value's, and
-// columns [h * pitch, h * pitch + dv) of the projection. `heads == 0`: y = x. Only the first `queries` tokens' results
-// are wanted, Nq of them: every token is a key and a value, but no others a query.
+// Head h uses rows [h * pitch, h * pitch + d) of the query and key weights and biases, rows [h * pitch, h * pitch + dv)
+// of the value weight and bias, and columns [h * pitch, h * pitch + dv) of the proj weight. `heads == 0`: y = x.
+// The kernel computes y of the first `queries` tokens only, Nq of them: every token is a key and a value, but only
+// these are queries.
 struct AttentionBlock {
   int64_t batch, tokens, queries, embed, heads, head_dim, value_dim, pitch;
   float scale, eps;
@@ -93,8 +95,8 @@ struct AttentionBlock {
   const float* layer_scale;                         // (Dk), nullable
   const float* branch_scale;                        // (B), nullable
   MutableTokens y;                                  // (B, Nq, Dk); unused by backward
-  // What backward needs; forward writes it where not null, backward reads it.
-  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head; Q of the queries only
+  // Forward writes these for backward where they are not null; backward reads them.
+  MutableTokens qkv;       // (B, N, k * (2 d + dv)): Q | K | V, each head by head; only queries have a Q
   MutableTokens attended;  // (B, Nq, k * dv)
   float* logsumexp;        // (B, k, Nq), images `logsumexp_image_stride` apart
   int64_t logsumexp_image_stride;
@@ -151,19 +153,22 @@ struct HeadGradients {
 };
 
 // ---- The whole network, for inference ----
-// The blocks' x, y and saved activations are unused: the stream stays in the workspace.
-struct Network {
+// One subnetwork's blocks, made once per width. A call fills in the images, y and every activation: the residual stays
+// in the workspace.
+struct NetworkPlan {
   const Stem* stem;
-  const AttentionBlock* attention;  // `depth` of them
-  const MlpBlock* mlp;              // `depth` of them
+  const AttentionBlock* attention;  // one for each layer
+  const MlpBlock* mlp;              // one for each layer
   const Head* head;
 };
 struct NetworkCall {
-  int64_t batch, tokens, depth;
-  const Network* networks;  // one for each width
-  const int64_t* width_of;  // (B), an index into `networks`; nullable: all images use the first
-  bool pooled_only;         // the last block computes only what the head pools; the same bits, less work
-  float* y;                 // (B, classes) or (B, Dk), rows `y_row_stride` apart
+  int64_t batch, tokens, layers;
+  const float* images;  // (B, channels, grid_height * patch_height, grid_width * patch_width), any strides
+  int64_t image_strides[4];
+  const NetworkPlan* plans;
+  const int64_t* plan_of;  // (B), an index into `plans`; nullable: all images use the only plan
+  bool pooled_only;        // the last block computes only the tokens that the head pools: the same bits, less work
+  float* y;                // (B, classes) or (B, Dk), rows `y_row_stride` apart
   int64_t y_row_stride;
 };
 

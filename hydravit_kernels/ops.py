@@ -70,9 +70,10 @@ ADAMW = (
     "Tensor rectangles, Tensor steps) -> ()"
 )
 
-# The whole network without gradients, on the CPU; networks/cpu.py says what the arguments hold.
+# The whole network without gradients, on the CPU, from `packed`, which holds all parameters. A plan is one subnetwork's
+# slices, resolved to addresses in `packed` once per width; `columns` are those of the widest result.
 NETWORK = {
-    "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor packed, int[] offsets)",
+    "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[])",
     "plan_network_native": "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) "
     "-> Tensor",
     "network_native": "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? subnet, bool pooled_only)"
@@ -162,7 +163,7 @@ def _network(images, packed, plans, columns, subnet, pooled_only):
 
 
 define("native")
-for _name, _schema in NETWORK.items():
+for _name, _schema in NETWORK.items():  # packing and planning look at memory, so they have no fake kernels
     LIBRARY.define(_name + _schema)
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
 # What the native CPU kernels run on: "avx512", "avx2" or "portable". Tests set others than the best one.

@@ -79,6 +79,10 @@ def check(model, x, heads, served=True):
     assert is_packed(model) == served
 
 
+def pack(model):
+    return kernels.pack(inference.in_order(model), model.config.image_size, model.pool_range)
+
+
 def of_network(geometries):
     return kernels.slices_of_network(*zip(*((g.embed, g.attention, g.mlp, g.head) for g in geometries), strict=True))
 
@@ -126,10 +130,10 @@ def test_the_last_block_may_compute_pooled_tokens_only(isa, threads, variant, co
     threads(count)
     config = resolve_config(WIDE, **VARIANTS[variant])
     model, x = make(config), images(config, 5)
-    packed = kernels.pack(inference.in_order(model))
+    packed = pack(model)
     for heads in (1, 4, torch.tensor([4, 1, 2, 2, 1])):
         widths = model.widths(heads, 5)
-        arguments = (x, packed, of_network(widths.geometries), model.config.pool_range, widths.eps, widths.subnet)
+        arguments = (x, packed, of_network(widths.geometries), widths.eps, widths.subnet)
         assert torch.equal(*(kernels.network(*arguments, pooled_only=pooled_only) for pooled_only in (True, False)))
 
 
@@ -138,7 +142,7 @@ def test_nothing_outside_the_slice_is_read(variant):
     config = resolve_config(WIDE, **VARIANTS[variant])
     for heads in make(config).allowed_heads:
         model = make(config)
-        check(poison(model, [model.subnetwork(heads)]), images(config, 3), heads)
+        check(poison(model, [model.geometry(heads)]), images(config, 3), heads)
 
 
 @pytest.mark.parametrize("suffix, width, served", [(False, 32, True), (False, 96, True), (False, 8, False)])
@@ -592,7 +596,7 @@ def test_switched_off():
 
 
 def test_memory():
-    """All widths ready: a tenth more than the parameters at most, and nothing per width."""
+    """All widths ready: a tenth more than the parameters at most, and a few addresses per width."""
     config = HydraViTConfig(image_size=32, patch_size=16, depth=2, max_heads=6, num_classes=100)
     model, x = make(config), images(config)
     for heads in (*model.allowed_heads, torch.tensor([1, 6])):
@@ -612,7 +616,10 @@ def test_memory():
         else:
             todo += vars(thing).values() if hasattr(thing, "__dict__") else ()
     parameters = sum(p.nbytes for p in model.parameters())
-    assert len(held) == 1 and parameters < sum(t.untyped_storage().nbytes() for t in held) <= 1.1 * parameters
+    plans = [tensor for tensor in held if tensor.dtype == torch.uint8]
+    assert len(held) == 1 + len(plans) and len(plans) == len(model.allowed_heads)
+    assert all(tensor.nbytes < 3000 for tensor in plans)
+    assert parameters < sum(t.untyped_storage().nbytes() for t in held) <= 1.1 * parameters
 
 
 # ---- Python threads ----
@@ -690,24 +697,36 @@ def test_tables_do_not_pile_up():
 # ---- The op ----
 
 
+LAYERS = SMALL.depth
+
+
 def call():
-    """Arguments of ``kernels.network``, by name."""
+    """Arguments of the ops of the whole network, by name; ``use`` makes the plans of the forward from the plan."""
     model = make(SMALL)
-    widths = model.widths(2, 3)
-    packed = kernels.pack(inference.in_order(model))
+    packed, (subnetwork,) = pack(model), of_network(model.widths(2, 3).geometries)
     return {
         "images": images(SMALL, 3),
-        **packed._asdict(),
-        **of_network(widths.geometries)._asdict(),
-        "pool": model.config.pool_range,
+        "tensor": packed.tensor,
+        "offsets": list(packed.offsets),
+        "sizes": list(packed.sizes),
+        "subnetwork": list(subnetwork.integers),
+        "scales": list(subnetwork.scales),
+        "use": lambda plan: [plan],
+        "packed": packed.tensor,
+        "columns": subnetwork.classes,
         "subnet": None,
     }
 
 
+def plan_of(arguments):
+    names = ("tensor", "offsets", "sizes", "subnetwork", "scales")
+    return hydravit.plan_network_native(*(arguments[name] for name in names), 1e-6)
+
+
 def run(arguments):
-    packed = kernels.Packed(*(arguments[name] for name in kernels.Packed._fields))
-    slices = kernels.NetworkSlices(*(arguments[name] for name in kernels.NetworkSlices._fields))
-    return kernels.network(arguments["images"], packed, slices, arguments["pool"], 1e-6, arguments["subnet"])
+    plans = arguments["use"](plan_of(arguments))
+    rest = (plans, arguments["columns"], arguments["subnet"], True)
+    return hydravit.network_native(arguments["images"], arguments["packed"], *rest)
 
 
 def with_offset(index, value):
@@ -717,9 +736,27 @@ def with_offset(index, value):
     return change
 
 
+SIZES = (*NetworkSizes._fields, "image_height", "image_width", "pool_start", "pool_stop")
+
+
 def with_sizes(**values):
     def change(arguments):
-        arguments["sizes"] = arguments["sizes"]._replace(**values)
+        for name, value in values.items():
+            arguments["sizes"][SIZES.index(name)] = value
+
+    return change
+
+
+def with_slices(embed=(), attention=(), mlp=(), head=()):
+    """The same slices in every layer."""
+
+    def change(arguments):
+        flat = arguments["subnetwork"]
+        flat[: len(embed)] = embed
+        flat[len(flat) - len(head) :] = head
+        for layer in range(2, 2 + 14 * LAYERS, 14):
+            flat[layer : layer + len(attention)] = attention
+            flat[layer + 10 : layer + 10 + len(mlp)] = mlp
 
     return change
 
@@ -732,11 +769,18 @@ def with_arguments(**changed):
     return change
 
 
+def with_plans(use):
+    def change(arguments):
+        arguments["use"] = use
+
+    return change
+
+
 def huge(arguments):
     """The product of these sizes is zero in 64 bits."""
-    arguments["images"] = torch.zeros(1).expand(1, 4, 2**30, 16)
     none = dict.fromkeys(("cls_tokens", "reg_tokens", "positions", "classes"), 0)
-    with_sizes(embed=2**30, hidden=64, patch_height=2**30, patch_width=16, **none)(arguments)
+    patch = {"channels": 4, "patch_height": 2**30, "patch_width": 16, "image_height": 2**30, "image_width": 16}
+    with_sizes(embed=2**30, hidden=64, **patch, **none)(arguments)
 
 
 WRONG = {
@@ -761,42 +805,57 @@ WRONG = {
     "negative size": (with_sizes(hidden=-1), "^sizes"),
     "size beyond 32 bits": (with_sizes(embed=2**31), "^sizes"),
     "sizes of a product beyond 64 bits": (huge, "packed weight: a shape of fewer"),
-    "nine sizes": (with_arguments(sizes=lambda s: s[:-1]), "^sizes: 10 integers expected, 9 given"),
-    "other channels": (with_sizes(channels=2), "packed weight: shape"),
+    "thirteen sizes": (with_arguments(sizes=lambda s: s[:-1]), "^sizes: 14 integers expected, 13 given"),
     "other patches": (with_sizes(patch_height=4), "pos_embed: shape"),
     "no patch": (with_sizes(patch_width=0), "weight: a patch of at least one pixel"),
+    "no embed": (with_sizes(embed=0), "^embed: at least 1"),
     "fewer classes": (with_sizes(classes=5), "head.weight: rows"),
-    "depth of 0": (with_sizes(depth=0), "^depth: at least 1"),
-    "depth of 3": (with_sizes(depth=3), "^slices: as many for each of 3 blocks"),
+    "no layers": (with_sizes(depth=0), "^layers: at least 1"),
+    "three layers": (with_sizes(depth=3), "^subnetwork: 48 integers and 3 scales expected for 3 layers, 34 and 2"),
+    "images of no whole patches": (with_sizes(image_height=30), "^images: height and width"),
+    "images of no pixels": (with_sizes(image_height=0), "^images: height and width"),
+    "larger images": (with_sizes(image_height=40), "pos_embed: shape"),
     "packed of another dtype": (with_arguments(tensor=torch.Tensor.double), "^packed: dtype float32"),
     "packed of two dimensions": (with_arguments(tensor=lambda t: t[None]), "^packed: shape"),
     "packed with gaps": (with_arguments(tensor=lambda t: t.repeat_interleave(2)[::2]), "^packed: innermost stride"),
     "short packed": (with_arguments(tensor=lambda t: t[:-100]), "^offsets: head.weight"),
-    "smaller images": (with_arguments(images=lambda x: x[:, :, :24]), "pos_embed: shape"),
-    "larger images": (with_arguments(images=torch.randn(1, 3, 40, 40)), "pos_embed: shape"),
-    "images of no whole patches": (with_arguments(images=lambda x: x[:, :, :30]), "^images: height and width"),
-    "images of three dimensions": (with_arguments(images=lambda x: x[0]), "^images: shape"),
-    "images of another dtype": (with_arguments(images=torch.Tensor.double), "^images: dtype float32"),
-    "pool behind the end": (with_arguments(pool=(0, 18)), "^pool_start, pool_stop"),
-    "pool of nothing": (with_arguments(pool=(3, 3)), "^pool_start, pool_stop"),
-    "stem off a panel": (with_arguments(stem=[16, 32]), "packed weight: rows that lie side by side"),
-    "classes off a panel": (with_arguments(head=[0, 32, 1, 9]), "packed head.weight: rows that lie side by side"),
-    "hidden off a panel": (with_arguments(mlp=[0, 32, 16, 64] * 2), "packed fc1.weight: rows"),
+    "pool behind the end": (with_sizes(pool_stop=18), "^pool_start, pool_stop"),
+    "pool of nothing": (with_sizes(pool_start=3, pool_stop=3), "^pool_start, pool_stop"),
+    "stem off a panel": (with_slices(embed=[16, 32]), "packed weight: rows that lie side by side"),
+    "classes off a panel": (with_slices(head=[0, 32, 1, 9]), "packed head.weight: rows that lie side by side"),
+    "hidden off a panel": (with_slices(mlp=[0, 32, 16, 64]), "packed fc1.weight: rows"),
     "keys off a panel": (
-        with_arguments(attention=[0, 32, 0, 65, 128, 0, 2, 16, 16, 16] * 2),
+        with_slices(attention=[0, 32, 0, 65, 128, 0, 2, 16, 16, 16]),
         "packed qkv.weight: rows that lie side by side",
     ),
     "heads apart": (
-        with_arguments(attention=[0, 32, 0, 64, 128, 0, 2, 12, 12, 16] * 2),
+        with_slices(attention=[0, 32, 0, 64, 128, 0, 2, 12, 12, 16]),
         "packed qkv.weight: rows that lie side by side .* apart",
     ),
-    "rows outside": (with_arguments(mlp=[0, 32, 192, 128] * 2), "fc1.weight: rows"),
-    "another embed in the stem": (with_arguments(stem=[0, 16]), "^slices: one embed"),
-    "another embed in the head": (with_arguments(head=[0, 16, 0, 10]), "^slices: one embed"),
-    "no stem": (with_arguments(stem=[]), "^slices: a positive multiple of 2"),
-    "an integer less": (with_arguments(attention=lambda s: s[:-1]), "^slices: as many for each"),
-    "no scales": (with_arguments(scales=[]), "^slices: as many for each"),
-    "no subnet": (with_arguments(stem=[0, 32, 0, 32]), "^subnet: an int64 tensor"),
+    "rows outside": (with_slices(mlp=[0, 32, 192, 128]), "fc1.weight: rows"),
+    "another embed in the stem": (with_slices(embed=[0, 16]), "^slices: one embed"),
+    "another embed in the head": (with_slices(head=[0, 16, 0, 10]), "^slices: one embed"),
+    "an embed of nothing": (with_slices(embed=[0, 0]), "^slices: an embed of at least 1"),
+    "negative integer": (with_slices(embed=[-32, 32]), "^slices: integers in"),
+    "no subnetwork": (with_arguments(subnetwork=[]), "^subnetwork: 34 integers"),
+    "an integer less": (with_arguments(subnetwork=lambda s: s[:-1]), "^subnetwork: 34 integers"),
+    "no scales": (with_arguments(scales=[]), "^subnetwork: 34 integers and 2 scales"),
+    "images of other channels": (with_arguments(images=lambda x: x[:, :2]), "^images: shape .any, 3, 32, 32. expected"),
+    "smaller images": (with_arguments(images=lambda x: x[:, :, :24]), "^images: shape"),
+    "images of three dimensions": (with_arguments(images=lambda x: x[0]), "^images: shape"),
+    "images of another dtype": (with_arguments(images=torch.Tensor.double), "^images: dtype float32"),
+    "no plans": (with_plans(lambda plan: []), "^plans: at least one"),
+    "plan of another packed": (with_arguments(packed=torch.zeros(10)), "^plans: plans of this packed"),
+    "forward with packed of another dtype": (with_arguments(packed=torch.zeros(10).double()), "^packed: dtype"),
+    "plan of another dtype": (with_plans(lambda plan: [plan.view(torch.int64)]), "^plans: dtype uint8"),
+    "plan of two dimensions": (with_plans(lambda plan: [plan[None]]), "^plans: a tensor of plan_network"),
+    "short plan": (with_plans(lambda plan: [plan[:-8]]), "^plans: .* other bytes"),
+    "plan of nothing": (with_plans(lambda plan: [plan[:0]]), "^plans: a tensor of plan_network"),
+    "plan off its alignment": (with_plans(lambda plan: [plan[4:]]), "^plans: a tensor of plan_network"),
+    "zeros": (with_plans(lambda plan: [torch.zeros_like(plan)]), "^plans: .* other bytes"),
+    "fewer columns": (with_arguments(columns=9), "^columns: 10 expected"),
+    "more columns": (with_arguments(columns=11), "^columns: 10 expected"),
+    "no subnet": (with_plans(lambda plan: [plan, plan]), "^subnet: an int64 tensor"),
     "subnet out of range": (with_arguments(subnet=torch.tensor([0, 1, 0])), "^subnet: values in"),
     "negative subnet": (with_arguments(subnet=torch.tensor([0, -1, 0])), "^subnet: values in"),
     "short subnet": (with_arguments(subnet=torch.tensor([0, 0])), "^subnet: shape"),
@@ -814,35 +873,17 @@ def test_wrong_arguments_raise(name):
         run(arguments)
 
 
-def without(*names):
-    def change(parameters):
-        known = [expected.name for expected in NetworkSizes.of(parameters).parameters()]
-        for name in names:
-            parameters[known.index(name)] = None
-
-    return change
-
-
-UNPACKABLE = {
-    "a parameter less": (lambda p: p.pop(), "parameters: 5 \\+ 14 \\* depth \\+ 4 expected, 36 given"),
-    "no block": (lambda p: p.__delitem__(slice(5, 33)), "parameters: .* 9 given"),
-    "no patch embedding": (without("weight"), "^weight: a tensor of 4 axes expected, None given"),
-    "no fc1": (without("fc1.weight"), "^fc1.weight: a tensor of 2 axes expected, None given"),
-    "no norm": (without("norm2.bias"), "^norm2.bias: a tensor expected, None given"),
-    "no projection": (without("proj.weight"), "^proj.weight: a tensor expected, None given"),
-}
+def test_plans_of_two_networks():
+    """Both in one packed tensor: the forward takes sizes from the first."""
+    arguments = call()
+    one = plan_of(arguments)
+    with_sizes(pool_stop=2)(arguments)
+    with_plans(lambda plan: [one, plan])(arguments)
+    with pytest.raises(RuntimeError, match="^plans: plans of one network"):
+        run(arguments)
 
 
-@pytest.mark.parametrize("name", UNPACKABLE)
-def test_what_cannot_be_packed(name):
-    change, message = UNPACKABLE[name]
-    parameters = inference.in_order(make(SMALL))
-    change(parameters)
-    with pytest.raises(ValueError, match=message):
-        kernels.pack(parameters)
-
-
-@pytest.mark.parametrize("index", range(5 + 14 * 2 + 4))
+@pytest.mark.parametrize("index", range(5 + 14 * LAYERS + 4))
 def test_an_absent_parameter_is_an_error_or_no_part_of_the_sum(index):
     arguments = call()
     arguments["offsets"][index] = -1
@@ -858,48 +899,109 @@ def test_no_images():
     assert run(arguments).shape == (0, 10)
 
 
-def test_wrong_parameters_are_not_packed():
-    with pytest.raises(ValueError, match="^parameters: 5 \\+ 14"):
-        kernels.pack([])
-    parameters = inference.in_order(make(SMALL))
-    for index, name in ((2, "cls_token"), (5, "norm1.weight"), (8, "qkv.bias"), (14, "fc1.weight"), (36, "head.bias")):
-        wrong = [*parameters[:index], parameters[index].detach()[..., :-1], *parameters[index + 1 :]]
-        with pytest.raises(RuntimeError, match=f"^{name}: shape"):
-            kernels.pack(wrong)
-    weight = torch.randn(10, 64)
-    for arguments, message in (
-        ((weight, torch.empty(640)), r"^panels: shape \(2048\) expected"),
-        ((weight[0], torch.empty(64)), "^weight: at least 2 axes"),
-        ((weight.t(), torch.empty(640)), "^weight: contiguous rows"),
-        ((weight.double(), torch.empty(2048)), "^weight: dtype float32"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            hydravit.pack_weight_native(*arguments)
+def detached(model):
+    return [None if p is None else p.detach() for p in inference.in_order(model)]
 
 
-@pytest.mark.parametrize("rows", [1, 31, 32, 33, 70])
-def test_panels(isa, rows):
-    """Element (row, column) lies at ``row // PANEL`` panels on, in column ``column``, at ``row % PANEL``."""
-    weight = torch.randn(rows, 3, 5)
-    panels = torch.full((math.ceil(rows / PANEL) * PANEL * 15,), float("nan"))
-    hydravit.pack_weight_native(weight, panels)
-    unpacked = panels.view(-1, 15, PANEL).transpose(1, 2).reshape(-1, 3, 5)
-    assert torch.equal(unpacked[:rows], weight) and torch.isfinite(panels).all()
+def replaced(index, value):
+    """Another parameter; by a function, the same one in another form."""
+
+    def change(parameters, sizes):
+        parameters[index] = value(parameters[index]) if callable(value) else value
+
+    return change
+
+
+def shortened(parameter):
+    return parameter[..., :-1]
+
+
+UNPACKABLE = {
+    "no parameters": (lambda p, s: p.clear(), "^parameters: 37 expected for 2 layers, 0 given"),
+    "a parameter less": (lambda p, s: p.pop(), "^parameters: 37 expected for 2 layers, 36 given"),
+    "a size less": (lambda p, s: s.pop(), "^sizes: 14 integers expected, 13 given"),
+    "no patch embedding": (replaced(0, None), "^weight: a tensor expected, None given"),
+    "no fc1": (replaced(14, None), "^fc1.weight: a tensor expected, None given"),
+    "no norm": (replaced(27, None), "^norm2.bias: a tensor expected, None given"),
+    "no projection": (replaced(23, None), "^proj.weight: a tensor expected, None given"),
+    "short cls_token": (replaced(2, shortened), r"^cls_token: shape \(1, 1, 64\) expected, \(1, 1, 63\) given"),
+    "short norm": (replaced(5, shortened), "^norm1.weight: shape"),
+    "short qkv bias": (replaced(8, shortened), "^qkv.bias: shape"),
+    "narrow fc1": (replaced(14, shortened), "^fc1.weight: shape"),
+    "fewer classes": (replaced(36, shortened), "^head.bias: shape"),
+    "a matrix for a vector": (replaced(5, torch.zeros(64, 1)), "^norm1.weight: shape"),
+    "doubles in a weight": (replaced(7, torch.Tensor.double), "^qkv.weight: dtype float32 expected, float64 given"),
+    "columns apart": (
+        replaced(7, lambda p: p.repeat_interleave(2, 1)[:, ::2]),
+        "^qkv.weight: contiguous rows expected, strides",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_what_cannot_be_packed(name):
+    change, message = UNPACKABLE[name]
+    model = make(SMALL)
+    parameters, sizes = detached(model), list(pack(model).sizes)
+    change(parameters, sizes)
+    with pytest.raises(RuntimeError, match=message):
+        hydravit.pack_network_native(parameters, sizes)
+
+
+def test_parameters_of_any_strides():
+    """Vectors are converted; rows of a weight may lie apart."""
+    model = make(SMALL)
+    expected, parameters = pack(model), detached(model)
+    parameters[5] = parameters[5].double()
+    parameters[6] = parameters[6].repeat_interleave(2)[::2]
+    parameters[7] = torch.cat((parameters[7], parameters[7]), 1)[:, : parameters[7].shape[1]]
+    packed, offsets = hydravit.pack_network_native(parameters, expected.sizes)
+    assert offsets == expected.offsets and packed.shape == expected.tensor.shape
+    for parameter, offset in zip(parameters, offsets, strict=True):
+        if parameter is not None:
+            place = slice(offset, offset + parameter.numel())
+            assert torch.equal(packed[place], expected.tensor[place])
+
+
+@pytest.mark.parametrize("classes", [1, 31, 32, 33, 70])
+def test_layout(isa, classes):
+    """Every parameter begins on a cache line, one after the other. Element (row, column) of a weight lies at
+    ``row // PANEL`` panels on, in column ``column``, at ``row % PANEL``.
+    """
+    model = make(SMALL, num_classes=classes, patch_size=4, layer_scale=0.5)
+    packed, stop = pack(model), 0
+    for parameter, offset in zip(inference.in_order(model), packed.offsets, strict=True):
+        assert offset == (-1 if parameter is None else stop)
+        if parameter is None:
+            continue
+        if parameter.dim() in (2, 4):  # tokens and positions have three axes
+            rows, columns = parameter.shape[0], parameter[0].numel()
+            size = math.ceil(rows / PANEL) * PANEL * columns
+            panels = packed.tensor[offset : offset + size].view(-1, columns, PANEL).transpose(1, 2)
+            assert torch.isfinite(panels).all()
+            values = panels.reshape(-1, columns)[:rows]
+        else:
+            size = math.ceil(parameter.numel() / 16) * 16
+            values = packed.tensor[offset : offset + parameter.numel()]
+        assert torch.equal(values, parameter.view_as(values))
+        stop += size
+    assert stop == packed.tensor.numel()
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_opcheck(mixed):
-    """Schema and fake kernel: a mixture is as wide as its widest image, with and without a classifier."""
+    """The fake kernel: a mixture is as wide as its widest image, with and without a classifier.
+
+    ``test_schema`` clones its arguments, and a plan is of one packed tensor, not of its clone.
+    """
     for classes in (10, 0):
         model = make(SMALL, num_classes=classes)
         widths = model.widths(torch.tensor([2, 1, 4]) if mixed else 2, 3)
-        packed, slices = kernels.pack(inference.in_order(model)), of_network(widths.geometries)
+        packed, subnetworks = pack(model), of_network(widths.geometries)
+        plans = [kernels.packed.plan(packed, subnetwork, 1e-6) for subnetwork in subnetworks]
+        columns = max(s.classes if classes else s.embed for s in subnetworks)
         torch.library.opcheck(
             hydravit.network_native.default,
-            (images(SMALL, 3), *packed, *model.config.pool_range, *slices, 1e-6, widths.subnet, True),
-            test_utils=("test_schema", "test_faketensor"),
+            (images(SMALL, 3), packed.tensor, plans, columns, widths.subnet, True),
+            test_utils="test_faketensor",
         )
-    panels = torch.empty(32 * 7)
-    torch.library.opcheck(
-        hydravit.pack_weight_native.default, (torch.randn(10, 7), panels), test_utils=("test_schema", "test_faketensor")
-    )

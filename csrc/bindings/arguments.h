@@ -1,11 +1,13 @@
-// What an op of hydravit_kernels/ops.py is given, and how that becomes its kernel's arguments.
+// The arguments of the ops of hydravit_kernels/ops.py, and how they become the arguments of a kernel.
 //
-// An op checks what it is given, allocates its outputs, folds the slices' offsets into base pointers and calls one
-// kernel per run of consecutive images of the same slice. Parameters are never copied: what a kernel cannot read in
-// place is an error. `describe` makes one kernel argument for each slice, for all images.
+// An op checks its arguments, allocates its outputs, folds the slices' offsets into base pointers and calls one kernel
+// for each run of consecutive images of the same slice. It never copies a parameter: a parameter that a kernel cannot
+// read in place is an error. `describe` makes one kernel argument for each slice, for all images.
 #pragma once
 
 #include "checks.h"
+#include "parameters.h"
+#include "subnetwork.h"
 
 namespace hydravit {
 
@@ -17,13 +19,40 @@ inline const float* check_branch_scale(const OptionalTensor& branch_scale, int64
   return parameter.vector({0, batch});
 }
 
-// The residual stream: x (B, N, the widest embed), or, inside the whole network, in nobody's tensor.
-struct Stream {
+// The largest `field` of any slice.
+template <class Slice, class Field>
+int64_t largest(const std::vector<Slice>& slices, const Field& field) {
+  int64_t result = 0;
+  for (const Slice& slice : slices) result = std::max(result, static_cast<int64_t>(std::invoke(field, slice)));
+  return result;
+}
+
+template <class Slice>
+Interval embed_of(const Slice& slice) {
+  HYDRAVIT_CHECK(slice.embed > 0, "slices: an embed of at least 1 expected, 0 given");
+  return {slice.embed_offset, slice.embed};
+}
+
+// Images (B, channels, height, width) of any strides. A plan knows their sizes only: no batch, no tensor.
+struct Images {
+  int64_t batch, channels, height, width;
+  const Tensor* tensor;
+
+  Images(const Tensor& images) : tensor(&images) {
+    check_shape(images, "images", {kAny, kAny, kAny, kAny});
+    batch = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  }
+  explicit Images(const NetworkSizes& n)
+      : batch(0), channels(n.channels), height(n.image_height), width(n.image_width), tensor(nullptr) {}
+};
+
+// The residual: x (B, N, the widest embed). A plan knows the number of tokens only: no batch, no tensor.
+struct Residual {
   int64_t batch, tokens;
   const Tensor* x;
 
-  Stream(const Tensor& x) : batch(x.dim() == 3 ? x.size(0) : 0), tokens(x.dim() == 3 ? x.size(1) : 0), x(&x) {}
-  Stream(int64_t batch, int64_t tokens) : batch(batch), tokens(tokens), x(nullptr) {}
+  Residual(const Tensor& x) : batch(x.dim() == 3 ? x.size(0) : 0), tokens(x.dim() == 3 ? x.size(1) : 0), x(&x) {}
+  explicit Residual(const NetworkSizes& n) : batch(0), tokens(n.tokens()), x(nullptr) {}
 
   Tokens data(int64_t width) const {
     if (x == nullptr) return {};
@@ -35,20 +64,17 @@ struct Stream {
 
 // ---- Stem ----
 
-constexpr int64_t kEmbedIntegers = 2;
-
 struct StemArguments {
-  Tensor images;
-  Parameter weight, bias, cls_token, reg_token, pos_embed;
-  Integers slices;
+  Images images;
+  StemParameters<Parameter> parameters;
+  std::vector<EmbedSlice> slices;
   OptionalTensor subnet;
 
-  int64_t batch() const { return images.size(0); }
-  int64_t width() const { return largest(slices, kEmbedIntegers, 1); }
+  int64_t width() const { return largest(slices, &EmbedSlice::embed); }
   static int64_t tokens_of(const Parameter& prefix) { return prefix.present() ? prefix.size(1) : 0; }
   int64_t tokens() const {
-    return tokens_of(cls_token) + tokens_of(reg_token) +
-           images.size(2) / weight.size(2) * (images.size(3) / weight.size(3));
+    return tokens_of(parameters.cls_token) + tokens_of(parameters.reg_token) +
+           images.height / parameters.weight.size(2) * (images.width / parameters.weight.size(3));
   }
 };
 
@@ -56,55 +82,57 @@ std::vector<Stem> describe(const StemArguments& arguments);
 
 // ---- Attention block ----
 
-constexpr int64_t kAttentionIntegers = 10;
-
 struct AttentionArguments {
-  Stream x;
-  Parameter norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale;
+  Residual x;
+  AttentionParameters<Parameter> parameters;
   OptionalTensor branch_scale;
-  Integers slices;
-  std::vector<double> scales;
+  std::vector<AttentionSlice> slices;
   double eps;
   OptionalTensor subnet;
   int64_t queries;
 
-  // Sizes of what forward saves: the largest of any slice.
-  int64_t qkv = 0, attended = 0, heads = 0;
+  // Sizes of the tensors that forward saves for backward: those of the largest slice. `describe` has checked the
+  // slices.
+  int64_t qkv() const {
+    return largest(slices, [](const AttentionSlice& s) { return s.heads * (2 * s.head_dim + s.value_dim); });
+  }
+  int64_t attended() const {
+    return largest(slices, [](const AttentionSlice& s) { return s.heads * s.value_dim; });
+  }
+  int64_t heads() const { return largest(slices, &AttentionSlice::heads); }
 };
 
-std::vector<AttentionBlock> describe(AttentionArguments& arguments);
+std::vector<AttentionBlock> describe(const AttentionArguments& arguments);
 
 // ---- MLP block ----
 
-constexpr int64_t kMlpIntegers = 4;
-
 struct MlpArguments {
-  Stream x;
-  Parameter norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale;
+  Residual x;
+  MlpParameters<Parameter> parameters;
   OptionalTensor branch_scale;
-  Integers slices;
+  std::vector<MlpSlice> slices;
   double eps;
   OptionalTensor subnet;
 
-  int64_t hidden() const { return largest(slices, kMlpIntegers, 3); }
+  int64_t hidden() const { return largest(slices, &MlpSlice::hidden); }
 };
 
 std::vector<MlpBlock> describe(const MlpArguments& arguments);
 
 // ---- Head ----
 
-constexpr int64_t kHeadIntegers = 4;
-
 struct HeadArguments {
-  Stream x;
-  Parameter norm_weight, norm_bias, weight, bias;
+  Residual x;
+  HeadParameters<Parameter> parameters;
   int64_t pool_start, pool_stop;
-  Integers slices;
+  std::vector<HeadSlice> slices;
   double eps;
   OptionalTensor subnet;
 
-  // Of the result: the largest of any slice.
-  int64_t width() const { return largest(slices, kHeadIntegers, weight.present() ? 3 : 1); }
+  // Columns of the result: those of the largest slice.
+  int64_t width() const {
+    return largest(slices, parameters.weight.present() ? &HeadSlice::classes : &HeadSlice::embed);
+  }
 };
 
 std::vector<Head> describe(const HeadArguments& arguments);

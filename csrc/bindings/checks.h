@@ -1,6 +1,7 @@
-// What the bindings check before a kernel sees a pointer, and how they call it. Included by them only: it needs torch.
+// The checks that the bindings make before a kernel sees a pointer, and the call of a kernel. Only the bindings include
+// this header: it needs torch.
 //
-// Every function that returns a pointer has checked that the slice it is the base of lies inside the tensor.
+// A function that returns a pointer has checked that the slice that begins there lies inside the tensor.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -24,6 +26,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Integers = std::vector<int64_t>;
 
+// The half-open range [offset, offset + length).
 struct Interval {
   int64_t offset, length;
 };
@@ -35,7 +38,7 @@ std::string message(const Parts&... parts) {
   return stream.str();
 }
 
-// STD_TORCH_CHECK without the function, file and line that it puts before every message: throws what it throws.
+// Throws the same exception as STD_TORCH_CHECK, without the function, file and line in front of the message.
 #define HYDRAVIT_CHECK(condition, ...)                                          \
   do {                                                                          \
     if (!(condition)) throw std::runtime_error(hydravit::message(__VA_ARGS__)); \
@@ -62,7 +65,7 @@ inline Integers strides_of(const Tensor& tensor) {
   return strides;
 }
 
-// As torch spells it in Python.
+// The dtype as torch spells it in Python.
 inline std::string name_of(ScalarType type) {
   switch (type) {
     case ScalarType::Byte:
@@ -94,7 +97,7 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
-// Where and of which type every tensor of these kernels has to be.
+// Checks device and dtype: these kernels read tensors of the CPU only.
 inline void check_kind(const Tensor& tensor, const char* name, ScalarType type) {
   HYDRAVIT_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
   HYDRAVIT_CHECK(tensor.scalar_type() == type, name, ": dtype ", name_of(type), " expected, ",
@@ -109,7 +112,7 @@ inline void check_shape(const Tensor& tensor, const char* name, const Integers& 
   HYDRAVIT_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
 }
 
-// Shape and unit innermost stride. Nothing is ever copied to make it so.
+// Checks the shape and that the innermost stride is 1. An op never copies a tensor to make it so.
 inline void check(const Tensor& tensor, const char* name, const Integers& expected) {
   check_shape(tensor, name, expected);
   const int64_t last = tensor.dim() - 1;
@@ -126,8 +129,8 @@ inline void check_inside(const char* name, const char* axis, const Interval& int
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 inline float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// A parameter as a tensor with, perhaps, the buffer that its gradient is added to; or as a part of a packed network,
-// with `panels` if it is a weight. Or absent.
+// A parameter comes in one of three forms: a tensor, perhaps with the buffer that its gradient is added to; a part of a
+// packed network, in panels if it is a weight; or absent.
 class Parameter {
  public:
   Parameter(const char* name, const Tensor& tensor, const OptionalTensor* gradient = nullptr)
@@ -147,7 +150,7 @@ class Parameter {
   }
   Integers shape() const { return tensor_ == nullptr ? packed_shape_ : shape_of(*tensor_); }
 
-  // Shape `expected` of the parameter, unit innermost stride of both, equal shapes.
+  // Checks the parameter and its gradient: shape `expected`, unit innermost stride.
   void check_both(const Integers& expected) const {
     if (tensor_ != nullptr) check(*tensor_, name_, expected);
     if (packed_ != nullptr) {
@@ -172,7 +175,7 @@ class Parameter {
     return gradient_ == nullptr ? nullptr : mutable_floats(*gradient_) + slice.offset;
   }
 
-  // The last two axes are rows and columns. `touching`: whether the rows and columns of the slice lie side by side.
+  // The last two axes are rows and columns. `touching`: the rows or columns of the slice lie side by side.
   Weight matrix(const Interval& rows, const Interval& columns, bool touching = true) const {
     if (!present()) return {nullptr, 0};
     const int64_t axis = dim() - 2;
@@ -182,7 +185,7 @@ class Parameter {
     const int64_t stride = packed_ != nullptr ? size(axis + 1) : tensor_->stride(axis);
     return {(packed_ != nullptr ? packed_ : floats(*tensor_)) + rows.offset * stride + columns.offset, stride};
   }
-  // The same of a packed weight with `width` columns.
+  // Returns the same for a packed weight of `width` columns.
   Weight panels_of(const Interval& rows, int64_t column, int64_t width, bool touching = true) const {
     HYDRAVIT_CHECK(rows.length == 0 || (touching && rows.offset % kPanel == 0), "packed ", name_,
                    ": rows that lie side by side from a multiple of ", kPanel, " on expected, ", rows.length, " from ",
@@ -209,27 +212,16 @@ class Parameter {
   bool panels_ = false;
 };
 
-// (B, N, channels) or an output that is empty when it is not wanted.
+// A tensor (B, N, channels). An output that is not wanted is empty.
 inline Tokens tokens_of(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
 inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
   if (tensor.dim() != 3) return {nullptr, 0, 0};
   return {mutable_floats(tensor), tensor.stride(0), tensor.stride(1)};
 }
 
-// ---- Slices, in the order of the fields in hydravit_kernels/slices.py ----
+// ---- Which images share a kernel call ----
 
-// The integers of every slice: at least one slice, every integer sane. Returns the number of slices.
-inline int64_t check_slices(const Integers& slices, int64_t integers) {
-  const int64_t size = static_cast<int64_t>(slices.size()), count = size / integers;
-  HYDRAVIT_CHECK(count > 0 && size % integers == 0, "slices: a positive multiple of ", integers, " integers expected, ",
-                 size, " given");
-  constexpr int64_t kLimit = int64_t{1} << 31;  // keeps every product of two of them inside int64
-  for (const int64_t value : slices)
-    HYDRAVIT_CHECK(value >= 0 && value < kLimit, "slices: integers in [0, 2^31) expected, ", text(slices), " given");
-  return count;
-}
-
-// Which of `count` slices every image uses: the only one where `subnet` does not say.
+// Checks `subnet`, which says which of `count` slices every image uses. Without it, there is only one slice.
 inline void check_subnet(const OptionalTensor& subnet, int64_t count, int64_t batch) {
   if (!subnet.has_value()) {
     HYDRAVIT_CHECK(count == 1, "subnet: an int64 tensor (", batch, ",) expected for ", count, " slices, None given");
@@ -245,20 +237,7 @@ inline void check_subnet(const OptionalTensor& subnet, int64_t count, int64_t ba
                    values[image], " given for image ", image);
 }
 
-// The largest of field `field` over the slices, which check_slices has seen.
-inline int64_t largest(const Integers& slices, int64_t integers, int64_t field) {
-  int64_t result = 0;
-  for (size_t i = 0; i < slices.size(); i += static_cast<size_t>(integers))
-    result = std::max(result, slices[i + static_cast<size_t>(field)]);
-  return result;
-}
-
-inline Interval embed_of(const int64_t* slice) {
-  HYDRAVIT_CHECK(slice[1] > 0, "slices: an embed of at least 1 expected, 0 given");
-  return {slice[0], slice[1]};
-}
-
-// body(first image, images, slice) for every run of consecutive images of one slice.
+// Calls body(image, count, slice) for every run [image, image + count) of images of one slice.
 template <class Body>
 void for_each_run(const OptionalTensor& subnet, int64_t batch, const Body& body) {
   const int64_t* values = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
@@ -282,7 +261,7 @@ inline const float* from_image(const float* values, int64_t image) {
   return values == nullptr ? nullptr : values + image;
 }
 
-// Channels [embed, width) of `images` images: an image at a narrower width leaves the rest of the stream zero.
+// Zeroes channels [embed, width) of `images` images: an image at a narrower width leaves the rest of the residual zero.
 inline void zero_beyond(const MutableTokens& tokens, int64_t images, int64_t count, int64_t embed, int64_t width) {
   if (tokens.data == nullptr || embed == width) return;
   for (int64_t image = 0; image < images; image++)

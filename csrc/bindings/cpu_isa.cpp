@@ -1,4 +1,4 @@
-// Which of the instruction sets that the CPU kernels were compiled for is used.
+// Tells and sets the instruction set of the CPU kernels.
 #include "checks.h"
 
 namespace hydravit {

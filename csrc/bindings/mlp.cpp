@@ -1,4 +1,4 @@
-// The ops of the MLP block on the CPU.
+// The ops of the MLP block on the CPU: forward and backward.
 #include <tuple>
 
 #include "arguments.h"
@@ -6,40 +6,39 @@
 namespace hydravit {
 namespace {
 
-Interval hidden_of(const int64_t* slice) { return {slice[3] == 0 ? 0 : slice[2], slice[3]}; }
+Interval hidden_of(const MlpSlice& slice) { return {slice.hidden == 0 ? 0 : slice.hidden_offset, slice.hidden}; }
 
 }  // namespace
 
 std::vector<MlpBlock> describe(const MlpArguments& arguments) {
-  const Stream& x = arguments.x;
-  const int64_t count = check_slices(arguments.slices, kMlpIntegers);
-  const Tokens data = x.data(largest(arguments.slices, kMlpIntegers, 1));
-  const int64_t D = arguments.norm_weight.dim() == 1 ? arguments.norm_weight.size(0) : kAny;
-  arguments.norm_weight.check_both({D});
-  arguments.norm_bias.check_both({D});
-  arguments.fc1_weight.check_both({kAny, D});
-  const int64_t hidden = arguments.fc1_weight.size(0);
-  arguments.fc1_bias.check_both({hidden});
-  arguments.fc2_weight.check_both({D, hidden});
-  arguments.fc2_bias.check_both({D});
-  arguments.layer_scale.check_both({D});
+  const Residual& x = arguments.x;
+  const MlpParameters<Parameter>& p = arguments.parameters;
+  const Tokens data = x.data(largest(arguments.slices, &MlpSlice::embed));
+  const int64_t D = p.norm_weight.dim() == 1 ? p.norm_weight.size(0) : kAny;
+  p.norm_weight.check_both({D});
+  p.norm_bias.check_both({D});
+  p.fc1_weight.check_both({kAny, D});
+  const int64_t hidden = p.fc1_weight.size(0);
+  p.fc1_bias.check_both({hidden});
+  p.fc2_weight.check_both({D, hidden});
+  p.fc2_bias.check_both({D});
+  p.layer_scale.check_both({D});
 
   std::vector<MlpBlock> result;
-  check_subnet(arguments.subnet, count, x.batch);
-  for (int64_t i = 0; i < count; i++) {
-    const int64_t* slice = &arguments.slices[static_cast<size_t>(i * kMlpIntegers)];
+  check_subnet(arguments.subnet, static_cast<int64_t>(arguments.slices.size()), x.batch);
+  for (const MlpSlice& slice : arguments.slices) {
     const Interval embed = embed_of(slice), rows = hidden_of(slice);
     MlpBlock block{};
     block.batch = x.batch, block.tokens = x.tokens, block.embed = embed.length, block.hidden = rows.length;
     block.eps = static_cast<float>(arguments.eps);
     block.x = data;
-    block.norm_weight = arguments.norm_weight.vector(embed);
-    block.norm_bias = arguments.norm_bias.vector(embed);
-    block.fc1_weight = arguments.fc1_weight.matrix(rows, embed);
-    block.fc1_bias = arguments.fc1_bias.vector(rows);
-    block.fc2_weight = arguments.fc2_weight.matrix(embed, rows);
-    block.fc2_bias = arguments.fc2_bias.vector(embed);
-    block.layer_scale = arguments.layer_scale.vector(embed);
+    block.norm_weight = p.norm_weight.vector(embed);
+    block.norm_bias = p.norm_bias.vector(embed);
+    block.fc1_weight = p.fc1_weight.matrix(rows, embed);
+    block.fc1_bias = p.fc1_bias.vector(rows);
+    block.fc2_weight = p.fc2_weight.matrix(embed, rows);
+    block.fc2_bias = p.fc2_bias.vector(embed);
+    block.layer_scale = p.layer_scale.vector(embed);
     block.branch_scale = check_branch_scale(arguments.branch_scale, x.batch);
     result.push_back(block);
   }
@@ -62,15 +61,15 @@ std::tuple<Tensor, Tensor> mlp_block(const Tensor& x, const Tensor& norm_weight,
                                      const OptionalTensor& branch_scale, const Integers& slices, double eps,
                                      const OptionalTensor& subnet, bool save) {
   const MlpArguments arguments{x,
-                               {"norm_weight", norm_weight},
-                               {"norm_bias", norm_bias},
-                               {"fc1_weight", fc1_weight},
-                               {"fc1_bias", fc1_bias},
-                               {"fc2_weight", fc2_weight},
-                               {"fc2_bias", fc2_bias},
-                               {"layer_scale", layer_scale},
+                               {{"norm_weight", norm_weight},
+                                {"norm_bias", norm_bias},
+                                {"fc1_weight", fc1_weight},
+                                {"fc1_bias", fc1_bias},
+                                {"fc2_weight", fc2_weight},
+                                {"fc2_bias", fc2_bias},
+                                {"layer_scale", layer_scale}},
                                branch_scale,
-                               slices,
+                               read_slices<MlpSlice>(slices),
                                eps,
                                subnet};
   const std::vector<MlpBlock> blocks = describe(arguments);
@@ -96,15 +95,15 @@ Tensor mlp_block_backward(const Tensor& grad, const Tensor& x, const Tensor& hid
                           const OptionalTensor& grad_fc1_bias, const OptionalTensor& grad_fc2_weight,
                           const OptionalTensor& grad_fc2_bias, const OptionalTensor& grad_layer_scale) {
   const MlpArguments arguments{x,
-                               {"norm_weight", norm_weight, &grad_norm_weight},
-                               {"norm_bias", norm_bias, &grad_norm_bias},
-                               {"fc1_weight", fc1_weight, &grad_fc1_weight},
-                               {"fc1_bias", fc1_bias, &grad_fc1_bias},
-                               {"fc2_weight", fc2_weight, &grad_fc2_weight},
-                               {"fc2_bias", fc2_bias, &grad_fc2_bias},
-                               {"layer_scale", layer_scale, &grad_layer_scale},
+                               {{"norm_weight", norm_weight, &grad_norm_weight},
+                                {"norm_bias", norm_bias, &grad_norm_bias},
+                                {"fc1_weight", fc1_weight, &grad_fc1_weight},
+                                {"fc1_bias", fc1_bias, &grad_fc1_bias},
+                                {"fc2_weight", fc2_weight, &grad_fc2_weight},
+                                {"fc2_bias", fc2_bias, &grad_fc2_bias},
+                                {"layer_scale", layer_scale, &grad_layer_scale}},
                                branch_scale,
-                               slices,
+                               read_slices<MlpSlice>(slices),
                                eps,
                                subnet};
   const std::vector<MlpBlock> blocks = describe(arguments);
@@ -114,18 +113,19 @@ Tensor mlp_block_backward(const Tensor& grad, const Tensor& x, const Tensor& hid
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
   for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
     const MlpBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, hidden);
-    const int64_t* slice = &slices[static_cast<size_t>(index * kMlpIntegers)];
+    const MlpSlice& slice = arguments.slices[static_cast<size_t>(index)];
+    const MlpParameters<Parameter>& p = arguments.parameters;
     const Interval embed = embed_of(slice), rows = hidden_of(slice);
     MlpBlockGradients gradients{};
     gradients.grad = from_image(tokens_of(grad), image);
     gradients.x = from_image(mutable_tokens_of(dx), image);
-    gradients.norm_weight = arguments.norm_weight.vector_gradient(embed);
-    gradients.norm_bias = arguments.norm_bias.vector_gradient(embed);
-    gradients.fc1_weight = arguments.fc1_weight.matrix_gradient(rows, embed);
-    gradients.fc1_bias = arguments.fc1_bias.vector_gradient(rows);
-    gradients.fc2_weight = arguments.fc2_weight.matrix_gradient(embed, rows);
-    gradients.fc2_bias = arguments.fc2_bias.vector_gradient(embed);
-    gradients.layer_scale = arguments.layer_scale.vector_gradient(embed);
+    gradients.norm_weight = p.norm_weight.vector_gradient(embed);
+    gradients.norm_bias = p.norm_bias.vector_gradient(embed);
+    gradients.fc1_weight = p.fc1_weight.matrix_gradient(rows, embed);
+    gradients.fc1_bias = p.fc1_bias.vector_gradient(rows);
+    gradients.fc2_weight = p.fc2_weight.matrix_gradient(embed, rows);
+    gradients.fc2_bias = p.fc2_bias.vector_gradient(embed);
+    gradients.layer_scale = p.layer_scale.vector_gradient(embed);
     check_status(mlp_block_backward_cpu(block, gradients, torch_threads()));
     zero_beyond(gradients.x, count, tokens, block.embed, width);
   });

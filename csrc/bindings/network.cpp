@@ -1,176 +1,227 @@
-// The whole network as one op on the CPU, from packed weights; and their packing.
+// The whole network on the CPU: packing its weights, planning one subnetwork, and the forward as one op.
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
 #include "arguments.h"
 
 namespace hydravit {
 namespace {
 
-// Where the parameters of a packed network begin: in the order of hydravit_kernels/parameters.py; -1: it is
-// absent.
+// ---- Packing: every parameter in one tensor, weights in panels ----
+
+constexpr int64_t kAlignment = 16;  // floats: a parameter begins on a cache line of `packed`
+
+// Floats that a parameter takes; panels are whole. False if the number is beyond int64.
+bool packed_size(const ParameterSpec& spec, int64_t& size) {
+  const int64_t unit = spec.weight ? kPanel : 1;
+  size = (spec.shape[0] + unit - 1) / unit * unit;
+  for (size_t axis = 1; axis < spec.shape.size(); axis++)
+    if (__builtin_mul_overflow(size, spec.shape[axis], &size)) return false;
+  return true;
+}
+
+void pack_weight(const char* name, const Tensor& weight, float* panels) {
+  check_kind(weight, name, ScalarType::Float);
+  int64_t columns = 1;
+  for (int64_t axis = weight.dim() - 1; axis > 0; columns *= weight.size(axis--))
+    HYDRAVIT_CHECK(weight.size(axis) <= 1 || weight.stride(axis) == columns, name,
+                   ": contiguous rows expected, strides ", text(strides_of(weight)), " given");
+  check_status(pack_weight_cpu({floats(weight), weight.stride(0)}, weight.size(0), columns, panels, torch_threads()));
+}
+
+// parameters in the order of parameters.h -> packed, and the offset of each parameter in it, -1 where it is absent.
+std::tuple<Tensor, Integers> pack_network(const std::vector<OptionalTensor>& parameters, const Integers& sizes) {
+  const NetworkSizes n = read_sizes(sizes);
+  const std::vector<ParameterSpec> specs = parameter_specs(n);
+  HYDRAVIT_CHECK(parameters.size() == specs.size(), "parameters: ", specs.size(), " expected for ", n.layers,
+                 " layers, ", parameters.size(), " given");
+  Integers offsets;
+  int64_t stop = 0;
+  for (size_t i = 0; i < specs.size(); i++) {
+    const ParameterSpec& spec = specs[i];
+    HYDRAVIT_CHECK(parameters[i].has_value() || spec.optional, spec.name, ": a tensor expected, None given");
+    offsets.push_back(parameters[i].has_value() ? stop : -1);
+    if (!parameters[i].has_value()) continue;
+    const Integers shape = shape_of(*parameters[i]);
+    HYDRAVIT_CHECK(shape == spec.shape, spec.name, ": shape ", text(spec.shape), " expected, ", text(shape), " given");
+    int64_t size = 0;
+    HYDRAVIT_CHECK(packed_size(spec, size) && !__builtin_add_overflow(stop, size + kAlignment - 1, &stop), spec.name,
+                   ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
+    stop = stop / kAlignment * kAlignment;
+  }
+
+  Tensor packed = torch::stable::empty(Integers{stop}, ScalarType::Float);
+  for (size_t i = 0; i < specs.size(); i++) {
+    if (!parameters[i].has_value()) continue;
+    const Tensor& parameter = *parameters[i];
+    if (specs[i].weight) {
+      pack_weight(specs[i].name, parameter, mutable_floats(packed) + offsets[i]);
+    } else {
+      const Tensor place = torch::stable::narrow(packed, 0, offsets[i], parameter.numel());
+      Tensor shaped = torch::stable::view(place, specs[i].shape);
+      torch::stable::copy_(shaped, parameter);  // of any dtype, device and strides
+    }
+  }
+  return {packed, offsets};
+}
+
+// Finds a parameter in `packed`; called once for each of them, in order.
 class PackedParameters {
  public:
   PackedParameters(const Tensor& packed, const Integers& offsets) : packed_(packed), offsets_(offsets) {
     check(packed, "packed", {kAny});
   }
-  Parameter vector(const char* name, Integers shape) { return required(name, next(name, std::move(shape), false)); }
-  Parameter weight(const char* name, Integers shape) { return required(name, next(name, std::move(shape), true)); }
-  Parameter optional_vector(const char* name, Integers shape) { return next(name, std::move(shape), false); }
-  Parameter optional_weight(const char* name, Integers shape) { return next(name, std::move(shape), true); }
+  Parameter operator()(ParameterSpec spec) {
+    HYDRAVIT_CHECK(left() > 0, "offsets: one for ", spec.name, " expected, none given");
+    const int64_t offset = offsets_[used_++];
+    if (offset == -1) {
+      HYDRAVIT_CHECK(spec.optional, "offsets: ", spec.name, " expected, -1 (absent) given");
+      return {spec.name, nullptr, {}, false};
+    }
+    int64_t size = 0;
+    HYDRAVIT_CHECK(packed_size(spec, size), "packed ", spec.name, ": a shape of fewer than 2^63 elements expected, ",
+                   text(spec.shape), " given");
+    HYDRAVIT_CHECK(offset >= 0 && offset <= packed_.size(0) && size <= packed_.size(0) - offset, "offsets: ", spec.name,
+                   " with ", size, " elements at ", offset, " expected inside [0, ", packed_.size(0), ")");
+    return {spec.name, floats(packed_) + offset, std::move(spec.shape), spec.weight};
+  }
   size_t left() const { return offsets_.size() - used_; }
 
  private:
-  static Parameter required(const char* name, Parameter parameter) {
-    HYDRAVIT_CHECK(parameter.present(), "offsets: ", name, " expected, -1 (absent) given");
-    return parameter;
-  }
-  Parameter next(const char* name, Integers shape, bool panels) {
-    HYDRAVIT_CHECK(left() > 0, "offsets: one for ", name, " expected, none given");
-    const int64_t offset = offsets_[used_++];
-    if (offset == -1) return {name, nullptr, {}, false};
-    int64_t size = panels ? (shape[0] + kPanel - 1) / kPanel * kPanel : shape[0];
-    bool fits = true;
-    for (size_t axis = 1; axis < shape.size(); axis++) fits = fits && !__builtin_mul_overflow(size, shape[axis], &size);
-    HYDRAVIT_CHECK(fits, "packed ", name, ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
-    HYDRAVIT_CHECK(offset >= 0 && offset <= packed_.size(0) && size <= packed_.size(0) - offset, "offsets: ", name,
-                   " with ", size, " elements at ", offset, " expected inside [0, ", packed_.size(0), ")");
-    return {name, floats(packed_) + offset, std::move(shape), panels};
-  }
-
   const Tensor& packed_;
   const Integers& offsets_;
   size_t used_ = 0;
 };
 
-// Of the full network, in the order of hydravit_kernels/parameters.py.
-struct NetworkSizes {
-  int64_t depth, embed, hidden, channels, patch_height, patch_width, cls_tokens, reg_tokens, positions, classes;
+// ---- The plan: one subnetwork's slices as addresses in `packed`, in a tensor of bytes ----
+// The tensor holds PlanHeader | Stem | AttentionBlock, one for each layer | MlpBlock, one for each layer | Head. The
+// size of each struct is a multiple of the alignment of all, so there are no gaps.
 
-  static NetworkSizes of(const Integers& s) {
-    HYDRAVIT_CHECK(s.size() == 10, "sizes: 10 integers expected, ", s.size(), " given");
-    for (const int64_t size : s)
-      HYDRAVIT_CHECK(size >= 0 && size < int64_t{1} << 31, "sizes in [0, 2^31) expected, ", size, " given");
-    HYDRAVIT_CHECK(s[0] > 0, "depth: at least 1 expected, 0 given");
-    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9]};
-  }
+constexpr uint64_t kPlanMagic = 0x68796472'61706c61;  // no tensor of other bytes passes for a plan
+
+struct PlanHeader {
+  uint64_t magic;
+  int64_t bytes;        // of the whole plan
+  const float* packed;  // the plan's addresses lie in [packed, packed + packed_size)
+  int64_t packed_size;
+  NetworkSizes sizes;
 };
 
-Tensor network(const Tensor& images, const Tensor& packed, const Integers& offsets, const Integers& sizes,
-               int64_t pool_start, int64_t pool_stop, const Integers& stem_slices, const Integers& attention_slices,
-               const Integers& mlp_slices, const Integers& head_slices, const std::vector<double>& scales, double eps,
-               const OptionalTensor& subnet, bool pooled_only) {
-  check_shape(images, "images", {kAny, kAny, kAny, kAny});
-  const NetworkSizes n = NetworkSizes::of(sizes);
-  PackedParameters p(packed, offsets);
-  const int64_t widths = check_slices(stem_slices, kEmbedIntegers);
-  const auto of_block = [&](const auto& values, int64_t i) {
-    const int64_t count = static_cast<int64_t>(values.size()) / n.depth;
-    HYDRAVIT_CHECK(count > 0 && count % widths == 0 && count * n.depth == static_cast<int64_t>(values.size()),
-                   "slices: as many for each of ", n.depth, " blocks and ", widths, " widths expected, ", values.size(),
-                   " integers or scales given");
-    return std::decay_t<decltype(values)>(values.begin() + i * count, values.begin() + (i + 1) * count);
+constexpr size_t kPlanAlignment = alignof(PlanHeader);
+template <class Struct>
+constexpr bool fits_in_plan() {
+  return std::is_trivially_copyable_v<Struct> && alignof(Struct) == kPlanAlignment;
+}
+static_assert(fits_in_plan<PlanHeader>() && fits_in_plan<Stem>() && fits_in_plan<AttentionBlock>() &&
+              fits_in_plan<MlpBlock>() && fits_in_plan<Head>());
+
+int64_t plan_bytes(int64_t layers) {
+  return static_cast<int64_t>(sizeof(PlanHeader) + sizeof(Stem) + sizeof(Head)) +
+         layers * static_cast<int64_t>(sizeof(AttentionBlock) + sizeof(MlpBlock));
+}
+
+Tensor plan_network(const Tensor& packed, const Integers& offsets, const Integers& sizes, const Integers& subnetwork,
+                    const std::vector<double>& scales, double eps) {
+  const NetworkSizes n = read_sizes(sizes);
+  const Subnetwork s = read_subnetwork(n.layers, subnetwork, scales, eps);
+  PackedParameters packed_parameters(packed, offsets);
+  const NetworkParameters<Parameter> p = read_parameters(n, packed_parameters);
+  HYDRAVIT_CHECK(packed_parameters.left() == 0, "offsets: ", packed_parameters.left(), " too many given");
+
+  const Tensor plan = torch::stable::new_empty(packed, {plan_bytes(n.layers)}, ScalarType::Byte);
+  auto* place = static_cast<uint8_t*>(plan.mutable_data_ptr());
+  HYDRAVIT_CHECK(reinterpret_cast<uintptr_t>(place) % kPlanAlignment == 0, "plan: aligned memory expected");
+  const auto write = [&](const auto& value) {
+    std::memcpy(place, &value, sizeof(value));
+    place += sizeof(value);
   };
+  const auto write_block = [&](const auto& arguments) {
+    const auto block = describe(arguments).front();
+    HYDRAVIT_CHECK(block.embed == s.embed.embed, "slices: one embed for the stem, every block and the head expected, ",
+                   s.embed.embed, " and ", block.embed, " given");
+    write(block);
+  };
+  const Residual residual(n);
+  write(PlanHeader{kPlanMagic, plan_bytes(n.layers), floats(packed), packed.size(0), n});
+  write_block(StemArguments{Images(n), p.stem, {s.embed}, {}});
+  for (size_t i = 0; i < p.attention.size(); i++)
+    write_block(AttentionArguments{residual, p.attention[i], {}, {s.attention[i]}, s.eps, {}, residual.tokens});
+  for (size_t i = 0; i < p.mlp.size(); i++) write_block(MlpArguments{residual, p.mlp[i], {}, {s.mlp[i]}, s.eps, {}});
+  write_block(HeadArguments{residual, p.head, n.pool_start, n.pool_stop, {s.head}, s.eps, {}});
+  return plan;
+}
 
-  const StemArguments stem{images,
-                           p.weight("weight", {n.embed, n.channels, n.patch_height, n.patch_width}),
-                           p.optional_vector("bias", {n.embed}),
-                           p.optional_vector("cls_token", {1, n.cls_tokens, n.embed}),
-                           p.optional_vector("reg_token", {1, n.reg_tokens, n.embed}),
-                           p.optional_vector("pos_embed", {1, n.positions, n.embed}),
-                           stem_slices,
-                           subnet};
-  const std::vector<Stem> stems = describe(stem);
-  const Stream stream(stem.batch(), stem.tokens());
-  std::vector<std::vector<AttentionBlock>> attention(static_cast<size_t>(widths));
-  std::vector<std::vector<MlpBlock>> mlp(static_cast<size_t>(widths));
-  for (int64_t i = 0; i < n.depth; i++) {
-    AttentionArguments attention_arguments{stream,
-                                           p.vector("norm1.weight", {n.embed}),
-                                           p.vector("norm1.bias", {n.embed}),
-                                           p.weight("qkv.weight", {3 * n.embed, n.embed}),
-                                           p.optional_vector("qkv.bias", {3 * n.embed}),
-                                           p.weight("proj.weight", {n.embed, n.embed}),
-                                           p.optional_vector("proj.bias", {n.embed}),
-                                           p.optional_vector("ls1.gamma", {n.embed}),
-                                           {},
-                                           of_block(attention_slices, i),
-                                           of_block(scales, i),
-                                           eps,
-                                           subnet,
-                                           stream.tokens};
-    const MlpArguments mlp_arguments{stream,
-                                     p.vector("norm2.weight", {n.embed}),
-                                     p.vector("norm2.bias", {n.embed}),
-                                     p.weight("fc1.weight", {n.hidden, n.embed}),
-                                     p.optional_vector("fc1.bias", {n.hidden}),
-                                     p.weight("fc2.weight", {n.embed, n.hidden}),
-                                     p.optional_vector("fc2.bias", {n.embed}),
-                                     p.optional_vector("ls2.gamma", {n.embed}),
-                                     {},
-                                     of_block(mlp_slices, i),
-                                     eps,
-                                     subnet};
-    const std::vector<AttentionBlock> attention_blocks = describe(attention_arguments);
-    const std::vector<MlpBlock> mlp_blocks = describe(mlp_arguments);
-    for (size_t width = 0; width < static_cast<size_t>(widths); width++) {
-      attention[width].push_back(attention_blocks.at(width));
-      mlp[width].push_back(mlp_blocks.at(width));
-    }
-  }
-  const HeadArguments head{stream,
-                           p.optional_vector("norm_weight", {n.embed}),
-                           p.optional_vector("norm_bias", {n.embed}),
-                           p.optional_weight("head.weight", {n.classes, n.embed}),
-                           p.optional_vector("head.bias", {n.classes}),
-                           pool_start,
-                           pool_stop,
-                           head_slices,
-                           eps,
-                           subnet};
-  const std::vector<Head> heads = describe(head);
-  HYDRAVIT_CHECK(p.left() == 0, "offsets: ", p.left(), " too many given");
+const PlanHeader& header_of(const Tensor& plan, const Tensor& packed) {
+  check_kind(plan, "plans", ScalarType::Byte);
+  HYDRAVIT_CHECK(plan.dim() == 1 && plan.is_contiguous() && plan.size(0) >= static_cast<int64_t>(sizeof(PlanHeader)) &&
+                     reinterpret_cast<uintptr_t>(plan.const_data_ptr()) % kPlanAlignment == 0,
+                 "plans: a tensor of plan_network_native expected, shape ", text(shape_of(plan)), " given");
+  const auto& header = *static_cast<const PlanHeader*>(plan.const_data_ptr());
+  HYDRAVIT_CHECK(header.magic == kPlanMagic && header.bytes == plan.size(0),
+                 "plans: a tensor of plan_network_native expected, other bytes given");
+  HYDRAVIT_CHECK(header.packed == floats(packed) && header.packed_size == packed.size(0),
+                 "plans: plans of this packed tensor expected, a plan of another one given");
+  return header;
+}
 
-  std::vector<Network> networks;
-  for (size_t i = 0; i < static_cast<size_t>(widths); i++) {
-    for (size_t block = 0; block < static_cast<size_t>(n.depth); block++)
-      HYDRAVIT_CHECK(attention[i][block].embed == stems[i].embed && mlp[i][block].embed == stems[i].embed &&
-                         heads.at(i).embed == stems[i].embed,
-                     "slices: one embed for the stem, every block and the head of a width expected");
-    networks.push_back({&stems[i], attention[i].data(), mlp[i].data(), &heads[i]});
+NetworkPlan blocks_of(const PlanHeader& header) {
+  NetworkPlan plan{};
+  plan.stem = reinterpret_cast<const Stem*>(&header + 1);
+  plan.attention = reinterpret_cast<const AttentionBlock*>(plan.stem + 1);
+  plan.mlp = reinterpret_cast<const MlpBlock*>(plan.attention + header.sizes.layers);
+  plan.head = reinterpret_cast<const Head*>(plan.mlp + header.sizes.layers);
+  return plan;
+}
+
+// ---- The forward ----
+
+Tensor network(const Tensor& images, const Tensor& packed, const std::vector<Tensor>& plans, int64_t columns,
+               const OptionalTensor& subnet, bool pooled_only) {
+  check(packed, "packed", {kAny});
+  HYDRAVIT_CHECK(!plans.empty(), "plans: at least one expected, none given");
+  const NetworkSizes& n = header_of(plans[0], packed).sizes;
+  const auto columns_of = [&](const NetworkPlan& plan) {
+    return plan.head->classes > 0 ? plan.head->classes : plan.head->embed;
+  };
+  std::vector<NetworkPlan> blocks;
+  int64_t most = 0;
+  for (const Tensor& plan : plans) {
+    const PlanHeader& header = header_of(plan, packed);
+    HYDRAVIT_CHECK(header.sizes == n, "plans: plans of one network expected, of networks of two sizes given");
+    blocks.push_back(blocks_of(header));
+    most = std::max(most, columns_of(blocks.back()));
   }
-  const int64_t columns = head.width();
-  const Tensor y = torch::stable::new_empty(images, {stream.batch, columns});
+  HYDRAVIT_CHECK(columns == most, "columns: ", most, " expected, as the widest plan has, ", columns, " given");
+  check_shape(images, "images", {kAny, n.channels, n.image_height, n.image_width});
+  const int64_t batch = images.size(0);
+  check_subnet(subnet, static_cast<int64_t>(plans.size()), batch);
+
+  const Tensor y = torch::stable::new_empty(images, {batch, columns});
   NetworkCall call{};
-  call.batch = stream.batch, call.tokens = stream.tokens, call.depth = n.depth;
-  call.networks = networks.data();
-  call.width_of = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
+  call.batch = batch, call.tokens = n.tokens(), call.layers = n.layers;
+  call.images = floats(images);
+  for (int axis = 0; axis < 4; axis++) call.image_strides[axis] = images.stride(axis);
+  call.plans = blocks.data();
+  call.plan_of = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
   call.pooled_only = pooled_only;
   call.y = mutable_floats(y), call.y_row_stride = columns;
   check_status(network_cpu(call, torch_threads()));
-  for_each_run(subnet, stream.batch, [&](int64_t image, int64_t count, int64_t width) {
-    const int64_t own =
-        n.classes > 0 ? heads[static_cast<size_t>(width)].classes : stems[static_cast<size_t>(width)].embed;
+  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t width) {
+    const int64_t own = columns_of(blocks[static_cast<size_t>(width)]);
     zero_beyond({call.y + image * columns, columns, columns}, count, 1, own, columns);
   });
   return y;
-}
-
-// weight (rows, ...) -> panels, of the size that hydravit.h names.
-void pack_weight(const Tensor& weight, Tensor panels) {
-  HYDRAVIT_CHECK(weight.dim() >= 2, "weight: at least 2 axes expected, shape ", text(shape_of(weight)), " given");
-  check_kind(weight, "weight", ScalarType::Float);
-  const int64_t rows = weight.size(0);
-  int64_t columns = 1;
-  for (int64_t axis = weight.dim() - 1; axis > 0; columns *= weight.size(axis--))
-    HYDRAVIT_CHECK(weight.size(axis) <= 1 || weight.stride(axis) == columns,
-                   "weight: contiguous rows expected, strides ", text(strides_of(weight)), " given");
-  check(panels, "panels", {(rows + kPanel - 1) / kPanel * kPanel * columns});
-  check_status(
-      pack_weight_cpu({floats(weight), weight.stride(0)}, rows, columns, mutable_floats(panels), torch_threads()));
 }
 
 }  // namespace
 }  // namespace hydravit
 
 STABLE_TORCH_LIBRARY_IMPL(hydravit, CPU, m) {
+  m.impl("plan_network_native", TORCH_BOX(&hydravit::plan_network));
   m.impl("network_native", TORCH_BOX(&hydravit::network));
-  m.impl("pack_weight_native", TORCH_BOX(&hydravit::pack_weight));
+}
+// Parameters may lie on several devices, and there may be none: the op itself says what it expects.
+STABLE_TORCH_LIBRARY_IMPL(hydravit, CompositeExplicitAutograd, m) {
+  m.impl("pack_network_native", TORCH_BOX(&hydravit::pack_network));
 }

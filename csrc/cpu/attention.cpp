@@ -1,9 +1,10 @@
-// Attention block: y = x + branch_scale * layer_scale * (attended proj^T + b), attended = attention of the three
-// products of norm(x) with the query, key and value weights; images in chunks.
+// Attention block: y = x + branch_scale * layer_scale * (attended proj^T + b). `attended` is the attention of Q, K and
+// V, the products of norm(x) with the query, key and value weights. Chunks of images go through the block one by one.
 //
-// Forward has two phases, between which all rows of an image are waited for: the three products; attention, projection
-// and residual. In each every thread takes some rows all the way. Backward has these phases in reverse and then sums
-// over rows; it recomputes the normalised x, and the probabilities from the saved Q, K and log-sum-exp.
+// Forward has two phases: first Q, K and V; then attention, projection and residual. The second phase waits until all
+// rows of an image are there. Within a phase every thread carries its own rows through all steps. Backward has the same
+// phases in reverse and then sums over rows. It recomputes the normalised x, and the probabilities from the saved Q, K
+// and log-sum-exp.
 #include "attention.h"
 
 #include "attention_heads.h"
@@ -23,7 +24,7 @@ struct Role {
 };
 struct Roles {
   Role role[3];
-  int64_t columns;  // of a row of qkv
+  int64_t columns;  // of qkv
 
   explicit Roles(const AttentionBlock& block) {
     const int64_t d = block.heads * block.head_dim;
@@ -38,7 +39,7 @@ Tokens column_of(const MutableTokens& tokens, int64_t column) {
   return {tokens.data + column, tokens.image_stride, tokens.token_stride};
 }
 
-// `images` images from `image` on; qkv and attended are those of the chunk.
+// The block of images [image, image + images). qkv and attended are buffers of the chunk.
 Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const MutableTokens& qkv,
                const MutableTokens& attended) {
   const Roles roles(block);
@@ -58,7 +59,7 @@ Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const
           block.logsumexp_image_stride};
 }
 
-// The first `tokens` of every image.
+// The rows of the first `tokens` tokens of every image.
 Axis rows_of(int64_t tokens, const MutableTokens& data) {
   return token_rows(tokens, data.token_stride, data.image_stride);
 }
@@ -70,15 +71,15 @@ Axis rows_of(const AttentionBlock& block, const Role& role) {
 
 View of_role(const AttentionBlock& block, const Role& role) { return {role.weight.data, rows_of(block, role), {}}; }
 
-// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)), of z and the gradient of
-// `attended` for the queries.
+// A chunk of images in backward. A buffer holds the rows of all its images, (rows, padded_row(...)); z and the gradient
+// of `attended` have rows for the queries only.
 struct Backward {
   AttentionBlock block;
   AttentionBlockGradients gradients;
   View proj, roles[3];  // right operands of the products with the gradients
   bool needs_qkv, needs_normalised;
   float *statistics, *z, *d_normalised;
-  float* normalised;  // in panels of these rows
+  float* normalised;  // panels, because the sums over rows read it as a right operand
   int64_t panel_stride;
   MutableTokens d_attended, d_qkv;
 
@@ -92,7 +93,7 @@ struct Backward {
     return {d_normalised,     padded_row(block.embed),           statistics, gradients.grad.data, residual_rows(),
             gradients.x.data, rows_of(block.tokens, gradients.x)};
   }
-  // By the rows of all tokens, although only those of the queries are there.
+  // Rows are counted over all tokens, although only the queries have one.
   Axis residual_rows() const { return rows_of(block.tokens, gradients.grad); }
   Branch branch() const {
     return {query_rows(),
@@ -105,7 +106,7 @@ struct Backward {
   }
 };
 
-// For at most kBandRows queries of one image, by one thread: from the gradient of y to that of `attended`.
+// From the gradient of y to the gradient of `attended`, for at most kBandRows queries of one image, by one thread.
 void project_backward_rows(const Backward& chunk, int64_t image, const Range& queries, float* panel) {
   const AttentionBlock& block = chunk.block;
   const int64_t begin = image * block.queries + queries.begin, end = image * block.queries + queries.end;
@@ -117,7 +118,7 @@ void project_backward_rows(const Backward& chunk, int64_t image, const Range& qu
                 {to.data, {to.token_stride}, {}}, panel);
 }
 
-// For as many tokens: from the gradients of Q, K and V to that of x.
+// From the gradients of Q, K and V to the gradient of x, for at most kBandRows tokens of one image, by one thread.
 void query_key_value_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
   const AttentionBlock& block = chunk.block;
   const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
@@ -144,7 +145,7 @@ void query_key_value_backward_rows(const Backward& chunk, int64_t image, const R
   normalize_backward_rows(chunk.norm(), through, begin + queries, end);
 }
 
-// The sums over rows.
+// The sums over rows: the gradients of the parameters.
 void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
   const AttentionBlock& block = chunk.block;
   const AttentionBlockGradients& gradients = chunk.gradients;
@@ -186,7 +187,7 @@ void add_gradients(const Backward& chunk, const Threads& threads, float* scratch
   }
 }
 
-// Of a block without heads: the gradient of x is that of y.
+// A block without heads is the identity: the gradient of x is the gradient of y.
 void pass_on(const AttentionBlockGradients& gradients, const AttentionBlock& block, const Threads& threads) {
   if (gradients.x.data == nullptr) return;
   parallel_ranges(threads, block.batch, block.tokens * block.embed, [&](int64_t begin, int64_t end) {
@@ -328,7 +329,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   const Roles roles(block);
   const int64_t values = block.heads * block.value_dim;
   Backward backward{};
-  // What is wanted of the chain of gradients, from its end.
+  // From the end of the chain of gradients: which of them have to be computed.
   backward.needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
   backward.needs_qkv = backward.needs_normalised;

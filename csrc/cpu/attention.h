@@ -1,5 +1,5 @@
-// The forward of an attention block for some rows, by one thread, in three steps. Between the first and the second, all
-// rows of the image have to be there.
+// The forward of an attention block for some rows, by one thread, in three steps. The second step needs the first
+// step's results for all rows of the image.
 #pragma once
 
 #include "gemm.h"
@@ -7,9 +7,9 @@
 
 namespace hydravit::HYDRAVIT_ISA {
 
-// A step takes tokens of one image, at most kBandRows of them except in `attend_rows`; `scratch`:
+// A step takes tokens of one image: at most kBandRows of them, but any number in `attend_rows`. `scratch`:
 // attention_rows_scratch(block) floats.
-// x -> qkv; queries only for the tokens in `queries`.
+// x -> qkv; only tokens in `queries` get a Q.
 void query_key_value_rows(const AttentionBlock& block, int64_t image, const Range& tokens, const Range& queries,
                           float* scratch);
 // qkv -> attended

@@ -1,6 +1,7 @@
-// K and V of the head are packed once per (image, head) and stay in cache; a whole row of scores is there at once for
-// any N. Forward takes queries a register tile at a time, one per row. Backward takes them kTileColumns at a time, one
-// per vector lane, with the scores transposed, (tokens, kTileColumns), so that no sum over tokens crosses lanes.
+// K and V of a head are packed once per (image, head) and stay in cache. A whole row of scores exists at once, for any
+// N. Forward takes a register tile of queries at a time, one query per row. Backward takes kTileColumns queries at a
+// time, one per vector lane; its scores are transposed, (tokens, kTileColumns), so that no sum over tokens crosses
+// lanes.
 #include "attention_heads.h"
 
 namespace hydravit::HYDRAVIT_ISA {
@@ -8,11 +9,11 @@ namespace hydravit::HYDRAVIT_ISA {
 namespace {
 
 constexpr int kQueries = kTileColumns;
-// Queries of one register tile of the output: as even a split of kQueries as fits the tile.
+// Queries of one register tile of the output: kQueries in the fewest equal parts that fit the tile.
 constexpr int kQueryRows =
     (kQueries + (kQueries + kTileRows - 1) / kTileRows - 1) / ((kQueries + kTileRows - 1) / kTileRows);
 
-constexpr int64_t kPad = kWidth;  // what packing may write beyond its panels
+constexpr int64_t kPad = kWidth;  // floats that packing may write beyond its panels
 
 int64_t padded(int64_t columns) { return round_up(columns, kTileColumns); }
 
@@ -24,15 +25,15 @@ float* at(const MutableTokens& tokens, int64_t image, int64_t column) {
 }
 
 // scores (tokens, kQueries) = keys (packed rows) times queries (one packed panel)
-void score(int64_t tokens, int64_t depth, const float* keys, const float* queries, float* scores) {
+void score(int64_t tokens, int64_t dim, const float* keys, const float* queries, float* scores) {
   for (int64_t token = 0; token < tokens; token += kTileRows)
     tile_across(
         smaller<int64_t>(kTileRows, tokens - token), kQueries,
-        {depth, keys + token * depth, kTileRows, queries, kTileColumns, scores + token * kQueries, kQueries, false});
+        {dim, keys + token * dim, kTileRows, queries, kTileColumns, scores + token * kQueries, kQueries, false});
 }
 
-// The forward's buffers: K (head_dim, tokens) and V (tokens, value_dim) of the head in panels of kTileColumns, and the
-// scores of one tile of queries, (kTileRows, tokens).
+// The buffers of forward: K (head_dim, tokens) and V (tokens, value_dim) of the head in panels of kTileColumns, and the
+// scores (kTileRows, tokens) of one tile of queries.
 struct ForwardSizes {
   int64_t keys, values, scores, total;
   ForwardSizes(int64_t tokens, int64_t head_dim, int64_t value_dim)
@@ -48,7 +49,7 @@ Vec lane_indices() {
   return lanes;
 }
 
-// scores -> e^(scores * scale - max) in place; returns their sum.
+// Replaces the scores by e^(score * scale - max), in place; returns their sum.
 float exponentiate(int64_t tokens, float scale, float* scores, float* maximum) {
   const int64_t whole = tokens / kWidth * kWidth, rest = tokens - whole;
   const Vec tail = lane_indices() < static_cast<float>(rest) ? load(scores + whole) * scale : splat(-__builtin_inff());
@@ -113,9 +114,9 @@ void add_products(int64_t tokens, int64_t queries, int64_t columns, const float*
                   sums + token * padded(columns) + column, padded(columns), accumulate});
 }
 
-// scores -> probabilities, and d probabilities -> d scores: p (dp - sum(p dp)) scale. The probabilities are normalised
-// again, and the sum is taken over them: the saved log-sum-exp has lost digits, and where one score dominates, the
-// difference must still come out as zero.
+// Replaces scores by probabilities p, and gradients dp of probabilities by gradients of scores, p (dp - sum(p dp))
+// scale. It normalises the probabilities again, because the saved log-sum-exp has lost digits: where one score
+// dominates, the difference must still be zero.
 void differentiate(int64_t tokens, float scale, const float* logsumexp, float* scores, float* gradients) {
   for (int half = 0; half < 2; half++) {
     float* lanes = scores + half * kWidth;

@@ -1,4 +1,4 @@
-// Attention within each (image, head): softmax(q k^T * scale) v, forward and backward, from Q, K and V where they lie.
+// Attention within each (image, head): softmax(q k^T * scale) v, forward and backward. Q, K and V are read in place.
 #pragma once
 
 #include "gemm.h"
@@ -6,7 +6,8 @@
 
 namespace hydravit::HYDRAVIT_ISA {
 
-// Head h of q and k are columns [h * head_dim, (h + 1) * head_dim), of v and attended [h * value_dim, ...).
+// Head h has columns [h * head_dim, (h + 1) * head_dim) of q and k, and [h * value_dim, (h + 1) * value_dim) of v and
+// attended.
 struct Heads {
   int64_t images, tokens, queries, heads, head_dim, value_dim;
   float scale;
@@ -15,11 +16,11 @@ struct Heads {
   float* logsumexp;        // (images, heads, queries), images `logsumexp_image_stride` apart; forward: nullable
   int64_t logsumexp_image_stride;
 };
-// Some queries of one (image, head), by one thread; `scratch`: attend_scratch(block) floats.
+// Computes some queries of one (image, head), by one thread. `scratch`: attend_scratch(block) floats.
 void attend(const Heads& heads, int64_t image, int64_t head, const Range& queries, float* scratch);
 int64_t attend_scratch(const AttentionBlock& block);
 
-// From the gradient of `attended`: the gradients of q, k and v, laid out like them; of q for the queries only.
+// `attended` is the input. The gradients of q, k and v are laid out like q, k and v; only queries have a gradient of q.
 struct HeadsGradients {
   Tokens attended;
   MutableTokens q, k, v;

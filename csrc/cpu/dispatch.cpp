@@ -1,4 +1,5 @@
-// The instruction set is chosen once, at run time: what the CPU offers, or what HYDRAVIT_CPU_ISA or set_cpu_isa names.
+// Chooses the instruction set once, at run time: the best one of the CPU, or the one that HYDRAVIT_CPU_ISA or
+// set_cpu_isa names.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -87,7 +88,7 @@ int current(const Kernels** kernels) {
   *kernels = chosen.load(std::memory_order_relaxed);
   if (*kernels != nullptr) return kOk;
   const char* wanted = std::getenv("HYDRAVIT_CPU_ISA");
-  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;  // set to nothing: not set
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;  // an empty variable counts as unset
   const int status = choose(wanted, kernels);
   if (status == kOk) chosen.store(*kernels, std::memory_order_relaxed);
   return status;

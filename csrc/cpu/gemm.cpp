@@ -28,8 +28,8 @@ inline void transpose_step(Vec (&rows)[kWidth]) {
   if constexpr (group > 1) transpose_step<group / 2>(rows);
 }
 
-// kWidth depth indices of `lanes` (at most kWidth) rows -> depth-major, `panel` floats apart. The store is a whole
-// vector: what it writes beyond the panel's lanes, the next depth index overwrites.
+// Transposes kWidth K indices of `lanes` (at most kWidth) rows: K indices then lie `panel` floats apart. A store writes
+// a whole vector; the store of the next K index overwrites the part beyond the panel's lanes.
 template <int lanes, int panel>
 inline void transpose_block(const float* const* rows, int64_t k, float* to) {
   Vec block[kWidth];
@@ -41,60 +41,59 @@ inline void transpose_block(const float* const* rows, int64_t k, float* to) {
 }
 
 template <int panel>
-void pack_panel(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-                int64_t depth_begin, int64_t depth_end, float* to) {
+void pack_panel(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
+                int64_t k_end, float* to) {
   static_assert(panel % kWidth == 0 || panel < kWidth,
                 "a whole-vector store must not reach into another vector's lanes");
   constexpr int kGroup = panel < kWidth ? panel : kWidth;
   const float* rows[panel];
-  for (int64_t begin = depth_begin; begin < depth_end;) {
-    int64_t end = depth_end;  // of the depth indices in one segment
-    if (depth.segment != 0) end = smaller(end, (begin / depth.segment + 1) * depth.segment);
-    const float* base = data + depth.at(begin);
+  for (int64_t begin = k_begin; begin < k_end;) {
+    int64_t end = k_end;  // K indices [begin, end) lie in one segment
+    if (k_axis.segment != 0) end = smaller(end, (begin / k_axis.segment + 1) * k_axis.segment);
+    const float* base = data + k_axis.at(begin);
     const int64_t length = end - begin;
     int64_t k = 0;
     for (int64_t i = 0; i < panel; i++) rows[i] = base + lanes.at(lane + smaller(i, count - 1));
-    if (depth.stride == 1) {
+    if (k_axis.stride == 1) {
       for (; k + kWidth <= length; k += kWidth)
         for (int group = 0; group < panel; group += kGroup)
           transpose_block<kGroup, panel>(rows + group, k, to + k * panel + group);
     }
     for (; k < length; k++)
-      for (int64_t i = 0; i < panel; i++) to[k * panel + i] = rows[i][k * depth.stride];
+      for (int64_t i = 0; i < panel; i++) to[k * panel + i] = rows[i][k * k_axis.stride];
     to += length * panel;
     begin = end;
   }
 }
 
-// Whole panels whose lanes are neighbours in memory: some side by side, as a depth index of one alone is a short way in
-// a page of its own.
+// Packs whole panels whose lanes are contiguous, several panels at a time: one K index of one panel alone is a short
+// run of memory in a page of its own.
 template <int panel>
-void pack_neighbours(const float* data, const Axis& depth, int64_t panels, int64_t depth_begin, int64_t depth_end,
-                     float* to) {
+void pack_neighbours(const float* data, const Axis& k_axis, int64_t panels, int64_t k_begin, int64_t k_end, float* to) {
   constexpr int64_t kTogether = 8;
-  const int64_t size = panel * (depth_end - depth_begin);
+  const int64_t size = panel * (k_end - k_begin);
   for (int64_t first = 0; first < panels; first += kTogether) {
     const int64_t count = smaller(kTogether, panels - first);
     float* start = to + first * size;
-    for (int64_t k = depth_begin; k < depth_end; k++, start += panel) {
-      const float* from = data + depth.at(k) + first * panel;
+    for (int64_t k = k_begin; k < k_end; k++, start += panel) {
+      const float* from = data + k_axis.at(k) + first * panel;
       for (int64_t i = 0; i < count; i++) std::memcpy(start + i * size, from + i * panel, panel * sizeof(float));
     }
   }
 }
 
 template <int panel>
-void pack(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count, int64_t depth_begin,
-          int64_t depth_end, float* to) {
+void pack(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
+          int64_t k_end, float* to) {
   const int64_t whole = count / panel;
   int64_t i = 0;
   if (whole > 0 && lanes.at(lane + whole * panel - 1) - lanes.at(lane) == whole * panel - 1) {
-    pack_neighbours<panel>(data + lanes.at(lane), depth, whole, depth_begin, depth_end, to);
+    pack_neighbours<panel>(data + lanes.at(lane), k_axis, whole, k_begin, k_end, to);
     i = whole * panel;
   }
   for (; i < count; i += panel)
-    pack_panel<panel>(data, lanes, depth, lane + i, smaller<int64_t>(panel, count - i), depth_begin, depth_end,
-                      to + i * (depth_end - depth_begin));
+    pack_panel<panel>(data, lanes, k_axis, lane + i, smaller<int64_t>(panel, count - i), k_begin, k_end,
+                      to + i * (k_end - k_begin));
 }
 
 // ---- The register tile ----
@@ -104,11 +103,11 @@ struct ColumnVectors {
   float bias[kTileColumns], scale[kTileColumns];
 };
 
-// Where a tile's sums go: `out`, from `row` and `column` on.
+// The tile's epilogue: its sums go to `out`, with the tile origin (row, column).
 struct Finish {
   const Output* out;
   int64_t row, column;
-  bool first, last;  // piece of the depth
+  bool first, last;  // whether the piece is the first or the last one of K
   ColumnVectors vectors;
 };
 
@@ -120,7 +119,7 @@ void gather(Finish& finish, int64_t count) {
   }
 }
 
-// Any tile, from memory: sums (rows, kTileColumns).
+// The epilogue of any tile, from memory: sums (rows, kTileColumns).
 __attribute__((noinline)) void finish_from_memory(const Finish& finish, const float* sums, int64_t rows,
                                                   int64_t columns) {
   const Output& out = *finish.out;
@@ -160,7 +159,8 @@ __attribute__((noinline)) void finish_from_memory(const Finish& finish, const fl
   }
 }
 
-// The last piece with GELU, for a tile of whole vectors: out of the register tile's way, but in a loop of its own.
+// The epilogue with GELU, for the last piece and whole vectors. Apart from the register tile, GELU does not compete
+// with it for registers.
 __attribute__((noinline)) void finish_gelu(const Finish& finish, float* sums, int64_t rows, int64_t vectors) {
   const Output& out = *finish.out;
   for (int64_t i = 0; i < rows; i++) {
@@ -192,7 +192,7 @@ inline void for_each(const Body& body) {
     for (int j = 0; j < vectors; j++) body(i, j);
 }
 
-// The same from registers, for whole vectors of contiguous columns: one decision per tile, not per vector.
+// The epilogue from registers, for whole vectors of contiguous columns: it decides once per tile, not once per vector.
 template <int rows, int vectors>
 inline void finish_from_registers(const Finish& finish, Vec (&sums)[rows][vectors]) {
   const Output& out = *finish.out;
@@ -235,7 +235,7 @@ void compute(const Tile& tile, const Finish* finish, int64_t columns) {
   constexpr int kUnroll = 4, kLine = 16;  // floats of a cache line
   const float* prefetch = tile.prefetch == nullptr ? tile.b : tile.prefetch;
   int64_t k = 0;
-  for (; k + kUnroll <= tile.depth; k += kUnroll) {
+  for (; k + kUnroll <= tile.k; k += kUnroll) {
 #pragma GCC unroll 16
     for (int u = 0; u < kUnroll; u++) step(u);
     __builtin_prefetch(prefetch);
@@ -243,7 +243,7 @@ void compute(const Tile& tile, const Finish* finish, int64_t columns) {
     a += kUnroll * (along ? 1 : tile.a_step);
     b += kUnroll * tile.b_step;
   }
-  for (; k < tile.depth; k++) {
+  for (; k < tile.k; k++) {
     step(0);
     a += along ? 1 : tile.a_step;
     b += tile.b_step;
@@ -271,7 +271,7 @@ template <int vectors, bool along, int... i>
 constexpr std::array<Compute, kTileRows> heights(std::integer_sequence<int, i...>) {
   return {compute<i + 1, vectors, along>...};
 }
-// By columns: one vector or two; then by rows.
+// One kernel for every tile: [vectors - 1][rows - 1].
 template <bool along>
 constexpr std::array<std::array<Compute, kTileRows>, 2> kComputes = {
     heights<1, along>(std::make_integer_sequence<int, kTileRows>()),
@@ -279,55 +279,56 @@ constexpr std::array<std::array<Compute, kTileRows>, 2> kComputes = {
 
 // ---- Blocking ----
 
-// Rows of `a` that are swept at a time: one piece of them stays in the level 2 cache.
+// Rows of `a` in one sweep: one piece of them stays in the level 2 cache.
 constexpr int64_t kBlockRows = 24 * kTileRows;
-// Pieces and rows of a packed left operand, which take as much.
+// Pieces and rows of a packed left operand: as much memory as the rows above.
 constexpr int64_t kSpanPieces = 3, kSpanRows = kBlockRows / kSpanPieces;
 static_assert(kSpanRows % kTileRows == 0);
 constexpr int64_t kRowsScratch = round_up(kSpanRows * kSpanPieces * kPiece + kWidth, 16);
 constexpr int64_t kJobScratch = kRowsScratch + round_up(kTileColumns * kSpanPieces * kPiece + kWidth, 16);
 
-// Depth [begin, end) of the columns from `column` on, for a tile: panels where they are, or packed to `scratch`.
-void point(Tile& tile, const View& b, int64_t column, int64_t count, const Range& depth, float* scratch) {
+// Points the tile at K indices [k.begin, k.end) of the columns from `column` on: in b's panels, or packed into
+// `scratch`.
+void point(Tile& tile, const View& b, int64_t column, int64_t count, const Range& k, float* scratch) {
   if (b.panels != nullptr) {
-    tile.b = b.panels + column / kPanel * b.panel_stride + depth.begin * kPanel + column % kPanel;
+    tile.b = b.panels + column / kPanel * b.panel_stride + k.begin * kPanel + column % kPanel;
     tile.b_step = kPanel;
   } else {
-    pack_columns(b.data, b.columns, b.rows, column, count, depth.begin, depth.end, scratch);
+    pack_columns(b.data, b.columns, b.rows, column, count, k.begin, k.end, scratch);
     tile.b = scratch, tile.b_step = kTileColumns;
   }
 }
 
-// `a` read in place, its data at the piece.
+// Reads `a` in place; its data begins at the piece.
 void sweep(Range rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
            const Output& out, float* scratch) {
   Finish finish{&out, 0, 0, piece.first, piece.last, {}};
   Tile tile{};
-  tile.depth = piece.depth.end - piece.depth.begin;
+  tile.k = piece.k.end - piece.k.begin;
   tile.a_step = a_rows.stride;
   for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
     const int64_t count = smaller<int64_t>(kTileColumns, columns.end - column);
-    point(tile, b, column, count, piece.depth, scratch);
-    // The next panel is fetched bit by bit while this one is used.
+    point(tile, b, column, count, piece.k, scratch);
+    // Each tile prefetches a part of the next panel.
     const bool fetch = b.panels != nullptr && column + kPanel < columns.end;
     const float* next = fetch ? tile.b + b.panel_stride : nullptr;
     finish.column = column;
     if (piece.last) gather(finish, count);
     for (int64_t row = rows.begin, height; row < rows.end; row += height) {
-      // Rows that are evenly spaced, in tiles as equal as can be.
+      // A tile takes evenly spaced rows only; the tiles are as equal as possible.
       int64_t end = rows.end;
       if (a_rows.segment != 0) end = smaller(end, (row / a_rows.segment + 1) * a_rows.segment);
       height = (end - row) / divide_up(end - row, kTileRows);
       finish.row = row;
       tile.a = a + a_rows.at(row);
-      tile.prefetch = fetch ? next + (row - rows.begin) * tile.depth * kPanel / (rows.end - rows.begin) : nullptr;
+      tile.prefetch = fetch ? next + (row - rows.begin) * tile.k * kPanel / (rows.end - rows.begin) : nullptr;
       kComputes<true>[count <= kWidth ? 0 : 1][height - 1](tile, & finish, count);
     }
   }
 }
 
-// `a` packed, as it does not lie along its depth: the product is then the gradient of a weight, deep and with an output
-// in memory rather than in cache, which is gone through once for several pieces.
+// Packs `a`, which is not contiguous along K. The product is then the gradient of a weight: K is long and the output
+// does not stay in cache, so one pass over the output serves several pieces.
 void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out,
                      float* scratch) {
   float* packed_columns = scratch + kRowsScratch;
@@ -337,7 +338,7 @@ void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const 
     const int64_t row_count = smaller(kSpanRows, rows.end - row);
     for (int64_t first = 0; first < pieces_of(k); first += kSpanPieces) {
       const int64_t last = smaller(first + kSpanPieces, pieces_of(k));
-      const Range span{piece_of(k, first).depth.begin, piece_of(k, last - 1).depth.end};
+      const Range span{piece_of(k, first).k.begin, piece_of(k, last - 1).k.end};
       pack_rows(a.data, a.rows, a.columns, row, row_count, span.begin, span.end, scratch);
       Finish finish{&out, 0, 0, false, false, {}};
       for (int64_t column = columns.begin; column < columns.end; column += kTileColumns) {
@@ -350,9 +351,9 @@ void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const 
           for (int64_t j = first; j < last; j++) {
             const Piece piece = piece_of(k, j);
             Tile part = tile;
-            part.depth = piece.depth.end - piece.depth.begin;
-            part.a = scratch + i * (span.end - span.begin) + (piece.depth.begin - span.begin) * kTileRows;
-            part.b = tile.b + (piece.depth.begin - span.begin) * tile.b_step;
+            part.k = piece.k.end - piece.k.begin;
+            part.a = scratch + i * (span.end - span.begin) + (piece.k.begin - span.begin) * kTileRows;
+            part.b = tile.b + (piece.k.begin - span.begin) * tile.b_step;
             finish.first = piece.first, finish.last = piece.last;
             const int64_t height = smaller<int64_t>(kTileRows, row_count - i);
             kComputes<false>[count <= kWidth ? 0 : 1][height - 1](part, & finish, count);
@@ -363,7 +364,7 @@ void multiply_packed(Range rows, Range columns, int64_t k, const View& a, const 
   }
 }
 
-// One job's part of the product, with memory of its own.
+// One job's part of the product, in the job's own memory.
 void multiply(Range rows, Range columns, int64_t k, const View& a, const View& b, const Output& out, float* scratch) {
   if (a.columns.segment != 0 || a.columns.stride != 1) return multiply_packed(rows, columns, k, a, b, out, scratch);
   const int64_t blocks = divide_up(rows.end - rows.begin, kBlockRows);
@@ -372,21 +373,21 @@ void multiply(Range rows, Range columns, int64_t k, const View& a, const View& b
     const Range band{rows.begin + part_of_rows.begin, rows.begin + part_of_rows.end};
     for (int64_t i = 0; i < pieces_of(k); i++) {
       const Piece piece = piece_of(k, i);
-      sweep(band, columns, piece, a.data + piece.depth.begin, a.rows, b, out, scratch);
+      sweep(band, columns, piece, a.data + piece.k.begin, a.rows, b, out, scratch);
     }
   }
 }
 
 }  // namespace
 
-void pack_rows(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-               int64_t depth_begin, int64_t depth_end, float* to) {
-  pack<kTileRows>(data, lanes, depth, lane, count, depth_begin, depth_end, to);
+void pack_rows(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
+               int64_t k_end, float* to) {
+  pack<kTileRows>(data, lanes, k_axis, lane, count, k_begin, k_end, to);
 }
 
-void pack_columns(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-                  int64_t depth_begin, int64_t depth_end, float* to) {
-  pack<kTileColumns>(data, lanes, depth, lane, count, depth_begin, depth_end, to);
+void pack_columns(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count,
+                  int64_t k_begin, int64_t k_end, float* to) {
+  pack<kTileColumns>(data, lanes, k_axis, lane, count, k_begin, k_end, to);
 }
 
 void tile_across(int64_t rows, int64_t columns, const Tile& tile) {
@@ -405,9 +406,10 @@ int64_t gemm_scratch(const Threads& threads) { return threads.count * kJobScratc
 
 void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t k, const View& a, const View& b,
           const Output& out) {
-  // A grid of jobs, each of which packs what it reads: choose the one whose largest job costs least.
+  // Every job packs its own operands, so the shape of the grid of jobs matters: choose the one whose largest job costs
+  // least.
   constexpr int64_t kWorthAThread = 1 << 18;  // multiply-adds
-  constexpr int64_t kPackCost = 16;           // of one packed element per depth index, in multiply-adds of the tile
+  constexpr int64_t kPackCost = 16;           // multiply-adds of a tile that cost as much as packing one element
   const int64_t row_tiles = divide_up(m, kTileRows), column_tiles = divide_up(n, kTileColumns);
   const int64_t jobs = larger<int64_t>(1, smaller(threads.count, m * n * k / kWorthAThread));
   int64_t across = 1, down = 1, best = INT64_MAX;

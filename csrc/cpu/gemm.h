@@ -1,7 +1,7 @@
-// Matrix product over strided operands, read where they lie: packing is the only pass over them.
+// Matrix product P (m, n) = A (m, K) B (K, n) of strided operands, read in place: only packing copies them.
 //
-// Every output element is the sum of chains of multiply-adds along the depth, cut at places that depend on the depth
-// alone. So its bits do not depend on the number of rows, on where its tile lies, or on the thread count.
+// An output element is the sum of chains of multiply-adds along K. Where K is cut into chains depends on K alone, so
+// the bits of an element do not depend on the number of rows, on the tile origin or on the thread count.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ constexpr int kTileRows = 4;
 constexpr int kTileColumns = 2 * kWidth;
 static_assert(kPanel % kTileColumns == 0);
 
-// Where index i lies: i * stride, or in segments of `segment` indices that are `jump` elements apart (per-head rows
-// or columns, the tokens of one image).
+// The memory offset of index i: i * stride; or segments of `segment` indices lie `jump` elements apart (rows or columns
+// of one head, tokens of one image).
 struct Axis {
   int64_t stride = 1;
   int64_t segment = 0;  // 0: one segment
@@ -44,16 +44,16 @@ inline Axis token_rows(int64_t tokens, int64_t token_stride, int64_t image_strid
 struct View {
   const float* data;
   Axis rows, columns;
-  const float* panels = nullptr;  // of a right operand: packed, see kPanel; `data` is then not read
+  const float* panels = nullptr;  // a packed right operand, see kPanel: read in place of `data`; nullable
   int64_t panel_stride = 0;
 };
 inline View transposed(const View& view) { return {view.data, view.columns, view.rows}; }
-// A right operand's columns from `column` on, a multiple of kPanel.
+// The columns of a right operand from `column` on, which is a multiple of kPanel.
 inline View columns_from(const View& view, int64_t column) {
   const float* panels = view.panels == nullptr ? nullptr : view.panels + column / kPanel * view.panel_stride;
   return {view.data + view.columns.at(column), view.rows, view.columns, panels, view.panel_stride};
 }
-// A weight's rows from `row` on, a multiple of kPanel.
+// The rows of a weight from `row` on, which is a multiple of kPanel.
 inline Weight rows_from(const Weight& weight, int64_t row) {
   const float* panels = weight.panels == nullptr ? nullptr : weight.panels + row / kPanel * weight.panel_stride;
   return {weight.data + row * weight.row_stride, weight.row_stride, panels, weight.panel_stride};
@@ -64,10 +64,11 @@ inline View transposed(const Weight& weight, const Axis& rows) {
 }
 inline View transposed(const Weight& weight) { return transposed(weight, {weight.row_stride}); }
 
-// What becomes of a product P (m, n). With v = P + bias (by column):
-//   out = [out +] residual + row_scale * column_scale * v;
-//   where `gelu` is given: out = v and gelu = gelu(v), or that alone if they are one. The others are then not;
-//   where `hidden` is given as well: out = v * gelu'(hidden) and gelu = gelu(hidden).
+// The epilogue of a product P (m, n), with v = P + bias (one per column):
+//   without `gelu`:            out = [out +] residual + row_scale * column_scale * v
+//   with `gelu`:               out = v and gelu = gelu(v); gelu(v) alone if both are the same memory
+//   with `gelu` and `hidden`:  out = v * gelu'(hidden) and gelu = gelu(hidden)
+// With `gelu`, the epilogue reads no residual and no scales.
 struct Output {
   float* data;
   Axis rows, columns;
@@ -85,12 +86,12 @@ struct Output {
   Axis hidden_rows = {};
 };
 
-// A right operand (k, n) -> panels, one after the other: panels_size(k, n) floats.
+// Packs a right operand (K, n) into panels, one after the other: panels_size(K, n) floats.
 void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels);
 inline int64_t panels_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
-// Where a column's first element lies in panels, or in anything whose every kPanel columns are `panel` apart.
+// The offset of the first element of a column, in memory whose groups of kPanel columns lie `panel` apart.
 inline int64_t in_panels(int64_t column, int64_t panel) { return column / kPanel * panel + column % kPanel; }
-// The same, and `weight`, or `b` itself, is read from there.
+// Packs a right operand, and lets `weight` or `b` itself refer to the panels.
 inline void use_packed(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels, Weight& weight) {
   pack_right(threads, k, n, b, panels);
   weight.panels = panels, weight.panel_stride = kPanel * k;
@@ -100,55 +101,56 @@ inline void use_packed(const Threads& threads, int64_t k, int64_t n, float* pane
   b.panels = panels, b.panel_stride = kPanel * k;
 }
 
-// Rows of a buffer of our own: 16 floats longer than a power of two could be, or neighbouring rows would share cache
+// Row length of the kernels' own buffers. It is never a power of two, because neighbouring rows would then share cache
 // sets.
 inline int64_t padded_row(int64_t channels) { return round_up(channels, 16) + 16; }
 
-// out = a (m, k) times b (k, n), split over the threads. `scratch`: gemm_scratch(threads) floats.
+// out = a (m, K) times b (K, n), split over the threads. `scratch`: gemm_scratch(threads) floats.
 void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t k, const View& a, const View& b,
           const Output& out);
 int64_t gemm_scratch(const Threads& threads);
 
-// The depth is cut into equal pieces of whole panels: longer chains would cost precision and leave the cache.
+// K is cut into equal pieces of whole panels: longer chains would lose precision, and their operands the cache.
 constexpr int64_t kPiece = 384;
 static_assert(kPiece % kPanel == 0);
-inline int64_t pieces_of(int64_t depth) { return larger<int64_t>(1, divide_up(depth, kPiece)); }
+inline int64_t pieces_of(int64_t k) { return larger<int64_t>(1, divide_up(k, kPiece)); }
 struct Piece {
-  Range depth;
+  Range k;
   bool first, last;
 };
-inline Piece piece_of(int64_t depth, int64_t i) {
-  const int64_t count = pieces_of(depth);
-  const Range panels = part(divide_up(depth, kPanel), i, count);
-  return {{panels.begin * kPanel, smaller(depth, panels.end * kPanel)}, i == 0, i == count - 1};
+inline Piece piece_of(int64_t k, int64_t i) {
+  const int64_t count = pieces_of(k);
+  const Range panels = part(divide_up(k, kPanel), i, count);
+  return {{panels.begin * kPanel, smaller(k, panels.end * kPanel)}, i == 0, i == count - 1};
 }
 
-// This thread alone: out's `columns` [+]= one piece of the product of a's first `rows` rows with b. Every depth index
-// of a row is a neighbour of the next in `a`, whose data begins at the piece. `scratch`: kSweepScratch floats.
+// Adds one piece of the product of the first `rows` rows of a with b to `columns` of out; by this thread alone. The
+// first piece overwrites out. a is contiguous along K, and its data begins at the piece. `scratch`: kSweepScratch
+// floats.
 void sweep(int64_t rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
            const Output& out, float* scratch);
 constexpr int64_t kSweepScratch = kTileColumns * kPiece + kWidth;
 
-// All pieces, all columns: rows of a contiguous.
+// All pieces and all columns. a is contiguous along K.
 inline void multiply_rows(int64_t rows, int64_t n, int64_t k, const float* a, const Axis& a_rows, const View& b,
                           const Output& out, float* scratch) {
   for (int64_t i = 0; i < pieces_of(k); i++) {
     const Piece piece = piece_of(k, i);
-    sweep(rows, {0, n}, piece, a + piece.depth.begin, a_rows, b, out, scratch);
+    sweep(rows, {0, n}, piece, a + piece.k.begin, a_rows, b, out, scratch);
   }
 }
 
-// Lanes [lane, lane + count) and indices [depth_begin, depth_end) of an operand -> panels (depth, panel lanes), lanes
-// beyond `count` as the last one. `to` has room for kWidth floats more than the panels take.
-void pack_rows(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-               int64_t depth_begin, int64_t depth_end, float* to);  // panels of kTileRows lanes
-void pack_columns(const float* data, const Axis& lanes, const Axis& depth, int64_t lane, int64_t count,
-                  int64_t depth_begin, int64_t depth_end, float* to);  // panels of kTileColumns lanes
+// Packs lanes [lane, lane + count) and K indices [k_begin, k_end) of an operand into panels (K, lanes of a panel).
+// Lanes beyond `count` repeat the last one. `to` has room for kWidth floats more than the panels take.
+void pack_rows(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
+               int64_t k_end, float* to);  // panels of kTileRows lanes
+void pack_columns(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count,
+                  int64_t k_begin, int64_t k_end, float* to);  // panels of kTileColumns lanes
 
-// One register tile: out (rows, columns) [+]= a (rows, depth) times b (depth, columns), rows <= kTileRows, columns <=
-// kTileColumns. b's rows are `b_step` apart and readable up to a whole vector.
+// One register tile: out (rows, columns) [+]= a (rows, K) times b (K, columns), rows <= kTileRows, columns <=
+// kTileColumns. The rows of b lie `b_step` apart and are readable up to a whole vector.
 struct Tile {
-  int64_t depth;
+  int64_t k;
   const float* a;
   int64_t a_step;
   const float* b;
@@ -156,11 +158,11 @@ struct Tile {
   float* out;
   int64_t out_stride;
   bool accumulate;
-  const float* prefetch = nullptr;  // what will be needed next: four floats are fetched per depth index; nullable
+  const float* prefetch = nullptr;  // memory that is needed next: four floats per K index are prefetched; nullable
 };
-// a's rows are neighbours, its depth indices `a_step` apart (packed by pack_rows; columns of a row-major tile).
+// The rows of a are contiguous, its K indices lie `a_step` apart: packed by pack_rows, or columns of a row-major tile.
 void tile_across(int64_t rows, int64_t columns, const Tile& tile);
-// a's depth indices are neighbours, its rows `a_step` apart: row-major.
+// The K indices of a are contiguous, its rows lie `a_step` apart: row-major.
 void tile_along(int64_t rows, int64_t columns, const Tile& tile);
 
 }  // namespace hydravit::HYDRAVIT_ISA

@@ -1,4 +1,4 @@
-// Head: mean over tokens [pool_start, pool_stop), layer norm and classifier where given.
+// Head: mean over tokens [pool_start, pool_stop), then layer norm and classifier if there are any.
 #include "head.h"
 
 #include "kernels.h"

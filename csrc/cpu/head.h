@@ -1,4 +1,4 @@
-// The forward of the head in memory of the caller's.
+// The forward of the head, in the caller's memory.
 #pragma once
 
 #include "parallel.h"

@@ -1,4 +1,4 @@
-// The launchers of one instruction set, and the table by which `dispatch.cpp` picks among them.
+// The launchers of one instruction set; `dispatch.cpp` makes a table of them for each.
 #pragma once
 
 #include "../hydravit.h"

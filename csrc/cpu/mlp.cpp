@@ -1,9 +1,9 @@
 // MLP block: y = x + branch_scale * layer_scale * (gelu(norm(x) fc1^T + b1) fc2^T + b2).
 //
-// Forward needs no other row than its own: every thread takes some rows through the whole block. GELU and the residual
-// are applied to the products' tiles before they leave the cache. Backward does the same for the gradient of x, on
-// images in chunks, whose rows are then summed up in the gradients of the parameters; it recomputes the normalised x
-// and GELU from x and the saved (B, N, hidden) input of GELU.
+// In forward, a row needs no other row: every thread carries its own rows through the whole block. The epilogues of the
+// products apply GELU and add the residual while a tile is in cache. Backward does the same for the gradient of x, in
+// chunks of images, and then sums over the rows of a chunk for the gradients of the parameters. It recomputes the
+// normalised x and GELU from x and the saved (B, N, hidden) input of GELU.
 #include "mlp.h"
 
 #include "kernels.h"
@@ -13,14 +13,14 @@ namespace hydravit::HYDRAVIT_ISA {
 
 namespace {
 
-// Images of a chunk in backward, their rows in line: buffers (rows, padded_row(...)).
+// A chunk of images in backward. A buffer holds the rows of all its images, (rows, padded_row(...)).
 struct Backward {
   MlpBlock block;
   MlpBlockGradients gradients;
   View fc1, fc2;  // right operands of the products with the gradients
   bool needs_hidden, needs_normalised;
   float *statistics, *z, *d_hidden, *d_normalised;
-  float *normalised, *activated;  // in panels of these rows
+  float *normalised, *activated;  // panels, because the sums over rows read them as right operands
   int64_t panel_stride;
 
   int64_t rows() const { return block.batch * block.tokens; }
@@ -48,7 +48,7 @@ struct Backward {
   }
 };
 
-// All but the sums over rows, for at most kBandRows tokens of one image, by one thread.
+// Everything but the sums over rows, for at most kBandRows tokens of one image, by one thread.
 void backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
   const MlpBlock& block = chunk.block;
   const int64_t begin = image * block.tokens + tokens.begin, rows = tokens.end - tokens.begin, end = begin + rows;
@@ -69,13 +69,13 @@ void backward_rows(const Backward& chunk, int64_t image, const Range& tokens, fl
                  chunk.panel_stride);
   for (int64_t i = 0; i < pieces_of(block.hidden); i++) {
     const Piece piece = piece_of(block.hidden, i);
-    const int64_t first = piece.depth.begin;
+    const int64_t first = piece.k.begin;
     float* d_hidden = chunk.d_hidden + begin * hidden + first;
     Output out{d_hidden, {hidden}, {}};
     out.hidden = saved.data + first, out.hidden_rows = {saved.token_stride};
     out.gelu = activated + in_panels(first, chunk.panel_stride);
     out.gelu_stride = kPanel, out.gelu_panel = chunk.panel_stride;
-    multiply_rows(rows, piece.depth.end - first, block.embed, chunk.z + begin * embed, {embed},
+    multiply_rows(rows, piece.k.end - first, block.embed, chunk.z + begin * embed, {embed},
                   columns_from(chunk.fc2, first), out, panel);
     if (chunk.needs_normalised)
       sweep(rows, {0, block.embed}, piece, d_hidden, {hidden}, chunk.fc1,
@@ -84,7 +84,7 @@ void backward_rows(const Backward& chunk, int64_t image, const Range& tokens, fl
   if (chunk.gradients.x.data != nullptr) normalize_backward_rows(chunk.norm(), chunk.norm_gradients(), begin, end);
 }
 
-// The sums over rows.
+// The sums over rows: the gradients of the parameters.
 void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
   const MlpBlock& block = chunk.block;
   const MlpBlockGradients& gradients = chunk.gradients;
@@ -136,10 +136,10 @@ void mlp_rows(const MlpBlock& block, int64_t image, const Range& tokens, float* 
   out.rows_per_scale = rows;
   out.residual = x.data;
   out.residual_rows = {x.token_stride};
-  // Hidden channels a piece at a time, so that they stay in cache between the two products.
+  // Takes the hidden channels a piece at a time, so that they stay in cache between the two products.
   for (int64_t i = 0; i < pieces_of(block.hidden); i++) {
     const Piece piece = piece_of(block.hidden, i);
-    const int64_t first = piece.depth.begin, count = piece.depth.end - first;
+    const int64_t first = piece.k.begin, count = piece.k.end - first;
     Output hidden{activated, {activated_stride}, {}};
     if (saved.data != nullptr) hidden.data = saved.data + first, hidden.rows = {saved.token_stride};
     if (block.fc1_bias != nullptr) hidden.bias = block.fc1_bias + first;
@@ -183,7 +183,7 @@ int mlp_block(const MlpBlock& block, const Threads& threads) {
 int mlp_block_backward(const MlpBlock& block, const MlpBlockGradients& gradients, const Threads& threads) {
   const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
   Backward backward{};
-  // What is wanted of the chain of gradients, from its end.
+  // From the end of the chain of gradients: which of them have to be computed.
   backward.needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
   backward.needs_hidden =

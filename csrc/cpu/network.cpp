@@ -1,7 +1,8 @@
-// The whole network: the stream of a few images stays in the workspace from the images to the logits.
+// The whole network: the residual of a few images stays in the workspace from the pixels to the logits.
 //
-// A phase ends only where rows of an image need each other: once per block, before attention. In every phase each
-// thread takes some rows all the way; rows are split by the work they cost, so that images may differ in width.
+// A phase ends only where a row needs other rows of its image: once per layer, before attention. Within a phase each
+// thread carries its own rows through all steps. The threads share the rows by their cost, because images may differ in
+// width.
 #include "attention.h"
 #include "attention_heads.h"
 #include "gemm.h"
@@ -19,33 +20,33 @@ int64_t qkv_columns(const AttentionBlock& block) { return block.heads * (2 * blo
 int64_t attended_columns(const AttentionBlock& block) { return block.heads * block.value_dim; }
 
 // Multiply-adds per token.
-int64_t cost_of(const NetworkCall& call, const Network& network) {
-  int64_t cost = network.head->embed;
-  for (int64_t i = 0; i < call.depth; i++) {
-    const AttentionBlock& attention = network.attention[i];
+int64_t cost_of(const NetworkCall& call, const NetworkPlan& plan) {
+  int64_t cost = plan.head->embed;
+  for (int64_t i = 0; i < call.layers; i++) {
+    const AttentionBlock& attention = plan.attention[i];
     const int64_t columns = qkv_columns(attention), values = attended_columns(attention);
     cost += attention.embed * (columns + values) + call.tokens * (columns - values);
-    cost += 2 * network.mlp[i].embed * network.mlp[i].hidden;
+    cost += 2 * plan.mlp[i].embed * plan.mlp[i].hidden;
   }
   return cost;
 }
 
-// Row lengths of the buffers, and the memory of one thread: enough for every width.
+// Row lengths of the buffers and the memory of one thread, in floats: enough for every width of a call.
 struct Sizes {
   int64_t embed = 0, qkv = 0, attended = 0, hidden = 0, thread = 0, head = 0;
 
-  Sizes(const NetworkCall& call, const Network& network, const Threads& threads, int64_t images) {
-    Head head = *network.head;
+  Sizes(const NetworkCall& call, const NetworkPlan& plan, const Threads& threads, int64_t images) {
+    Head head = *plan.head;
     head.batch = images;
     embed = padded_row(head.embed);
-    thread = stem_rows_scratch(*network.stem);
+    thread = stem_rows_scratch(*plan.stem);
     this->head = head_scratch(head, threads);
-    for (int64_t i = 0; i < call.depth; i++) {
-      qkv = larger(qkv, padded_row(qkv_columns(network.attention[i])));
-      attended = larger(attended, padded_row(attended_columns(network.attention[i])));
-      hidden = larger(hidden, padded_row(network.mlp[i].hidden));
-      thread = larger(thread, attention_rows_scratch(network.attention[i]));
-      thread = larger(thread, mlp_rows_scratch(network.mlp[i]));
+    for (int64_t i = 0; i < call.layers; i++) {
+      qkv = larger(qkv, padded_row(qkv_columns(plan.attention[i])));
+      attended = larger(attended, padded_row(attended_columns(plan.attention[i])));
+      hidden = larger(hidden, padded_row(plan.mlp[i].hidden));
+      thread = larger(thread, attention_rows_scratch(plan.attention[i]));
+      thread = larger(thread, mlp_rows_scratch(plan.mlp[i]));
     }
   }
   void enlarge(const Sizes& other) {
@@ -55,13 +56,13 @@ struct Sizes {
 };
 
 struct Buffers {
-  float* stream[2];  // (images, N, embed): before and after the attention block
-  float* qkv[2];     // (images, N, qkv): of this block and the next
-  float* attended;   // (images, N, attended)
+  float* residual[2];  // (images, N, embed): before and after the attention block
+  float* qkv[2];       // (images, N, qkv): of this layer and the next
+  float* attended;     // (images, N, attended)
   float *threads, *normalised, *hidden, *gemm, *head;
 };
 
-// A few images that all threads work on together.
+// A few images [image, image + images) of the call, on which all threads work together.
 class Chunk {
  public:
   Chunk(const NetworkCall& call, const Threads& threads, const Sizes& sizes, const Buffers& buffers, int64_t image,
@@ -69,7 +70,7 @@ class Chunk {
       : call_(call), threads_(threads), sizes_(sizes), buffers_(buffers), image_(image), images_(images) {}
 
   void run() const {
-    const int64_t last = call_.depth - 1, tokens = call_.tokens;
+    const int64_t last = call_.layers - 1, tokens = call_.tokens;
     const Head& head = *of(0).head;
     const Range all{0, tokens}, pooled{head.pool_start, head.pool_stop};
     const Range wanted = call_.pooled_only ? pooled : all;
@@ -80,7 +81,7 @@ class Chunk {
         query_key_value_rows(attention(0, share.image), 0, band, last == 0 ? wanted : all, scratch);
       });
     });
-    for (int64_t i = 0; i < (few ? last : call_.depth); i++)
+    for (int64_t i = 0; i < (few ? last : call_.layers); i++)
       each_share(i == last ? wanted : all, [&](const Share& share, float* scratch) {
         const AttentionBlock block = attention(i, share.image);
         attend_rows(block, 0, share.tokens, scratch);
@@ -98,39 +99,44 @@ class Chunk {
   }
 
  private:
-  const Network& of(int64_t image) const {
-    return call_.networks[call_.width_of == nullptr ? 0 : call_.width_of[image_ + image]];
+  // Below, `image` counts from the first image of the chunk.
+  const NetworkPlan& of(int64_t image) const {
+    return call_.plans[call_.plan_of == nullptr ? 0 : call_.plan_of[image_ + image]];
   }
   MutableTokens rows(float* buffer, int64_t row, int64_t image) const {
     return {buffer + image * call_.tokens * row, call_.tokens * row, row};
   }
-  MutableTokens stream(int i, int64_t image) const { return rows(buffers_.stream[i], sizes_.embed, image); }
+  MutableTokens residual(int i, int64_t image) const { return rows(buffers_.residual[i], sizes_.embed, image); }
 
-  // The network's blocks with the buffers of one image and those that follow it.
+  // The plan's blocks, with the buffers of image `image` and of the images after it.
   Stem stem(int64_t image) const {
     Stem block = *of(image).stem;
-    block.images += (image_ + image) * block.image_strides[0];
-    block.y = stream(0, image);
+    block.batch = images_ - image;
+    block.images = call_.images + (image_ + image) * call_.image_strides[0];
+    for (int axis = 0; axis < 4; axis++) block.image_strides[axis] = call_.image_strides[axis];
+    block.y = residual(0, image);
     return block;
   }
   AttentionBlock attention(int64_t i, int64_t image) const {
     AttentionBlock block = of(image).attention[i];
-    const MutableTokens x = stream(0, image);
+    const MutableTokens x = residual(0, image);
+    block.batch = images_ - image;
     block.x = {x.data, x.image_stride, x.token_stride};
-    block.y = stream(1, image);
+    block.y = residual(1, image);
     block.qkv = rows(buffers_.qkv[i % 2], sizes_.qkv, image);
     block.attended = rows(buffers_.attended, sizes_.attended, image);
     return block;
   }
   MlpBlock mlp(int64_t i, int64_t image) const {
     MlpBlock block = of(image).mlp[i];
-    const MutableTokens x = stream(1, image);
+    const MutableTokens x = residual(1, image);
+    block.batch = images_ - image;
     block.x = {x.data, x.image_stride, x.token_stride};
-    block.y = stream(0, image);
+    block.y = residual(0, image);
     return block;
   }
 
-  // body(share, memory of its thread) for `tokens` of all images, split by cost.
+  // Calls body(share, memory of its thread) for `tokens` of all images. Shares cost the same.
   template <class Body>
   void each_share(const Range& tokens, const Body& body) const {
     const int64_t count = tokens.end - tokens.begin, jobs = smaller(threads_.count, images_ * count);
@@ -144,7 +150,7 @@ class Chunk {
     });
   }
 
-  // body(first, count) for every run of neighbouring images of one width.
+  // Calls body(image, count) for every run [image, image + count) of images of one width.
   template <class Body>
   void each_run(const Body& body) const {
     for (int64_t image = 0, end; image < images_; image = end) {
@@ -153,10 +159,10 @@ class Chunk {
     }
   }
 
-  // The last block behind its query, key and value, for a few rows of each image: too few to give each thread some, so
-  // the threads share the columns of the products.
+  // Computes the last layer, from attention on, for a few rows of each image. There are too few rows to give every
+  // thread some, so the threads share the columns of the products.
   void finish_block(int64_t image, int64_t images, const Range& tokens) const {
-    const int64_t last = call_.depth - 1, count = tokens.end - tokens.begin, m = images * count;
+    const int64_t last = call_.layers - 1, count = tokens.end - tokens.begin, m = images * count;
     AttentionBlock attention = this->attention(last, image);
     MlpBlock mlp = this->mlp(last, image);
     const auto rows = [&](int64_t stride) { return token_rows(count, stride, call_.tokens * stride); };
@@ -204,7 +210,7 @@ class Chunk {
 
   void classify(int64_t image, int64_t images) const {
     Head block = *of(image).head;
-    const MutableTokens x = stream(0, image);
+    const MutableTokens x = residual(0, image);
     block.batch = images;
     block.x = {x.data, x.image_stride, x.token_stride};
     block.y = call_.y + (image_ + image) * call_.y_row_stride;
@@ -222,15 +228,15 @@ class Chunk {
 }  // namespace
 
 int network(const NetworkCall& call, const Threads& threads) {
-  // As many images at a time as there are threads: nothing is gained by more, and fewer stay in the cache.
+  // One image per thread at a time: more images gain nothing and do not stay in the cache.
   const int64_t step = smaller(call.batch, threads.count), rows = step * call.tokens;
-  Sizes sizes(call, call.networks[0], threads, step);
-  if (call.width_of != nullptr)
+  Sizes sizes(call, call.plans[0], threads, step);
+  if (call.plan_of != nullptr)
     for (int64_t image = 0; image < call.batch; image++)
-      sizes.enlarge(Sizes(call, call.networks[call.width_of[image]], threads, step));
+      sizes.enlarge(Sizes(call, call.plans[call.plan_of[image]], threads, step));
   Buffers buffers;
   Workspace workspace;
-  for (int i = 0; i < 2; i++) workspace.add(&buffers.stream[i], rows * sizes.embed);
+  for (int i = 0; i < 2; i++) workspace.add(&buffers.residual[i], rows * sizes.embed);
   for (int i = 0; i < 2; i++) workspace.add(&buffers.qkv[i], rows * sizes.qkv);
   workspace.add(&buffers.attended, rows * sizes.attended);
   workspace.add(&buffers.threads, threads.count * sizes.thread);

@@ -1,4 +1,4 @@
-// Layer norm over the active channels, and sums over rows. Rows are the tokens of all images, (image, token) in order.
+// Layer norm over the active channels, and sums over rows. A row is a token; rows are ordered by (image, token).
 #pragma once
 
 #include "gemm.h"
@@ -20,11 +20,11 @@ struct Norm {
   const float *weight, *bias;  // (channels)
 };
 
-// Rows [begin, end) -> y, the first of them first, rows `y_stride` and every kPanel channels `y_panel` apart;
-// `statistics` (rows, 2) nullable. One thread.
+// Normalises rows [begin, end) into y, which begins with row `begin`: rows `y_stride` apart, groups of kPanel channels
+// `y_panel` apart. `statistics` (rows, 2) is nullable. By one thread.
 void normalize_rows(const Norm& norm, int64_t begin, int64_t end, float* y, int64_t y_stride, float* statistics,
                     int64_t y_panel = kPanel);
-// y (rows, channels), contiguous.
+// Normalises all rows into y (rows, channels), which is contiguous.
 void normalize(const Threads& threads, const Norm& norm, float* y, float* statistics);
 
 // dx = residual + the gradient through the norm (residual nullable).
@@ -39,12 +39,12 @@ struct NormGradients {
 };
 // Rows [begin, end), by this thread.
 void normalize_backward_rows(const Norm& norm, const NormGradients& gradients, int64_t begin, int64_t end);
-// The gradients of the norm's own weight and bias (nullable) are added to.
+// Adds the gradients of the norm's weight and bias to `weight` and `bias`, which are nullable.
 void add_norm_gradients(const Threads& threads, const Norm& norm, const NormGradients& gradients, float* weight,
                         float* bias);
 
-// sums[columns.at(c)] += the sum over rows of term(row, c, count), one vector of columns [c, c + count) at a time. In
-// an order that does not depend on the thread count, in blocks so that long sums keep their precision.
+// sums[columns.at(c)] += the sum over rows of term(row, c, count), one vector of columns [c, c + count) at a time. The
+// order of the terms does not depend on the thread count; blocks of rows keep the precision of long sums.
 template <class Term>
 void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
                      const Term& term) {
@@ -64,7 +64,7 @@ void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, flo
   });
 }
 
-// The same for a plain matrix (rows, channels).
+// The same sums for a plain matrix (rows, channels).
 void add_column_sums(const Threads& threads, int64_t rows, int64_t channels, float* sums, const Axis& columns,
                      const float* matrix, const Axis& matrix_rows);
 
@@ -81,7 +81,7 @@ void scale_branch_rows(const Branch& branch, float* z, int64_t z_stride, int64_t
 void add_layer_scale_gradient(const Threads& threads, const Branch& branch, const float* out, int64_t out_stride,
                               float* sums);
 
-// to (rows, channels) = from, of different strides: rows [begin, end) by this thread, or all split over the threads.
+// Copies a matrix to other strides: rows [begin, end) by this thread, or all rows split over the threads.
 void copy_rows(int64_t begin, int64_t end, int64_t channels, const float* from, const Axis& from_rows, float* to,
                const Axis& to_rows);
 void copy_rows(const Threads& threads, int64_t rows, int64_t channels, const float* from, const Axis& from_rows,

@@ -1,4 +1,4 @@
-// Work split over the caller's threads, and the memory that a call works in.
+// How work is split over the caller's threads, and the memory that a call works in.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@ struct Range {
   int64_t begin, end;
 };
 
-// Part `job` of [0, total), split as evenly as whole numbers allow.
+// Part `job` of [0, total) in `jobs` parts, which differ by 1 at most.
 static inline Range part(int64_t total, int64_t job, int64_t jobs) {
   return {total * job / jobs, total * (job + 1) / jobs};
 }
 
-// body(job) for every job in [0, jobs).
+// Calls body(job) for every job in [0, jobs).
 template <class Body>
 void parallel(const Threads& threads, int64_t jobs, const Body& body) {
   if (jobs == 1) return body(0);
@@ -27,7 +27,7 @@ void parallel(const Threads& threads, int64_t jobs, const Body& body) {
   threads.parallel_for(0, jobs, 1, run, const_cast<Body*>(&body));
 }
 
-// body(begin, end) on parts of [0, total); `cost` is the number of floats that one item touches.
+// Calls body(begin, end) on parts of [0, total). `cost` is the number of floats that one item touches.
 template <class Body>
 void parallel_ranges(const Threads& threads, int64_t total, int64_t cost, const Body& body) {
   constexpr int64_t kWorthAThread = 16384;
@@ -38,13 +38,13 @@ void parallel_ranges(const Threads& threads, int64_t total, int64_t cost, const 
   });
 }
 
-// How many jobs are worth their threads for `rows` rows of `cost` multiply-adds each.
+// The number of jobs for `rows` rows of `cost` multiply-adds each: a small job is not worth a thread.
 static inline int64_t jobs_for(const Threads& threads, int64_t rows, int64_t cost) {
   constexpr int64_t kWorthAThread = 1 << 18;
   return larger<int64_t>(1, smaller(smaller(threads.count, rows), rows * cost / kWorthAThread));
 }
 
-// Tokens of one image from one on.
+// The tokens of image `image` from token `token` on.
 static inline Tokens rows_from(const Tokens& x, int64_t image, int64_t token) {
   return {x.data + image * x.image_stride + token * x.token_stride, x.image_stride, x.token_stride};
 }
@@ -53,14 +53,14 @@ static inline MutableTokens rows_from(const MutableTokens& x, int64_t image, int
   return {x.data + image * x.image_stride + token * x.token_stride, x.image_stride, x.token_stride};
 }
 
-// Rows of one image, the work of one thread.
+// Rows of one image: the work of one thread, or a part of it.
 struct Share {
   int64_t image;
   Range tokens;
 };
 
-// body(share) for every image's part of job `job`: the tokens of all images in one line, `weight(image)` each, are cut
-// into `jobs` parts of equal weight.
+// The tokens of all images, in order, are cut into `jobs` parts of equal weight; a token weighs `weight(image)`. Calls
+// body(share) for every image of which part `job` has tokens.
 template <class Weight, class Body>
 void for_each_share(int64_t job, int64_t jobs, int64_t images, int64_t tokens, const Weight& weight, const Body& body) {
   int64_t total = 0;
@@ -81,7 +81,7 @@ void for_each_share(int64_t job, int64_t jobs, int64_t images, int64_t tokens, c
   for_each_share(job, jobs, images, tokens, [](int64_t) { return int64_t{1}; }, body);
 }
 
-// A share in as few equal bands as keep a band's activations in the level 2 cache.
+// Cuts a share into equal bands. The activations of a band stay in the level 2 cache.
 constexpr int64_t kBandRows = 112;
 template <class Body>
 void for_each_band(const Range& tokens, const Body& body) {
@@ -92,15 +92,15 @@ void for_each_band(const Range& tokens, const Body& body) {
   }
 }
 
-// Asks for pages of 2 MB around memory that was not touched yet, where the system has them: weights of hundreds of
-// megabytes are read at random panels, and small pages miss in the processor's table of addresses.
+// Asks the system for pages of 2 MB for memory that was not touched yet. Kernels read panels all over hundreds of
+// megabytes of weights; with small pages, they miss the processor's address translation cache.
 void prefer_huge_pages(float* data, int64_t size);
 
-// Whether each job has so many bands that the weights are better packed once for all: alone, every band packs them.
+// Whether each job has so many bands that one packing of the weights for all pays. Otherwise every band packs them.
 static inline bool many_bands(int64_t rows, int64_t jobs) { return rows >= 3 * kBandRows * jobs; }
 
-// The calling thread's memory: one aligned block that only ever grows, so that a call after the first of its size
-// allocates nothing. Name the buffers first, then allocate them together. Empty buffers are null.
+// The calling thread's memory: one aligned block that only grows, so that only the first call of a size allocates. Add
+// all buffers first, then allocate them together. Empty buffers are null.
 class Workspace {
  public:
   void add(float** buffer, int64_t count) {
@@ -121,8 +121,8 @@ class Workspace {
   int64_t total_ = 0;
 };
 
-// Images that are worked on together: enough rows to amortise what is done once for all of them, few enough to stay in
-// cache, and chunks as equal as can be. Independent of the thread count: sums over rows are taken chunk by chunk.
+// Images of a chunk. A chunk has enough rows to amortise its fixed costs and few enough to stay in cache; chunks are as
+// equal as possible. The thread count plays no part, because sums over rows are taken chunk by chunk.
 static inline int64_t images_per_chunk(int64_t batch, int64_t tokens) {
   constexpr int64_t kRows = 1024;
   return divide_up(batch, divide_up(batch, larger<int64_t>(1, kRows / tokens)));

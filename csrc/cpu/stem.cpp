@@ -1,7 +1,7 @@
-// Stem: patches times the patch embedding, plus bias and position embedding, behind the prefix tokens.
+// Stem: the prefix tokens, then patches times the patch embedding, plus bias; position embedding for all.
 //
-// Patches are gathered into rows (patch, channel * height * width) first: images may have any strides, and the rows
-// serve as an operand of the products of forward and backward alike.
+// The stem first gathers patches into rows (patch, channel * height * width): images may have any strides, and the rows
+// are an operand of the products of forward and backward.
 #include "stem.h"
 
 #include "kernels.h"
@@ -15,7 +15,8 @@ int64_t patches_of(const Stem& block) { return block.grid_height * block.grid_wi
 int64_t prefix_of(const Stem& block) { return block.cls_tokens + block.reg_tokens; }
 int64_t patch_size(const Stem& block) { return block.channels * block.patch_height * block.patch_width; }
 
-// The pixel runs of patch `row` of the images from `image` on: body(offset in the patch, pixel coordinates).
+// Calls body(offset in the patch, pixel coordinates) for every run of pixels of patch `row`, which counts from the
+// first patch of image `image`.
 template <class Body>
 void for_each_run(const Stem& block, int64_t image, int64_t row, const Body& body) {
   const int64_t patch = row % patches_of(block);
@@ -27,7 +28,7 @@ void for_each_run(const Stem& block, int64_t image, int64_t row, const Body& bod
       body(offset, image + row / patches_of(block), channel, top + y, left);
 }
 
-// Patches [begin, end) of the images from `image` on -> rows `stride` apart.
+// Gathers patches [begin, end), counted from the first patch of image `image`, into rows `stride` apart.
 void gather_rows(const Stem& block, int64_t image, int64_t begin, int64_t end, float* patches, int64_t stride) {
   const int64_t* strides = block.image_strides;
   for (int64_t row = begin; row < end; row++) {
@@ -48,7 +49,7 @@ void gather_patches(const Threads& threads, const Stem& block, int64_t image, in
   });
 }
 
-// Patches do not overlap: every pixel of the images' gradient is written once.
+// Writes every pixel of the images' gradient once, because patches do not overlap.
 void scatter_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, const float* patches,
                      float* images) {
   const int64_t height = block.grid_height * block.patch_height, width = block.grid_width * block.patch_width;

@@ -5,7 +5,7 @@
 
 namespace hydravit::HYDRAVIT_ISA {
 
-// At most kBandRows tokens of one image; `scratch`: stem_rows_scratch(block) floats.
+// Computes at most kBandRows tokens of one image. `scratch`: stem_rows_scratch(block) floats.
 void stem_rows(const Stem& block, int64_t image, const Range& tokens, float* scratch);
 int64_t stem_rows_scratch(const Stem& block);
 

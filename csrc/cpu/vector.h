@@ -1,6 +1,6 @@
-// One vector of floats, as wide as the instruction set this file is compiled for, by the vector extension of GCC and
-// Clang: no intrinsics, so another width is another line below. Arithmetic is the language's; `a * b + c` becomes a
-// fused multiply-add where the instruction set has one.
+// One vector of floats, as wide as the instruction set that this file is compiled for. It is the vector extension of
+// GCC and Clang, without intrinsics: another width takes one more line below. The operators are the language's; the
+// compiler makes `a * b + c` a fused multiply-add where the instruction set has one.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr int kWidth = 4;
 using Vec = float __attribute__((vector_size(kWidth * 4)));
 using IntVec = int32_t __attribute__((vector_size(kWidth * 4)));
 
-// Not from <algorithm>: a std template compiled here for AVX-512 could be the copy that the linker keeps for all.
+// These replace <algorithm>: the linker could keep a std template that was compiled here for AVX-512 for all files.
 template <class T>
 static inline T smaller(T a, T b) {
   return b < a ? b : a;
@@ -45,7 +45,7 @@ static inline Vec load(const float* from) {
 }
 static inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
-// The first `count` lanes; the others are `fill`, and memory beyond is not touched.
+// Loads or stores the first `count` lanes and touches no memory beyond; the other lanes become `fill`.
 static inline Vec load(const float* from, int64_t count, float fill = 0.0f) {
   if (count >= kWidth) return load(from);
   Vec value = splat(fill);
@@ -71,13 +71,13 @@ static inline Vec shuffle(Vec a, Vec b) {
 }
 #endif
 
-// Lane i and lane i ^ half exchanged.
+// Exchanges lane i with lane i ^ half.
 template <int half, int... lane>
 static inline Vec exchange(Vec value, std::integer_sequence<int, lane...>) {
   return shuffle<(lane ^ half)...>(value, value);
 }
 
-// All lanes into one, pairwise, always in the same order.
+// Combines all lanes into one, pairwise, always in the same order.
 template <int half = kWidth / 2, class Combine>
 static inline float reduce(Vec value, const Combine& combine) {
   value = combine(value, exchange<half>(value, std::make_integer_sequence<int, kWidth>()));
@@ -89,7 +89,7 @@ static inline float sum(Vec value) {
 }
 static inline float highest(Vec value) { return reduce(value, vmax); }
 
-// The sum of term(i) for i in [0, count), in blocks so that long sums keep their precision.
+// The sum of term(i) for i in [0, count). Blocks keep the precision of long sums.
 template <class Term>
 static inline Vec sum_over(int64_t count, const Term& term) {
   constexpr int64_t kBlock = 16;

@@ -1,4 +1,4 @@
-// Arrays as the kernels see them: strided, each in a buffer of its own, NaN wherever the slice is not.
+// Arrays as the kernels see them: strided, each in its own buffer, which is NaN outside the slice.
 #pragma once
 
 #include <cmath>
@@ -17,12 +17,12 @@ struct Axis {
   int64_t size, stride;
 };
 
-// Some leading axes count rows and the others columns, so that every array is also a plain matrix.
+// The row axes and the column axes of an array make a plain matrix of it.
 struct Array {
   static constexpr int64_t kLead = 3;  // floats in front of the slice
 
   std::vector<Axis> row_axes, column_axes;
-  std::vector<float> memory;  // ends where the slice ends: the address sanitizer sees what is touched beyond
+  std::vector<float> memory;  // ends where the slice ends, so that the address sanitizer sees accesses beyond
 
   Array(std::vector<Axis> rows, std::vector<Axis> columns)
       : row_axes(std::move(rows)), column_axes(std::move(columns)) {
@@ -33,7 +33,7 @@ struct Array {
   float* data() { return memory.data() + kLead; }
   int64_t row_stride() const { return row_axes.empty() ? 0 : row_axes.back().stride; }
 
-  // Of the elements in `memory`, row by row.
+  // The offsets of the elements in `memory`, row by row.
   std::vector<int64_t> offsets() const {
     std::vector<int64_t> result{kLead};
     for (const std::vector<Axis>* axes : {&row_axes, &column_axes})
@@ -65,7 +65,7 @@ inline int64_t size_of(const std::vector<Axis>& axes) {
   return size;
 }
 
-// Rows that neither touch nor are aligned.
+// A weight whose rows neither touch nor are aligned.
 constexpr int64_t kGap = 5;
 
 inline Array vector(int64_t size) { return {{}, {{size, 1}}}; }
@@ -74,7 +74,7 @@ inline Array tokens(int64_t batch, int64_t count, int64_t channels) {
   const int64_t stride = channels + kGap;
   return {{{batch, count * stride + kGap}, {count, stride}}, {{channels, 1}}};
 }
-// Heads `pitch` apart along a vector, the rows or the columns of a weight.
+// Heads lie `pitch` apart: along a vector, or along the rows or the columns of a weight.
 inline Array head_vector(int64_t heads, int64_t dim, int64_t pitch) { return {{}, {{heads, pitch}, {dim, 1}}}; }
 inline Array head_rows(int64_t heads, int64_t dim, int64_t pitch, int64_t columns) {
   const int64_t stride = columns + kGap;
@@ -84,7 +84,7 @@ inline Array head_columns(int64_t rows, int64_t heads, int64_t dim, int64_t pitc
   return {{{rows, heads * pitch + kGap}}, {{heads, pitch}, {dim, 1}}};
 }
 
-// Normally distributed; a weight so that a product with it keeps its operand's variance.
+// Normally distributed values; a product with a weight keeps the variance of its operand.
 inline Array random(Array array, std::mt19937& generator) {
   const int64_t columns = array.row_axes.size() == 1 || array.row_axes.size() == 2 ? size_of(array.column_axes) : 1;
   std::normal_distribution<float> normal(0.0f, 1.0f / std::sqrt(static_cast<float>(columns)));
@@ -92,7 +92,7 @@ inline Array random(Array array, std::mt19937& generator) {
   return array;
 }
 
-// By name. An array that is not there is a null pointer to the kernels; `d_` begins the name of a gradient.
+// Arrays by name. The kernels get a null pointer for an absent array. The name of a gradient begins with `d_`.
 using Arrays = std::map<std::string, Array>;
 
 inline float* data(Arrays& arrays, const std::string& name) {

@@ -1,4 +1,4 @@
-// What a test of one launcher is made of, and how its outcome is judged.
+// The parts of a test of one launcher, and the check of its results.
 #pragma once
 
 #include <functional>
@@ -10,8 +10,8 @@
 
 namespace hydravit::tests {
 
-// `run` calls the kernels on a copy of `arrays`. Then every array has to hold what `plain` and `exact`, the same loops
-// in float and in double, make of the matrices in `arrays`.
+// `run` calls the kernels on a copy of `arrays`. `plain` and `exact` are the same loops in float and in double, on the
+// matrices in `arrays`. Every array must then hold their results.
 struct Test {
   std::string name;
   Arrays arrays;
@@ -32,8 +32,8 @@ inline std::string named(std::string name, const std::vector<int64_t>& sizes) {
 // Counts and prints a failure of the running test.
 void expect(bool right, const std::string& what);
 void expect_same(const Array& a, const Array& b, const std::string& what);  // bit by bit
-// Calls a launcher and expects success. In a thread of its own: the kernels keep their memory by thread, so it is no
-// larger than this call needs, and the address sanitizer sees what is touched beyond.
+// Calls a launcher and expects success. It calls from a new thread: the kernels keep memory per thread, so this memory
+// is no larger than the call needs, and the address sanitizer sees accesses beyond.
 void launch(const std::function<int()>& launcher);
 
 std::vector<Test> adamw_tests();
@@ -43,7 +43,7 @@ std::vector<Test> mlp_tests();
 std::vector<Test> network_tests();
 std::vector<Test> stem_tests();
 
-// ---- Which of the nullable arrays are there ----
+// ---- Absent nullable arrays ----
 
 inline bool is_gradient(const std::string& name) { return name.starts_with("d_"); }
 
@@ -51,7 +51,7 @@ inline Arrays without(Arrays arrays, const std::vector<std::string>& names) {
   for (const std::string& name : names) arrays.erase(name), arrays.erase("d_" + name);
   return arrays;
 }
-// Of the gradients, only this one.
+// Keeps one gradient only.
 inline Arrays only(Arrays arrays, const std::string& gradient) {
   std::erase_if(arrays, [&](const auto& entry) { return is_gradient(entry.first) && entry.first != gradient; });
   return arrays;

@@ -1,12 +1,12 @@
-// Every launcher of csrc/hydravit.h, on every instruction set of this CPU and with 1, 2 and 3 threads, against the same
-// computation in plain loops.
+// Compares every launcher of csrc/hydravit.h with plain loops, on every instruction set of this CPU and with 1, 2 and 3
+// threads.
 #include <cstdio>
 #include <cstring>
 #include <thread>
 
 #include "check.h"
 
-// Memory begins as NaN: what a kernel reads before it writes shows.
+// Memory begins as NaN, so that a read before the first write shows.
 extern "C" const char* __asan_default_options() { return "malloc_fill_byte=255:max_malloc_fill_size=1073741824"; }
 
 namespace hydravit::tests {
@@ -42,7 +42,7 @@ double norm(const std::vector<double>& values) {
   return std::sqrt(squares);
 }
 
-// At most twice the error of the plain loops in float, plus two units in the last place of the root mean square.
+// Allows twice the error of the plain loops in float, plus two units in the last place of the root mean square.
 void expect_within_budget(const std::string& name, const Array& actual, const std::vector<float>& plain,
                           const std::vector<double>& exact) {
   expect(actual.untouched_outside(), name + " was written outside of its slice");
@@ -50,7 +50,7 @@ void expect_within_budget(const std::string& name, const Array& actual, const st
   const std::vector<float> values = actual.values();
   if (values.size() != exact.size()) return expect(false, name + " has no counterpart of its size");
   for (size_t i = 0; i < exact.size(); i++) {
-    if (std::isnan(exact[i]) && std::isnan(values[i])) continue;  // not asked for, and left as it was
+    if (std::isnan(exact[i]) && std::isnan(values[i])) continue;  // an output that the test did not ask for
     ours.push_back(values[i] - exact[i]);
     theirs.push_back(plain[i] - exact[i]);
     wanted.push_back(exact[i]);
@@ -58,7 +58,7 @@ void expect_within_budget(const std::string& name, const Array& actual, const st
   const double allowed = 2 * norm(theirs) + 2 * std::numeric_limits<float>::epsilon() * norm(wanted);
   char errors[64];
   std::snprintf(errors, sizeof errors, "error %.3e in L2 norm, allowed %.3e", norm(ours), allowed);
-  expect(norm(ours) <= allowed, name + ": " + errors);  // a NaN is not
+  expect(norm(ours) <= allowed, name + ": " + errors);  // false for a NaN
 }
 
 void check(const Test& test, const std::vector<const char*>& isas) {

@@ -52,16 +52,9 @@ std::vector<Test> mlp_tests() {
     int64_t batch, tokens, embed, hidden;
   };
   const Shape shapes[] = {
-      {1, 1, 3, 1},
-      {3, 17, 32, 5},
-      {1, 50, 48, 100},
-      {3, 50, 80, 64},
-      {2, 17, 32, 0},
-      {3, 197, 80, 320},
-      {1, 17, 400, 20},
-      {1, 17, 20, 801},  // more channels than one piece of the depth, in either
-                         // product
-      {7, 197, 3, 5},    // more images than one chunk
+      {1, 1, 3, 1},      {3, 17, 32, 5},   {1, 50, 48, 100}, {3, 50, 80, 64}, {2, 17, 32, 0},
+      {3, 197, 80, 320}, {1, 17, 400, 20}, {1, 17, 20, 801},  // more channels than one piece of K, in either product
+      {7, 197, 3, 5},                                         // more images than one chunk
   };
   std::vector<Test> tests;
   for (const Shape& s : shapes) {

@@ -1,5 +1,5 @@
-// Every block in plain loops over dense matrices, forward and backward, in float or double: what the kernels have to
-// compute, and how well float can.
+// Every block in plain loops over dense matrices, forward and backward: in double, the result that the kernels must
+// compute; in float, the error that float makes.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Matrix {
   T& operator()(int64_t row, int64_t column) { return values[row * columns + column]; }
 };
 
-// By the names of the contract; what is not there is empty. `d_` begins the name of a gradient.
+// Matrices by the names of the contract; an absent one is empty. The name of a gradient begins with `d_`.
 template <class T>
 using Values = std::map<std::string, Matrix<T>>;
 
@@ -78,7 +78,7 @@ Matrix<T> times(const Matrix<T>& a, const Matrix<T>& b) {
   return matrix<T>(a.rows, a.columns, [&](int64_t i, int64_t j) { return a(i, j) * b(i, j); });
 }
 
-// A parameter's gradient is added to what is there; empty: it is not wanted.
+// Adds to a parameter's gradient, unless it is empty: then the test does not ask for it.
 template <class T>
 void add(Matrix<T>& sums, const Matrix<T>& gradient) {
   if (!sums.empty()) sums = plus(sums, gradient);
@@ -108,7 +108,7 @@ struct Norm {
     return matrix<T>(centred.rows, centred.columns,
                      [&](int64_t i, int64_t j) { return centred(i, j) * weight(0, j) + bias(0, j); });
   }
-  // Adds the parameters' gradients, returns that of x.
+  // Adds the gradients of the parameters; returns the gradient of x.
   Matrix<T> backward(const Matrix<T>& grad, Values<T>& v) const {
     add(v["d_norm_weight"], column_sums(times(grad, centred)));
     add(v["d_norm_bias"], column_sums(grad));
@@ -136,7 +136,7 @@ Matrix<T> scaled(const Matrix<T>& a, int64_t tokens, const Matrix<T>& branch_sca
 
 // ---- Attention block ----
 
-// One head of one image, rows and columns of the matrices of all.
+// One head of one image: its rows and columns in the matrices of all heads and images.
 struct HeadOf {
   int64_t row, q, v;
 };
@@ -158,14 +158,14 @@ Matrix<T> probabilities(const AttentionBlock& block, const HeadOf& at, const Mat
   return scores;
 }
 
-// The rows of every image's first `count` tokens of `tokens`.
+// The rows of the first `count` of every image's `tokens` tokens.
 template <class T>
 Matrix<T> first_of(const Matrix<T>& a, int64_t tokens, int64_t count) {
   return matrix<T>(a.rows / tokens * count, a.columns,
                    [&](int64_t i, int64_t j) { return a(i / count * tokens + i % count, j); });
 }
 
-// For all tokens. Who wants no results of some has no gradients for them either: they are zero.
+// Computes all tokens. Tokens without a result have no gradient either: it is zero.
 template <class T>
 void attention_block(const AttentionBlock& block, Values<T>& v) {
   const int64_t queries = block.queries;
@@ -299,7 +299,7 @@ void stem(const Stem& block, Values<T>& v) {
   const int64_t patches = block.grid_height * block.grid_width, prefix = block.cls_tokens + block.reg_tokens;
   const int64_t n = prefix + patches, area = block.patch_height * block.patch_width, size = block.channels * area;
   const int64_t width = block.grid_width * block.patch_width, height = block.grid_height * block.patch_height;
-  const auto pixel = [&](int64_t patch, int64_t i) {  // where element i of a patch lies in its image
+  const auto pixel = [&](int64_t patch, int64_t i) {  // the offset of element i of a patch in its image
     const int64_t y = patch / block.grid_width * block.patch_height + i % area / block.patch_width;
     const int64_t x = patch % block.grid_width * block.patch_width + i % block.patch_width;
     return (i / area * height + y) * width + x;

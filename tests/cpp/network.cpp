@@ -1,5 +1,5 @@
-// The whole network at several widths: as it is, image by image, only what is pooled, and on packed weights. All give
-// the same bits.
+// The whole network with several widths in one batch. Image by image, with the pooled tokens only and on packed
+// weights, it gives the same bits.
 #include <utility>
 
 #include "check.h"
@@ -12,8 +12,8 @@ struct Width {
   int64_t embed, heads, hidden;
 };
 struct Shape {
-  int64_t batch, grid, cls_tokens, head_dim, depth, classes, pool_start, pool_stop;
-  std::vector<Width> widths;  // the first holds the others: they share its parameters
+  int64_t batch, grid, cls_tokens, head_dim, layers, classes, pool_start, pool_stop;
+  std::vector<Width> widths;  // the first one contains the others, which read parts of its parameters
   std::vector<int64_t> width_of;
 };
 constexpr int64_t kChannels = 3, kPatchHeight = 2, kPatchWidth = 3;
@@ -67,7 +67,7 @@ std::map<std::string, Size> parameters_of(const Shape& shape, const Width& width
                                        {"head.norm_bias", {1, embed}},
                                        {"head.weight", {shape.classes, embed}},
                                        {"head.bias", {1, shape.classes}}};
-  for (int64_t i = 0; i < shape.depth; i++) {
+  for (int64_t i = 0; i < shape.layers; i++) {
     const std::string attention = "attention" + std::to_string(i) + ".", mlp = "mlp" + std::to_string(i) + ".";
     for (const char* name : {"query", "key", "value"}) {
       sizes[attention + name + "_weight"] = {columns, embed};
@@ -83,7 +83,7 @@ std::map<std::string, Size> parameters_of(const Shape& shape, const Width& width
   }
   return sizes;
 }
-// Those that the network reads from panels.
+// Whether the network can read the parameter from panels.
 bool is_packed(const std::string& name) { return name.ends_with("weight") && !name.ends_with("norm_weight"); }
 
 Arrays arrays_of(const Shape& shape) {
@@ -100,7 +100,7 @@ Arrays arrays_of(const Shape& shape) {
   return arrays;
 }
 
-// ---- In plain loops, image by image ----
+// ---- Plain loops, image by image ----
 
 template <class T>
 void network(const Shape& shape, Values<T>& all) {
@@ -127,7 +127,7 @@ void network(const Shape& shape, Values<T>& all) {
       body();
       x = values["y"];
     };
-    for (int64_t i = 0; i < shape.depth; i++) {
+    for (int64_t i = 0; i < shape.layers; i++) {
       apply("attention" + std::to_string(i), [&] { attention_block(attention_of(shape, width), values); });
       apply("mlp" + std::to_string(i), [&] { mlp_block(mlp_of(shape, width), values); });
     }
@@ -137,28 +137,24 @@ void network(const Shape& shape, Values<T>& all) {
   for (const char* name : {"y", "y_alone", "y_pooled_only", "y_packed", "y_packed_pooled_only"}) all[name] = y;
 }
 
-// ---- By the kernels ----
+// ---- The kernels ----
 
-// The blocks of one width, on the parameters or on their panels.
-class Blocks {
+// The plan of one width: its weights are the parameters or their panels.
+class Plan {
  public:
-  Blocks(const Shape& shape, const Width& width, Arrays& arrays, std::map<std::string, std::vector<float>>* panels)
+  Plan(const Shape& shape, const Width& width, Arrays& arrays, std::map<std::string, std::vector<float>>* panels)
       : stem_(stem_of(shape, width)),
-        attention_(shape.depth, attention_of(shape, width)),
-        mlp_(shape.depth, mlp_of(shape, width)),
+        attention_(shape.layers, attention_of(shape, width)),
+        mlp_(shape.layers, mlp_of(shape, width)),
         head_(head_of(shape, width)) {
     const auto matrix = [&](const std::string& name) -> Weight {
       if (panels == nullptr) return const_weight(arrays, name);
       return {nullptr, 0, panels->at(name).data(), arrays.at(name).column_axes[0].size * kPanel};
     };
-    const Array& images = arrays.at("images");
-    stem_.images = data(arrays, "images");
-    stem_.image_strides[0] = images.row_axes[0].stride;
-    for (int i = 0; i < 3; i++) stem_.image_strides[i + 1] = images.column_axes[i].stride;
     stem_.weight = matrix("stem.weight"), stem_.bias = data(arrays, "stem.bias");
     stem_.cls_token = const_weight(arrays, "stem.cls_token");
     stem_.pos_embed = const_weight(arrays, "stem.pos_embed");
-    for (int64_t i = 0; i < shape.depth; i++) {
+    for (int64_t i = 0; i < shape.layers; i++) {
       AttentionBlock& a = attention_[i];
       const std::string attention = "attention" + std::to_string(i) + ".", mlp = "mlp" + std::to_string(i) + ".";
       a.norm_weight = data(arrays, attention + "norm_weight"), a.norm_bias = data(arrays, attention + "norm_bias");
@@ -177,21 +173,16 @@ class Blocks {
     head_.weight = matrix("head.weight"), head_.bias = data(arrays, "head.bias");
   }
 
-  // From this image on.
-  Network network(int64_t image) {
-    stem_from_ = stem_;
-    stem_from_.images += image * stem_.image_strides[0];
-    return {&stem_from_, attention_.data(), mlp_.data(), &head_};
-  }
+  NetworkPlan plan() const { return {&stem_, attention_.data(), mlp_.data(), &head_}; }
 
  private:
-  Stem stem_, stem_from_;
+  Stem stem_;
   std::vector<AttentionBlock> attention_;
   std::vector<MlpBlock> mlp_;
   Head head_;
 };
 
-// Packs a weight and looks for every element where the contract says that it lies.
+// Packs a weight and checks that every element lies where the contract says.
 std::vector<float> pack(Array& array, const std::string& name, const Threads& threads) {
   const int64_t rows = size_of(array.row_axes), columns = size_of(array.column_axes);
   std::vector<float> panels((rows + kPanel - 1) / kPanel * kPanel * columns);
@@ -212,12 +203,18 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
     if (is_packed(name)) panels[name] = pack(array, name, threads);
   const int64_t stride = arrays.at("y").row_stride();
   for (const bool packed : {false, true}) {
-    std::vector<Blocks> blocks;
-    for (const Width& width : shape.widths) blocks.emplace_back(shape, width, arrays, packed ? &panels : nullptr);
-    std::vector<Network> networks;
-    for (Blocks& block : blocks) networks.push_back(block.network(0));
-    NetworkCall call{shape.batch, tokens_of(shape), shape.depth, networks.data(), shape.width_of.data(),
-                     false,       nullptr,          stride};
+    std::vector<Plan> of_widths;
+    for (const Width& width : shape.widths) of_widths.emplace_back(shape, width, arrays, packed ? &panels : nullptr);
+    std::vector<NetworkPlan> plans;
+    for (const Plan& of_width : of_widths) plans.push_back(of_width.plan());
+    const Array& images = arrays.at("images");
+    NetworkCall call{};
+    call.batch = shape.batch, call.tokens = tokens_of(shape), call.layers = shape.layers;
+    call.images = data(arrays, "images");
+    call.image_strides[0] = images.row_axes[0].stride;
+    for (int i = 0; i < 3; i++) call.image_strides[i + 1] = images.column_axes[i].stride;
+    call.plans = plans.data(), call.plan_of = shape.width_of.data();
+    call.y_row_stride = stride;
     for (const bool pooled_only : {false, true}) {
       call.pooled_only = pooled_only;
       call.y = data(arrays, std::string("y") + (packed ? "_packed" : "") + (pooled_only ? "_pooled_only" : ""));
@@ -225,9 +222,11 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
     }
     if (packed) continue;
     for (int64_t image = 0; image < shape.batch; image++) {
-      const Network network = blocks[shape.width_of[image]].network(image);
-      const NetworkCall alone{
-          1, tokens_of(shape), shape.depth, &network, nullptr, true, data(arrays, "y_alone") + image * stride, stride};
+      NetworkCall alone = call;
+      alone.batch = 1, alone.images += image * call.image_strides[0];
+      alone.plans += shape.width_of[image], alone.plan_of = nullptr;
+      alone.pooled_only = true;
+      alone.y = data(arrays, "y_alone") + image * stride;
       launch([&] { return network_cpu(alone, threads); });
     }
   }

@@ -63,7 +63,7 @@ std::vector<Test> stem_tests() {
       {1, 1, 1, 1, 1, 1, 3, 0, 0, true, false},
       {3, 3, 4, 4, 2, 3, 32, 1, 0, true, false},
       {3, 3, 7, 7, 4, 4, 112, 1, 2, false, true},
-      {1, 3, 7, 7, 12, 12, 80, 2, 3, true, false},  // more pixels of a patch than one piece of the depth
+      {1, 3, 7, 7, 12, 12, 80, 2, 3, true, false},  // more pixels of a patch than one piece of K
       {7, 1, 14, 14, 2, 2, 5, 1, 0, true, true},    // more images than one chunk
   };
   std::vector<Test> tests;
