@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
-from hydravit.checks import check_batch
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Widths, every_width, position
 from hydravit.inference import Engine, PackedInference
@@ -131,10 +130,13 @@ class HydraViT(nn.Module):
         position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
 
     def subnetwork(self, heads: int) -> Subnetwork:
-        """Everything that one width reads."""
-        self._check_heads(heads)
-        # Compiled, a look-up would make a graph per width.
-        return self._make_subnetwork(heads) if torch.compiler.is_compiling() else self._subnetworks[heads]
+        """Everything that one width reads. Raises ``TypeError`` or ``ValueError`` for a width that is not allowed."""
+        if torch.compiler.is_compiling():  # a look-up would make a graph per width
+            self._check_heads(heads)
+            return self._make_subnetwork(heads)
+        if type(heads) is not int or heads not in self.allowed_heads:
+            self._check_heads(heads)
+        return self._subnetworks[heads]
 
     def widths(self, heads: int | Tensor | Subnetwork | None, batch: int) -> Widths:
         """The subnetworks of one call; ``heads`` as in ``forward``."""
@@ -225,7 +227,7 @@ class HydraViT(nn.Module):
     ) -> Tensor:
         """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
         widths = self.widths(heads, features.shape[0])
-        features = check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)), self.pos_embed)
+        features = self._check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)))
         parameters = self.head_parameters()
         if self.config.pool == "token":  # the features are normalised
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
@@ -249,13 +251,36 @@ class HydraViT(nn.Module):
 
     def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Widths]:
         """What every forward begins with: checks, the widths, the backend."""
-        images = check_batch("images", images, (self.config.in_channels, *self.config.image_size), self.pos_embed)
+        images = self.check_images(images)
         widths = self.widths(heads, images.shape[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.subnetworks)
         return images, widths
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """The images in the model's dtype, which undoes autocast's low precision, as parameters are not cast.
+
+        Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)`` with ``B > 0``, in
+        the model's dtype and on its device.
+        """
+        return self._check_batch("images", images, (self.config.in_channels, *self.config.image_size))
+
+    def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
+        device, dtype = self.pos_embed.device, self.pos_embed.dtype
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
+        if tensor.dtype != dtype:
+            if not tensor.dtype.is_floating_point or not torch.is_autocast_enabled(device.type):
+                raise TypeError(f"{name} are {tensor.dtype}, the model is {dtype}")
+            tensor = tensor.to(dtype)
+        return tensor
 
     def stem_parameters(self) -> kernels.StemParameters:
         return kernels.StemParameters(

@@ -19,7 +19,7 @@ ORDER = {
         "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
-        "config", "geometry", "checks", "layers", "inference", "model", "atomic", "preprocessing", "checkpoint",
+        "config", "geometry", "layers", "inference", "model", "atomic", "preprocessing", "checkpoint",
         "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
     ],
     "bench": ["measuring", "peers", "report", "gpu", "__init__", "run", "__main__"],

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from blocks import hydravit
+from hydravit_kernels.packed import PANEL
 from small import SMALL, images, poison, shake
 from torch import nn
 
@@ -17,7 +18,6 @@ from hydravit import HydraViT, HydraViTConfig, geometry, inference, layers
 from hydravit.config import resolve_config
 from hydravit.geometry import GEOMETRIES
 from hydravit_kernels import _native
-from hydravit_kernels.packed import PANEL
 from hydravit_kernels.parameters import NetworkSizes
 
 pytestmark = [

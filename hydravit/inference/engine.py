@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import hydravit_kernels as kernels
-from hydravit.checks import check_batch
 from hydravit.inference.packable import Packable
 from hydravit.inference.staleness import Fingerprint, Structure
 
@@ -61,7 +60,7 @@ class Engine:
         model = self.model
         if model.pos_embed.device != self.device:
             raise RuntimeError(f"the model was moved from {self.device} to {model.pos_embed.device}: make a new engine")
-        images = check_batch("images", images, (model.config.in_channels, *model.config.image_size), model.pos_embed)
+        images = model.check_images(images)
         if len(images) > self.max_batch:
             raise ValueError(f"images: at most max_batch={self.max_batch} expected, {len(images)} given")
         heads = model.heads if heads is None else heads

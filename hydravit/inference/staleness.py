@@ -24,9 +24,10 @@ class Structure:
         modules = list(model.modules())
         self._parameters = [module._parameters for module in modules]
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        # A network calls no module: a block whose forward could be seen, or is another, must not be passed over.
-        self._blocks = list(model.blocks)
-        tables = {id(hooks): hooks for block in self._blocks for hooks in hooks_of(block)}
+        # A network calls no module: a block with hooks or another forward must not be passed over.
+        self._foreign = not all(map(is_ours, model.blocks))
+        self._attributes = [block.__dict__ for block in model.blocks]
+        tables = {id(hooks): hooks for block in model.blocks for hooks in hooks_of(block)}
         self._hooks = list(tables.values())
 
     def holds(self) -> bool:
@@ -35,7 +36,7 @@ class Structure:
 
     def seen_from_outside(self) -> bool:
         """Whether a hook or a foreign block would miss its call."""
-        return any(self._hooks) or not all(map(is_ours, self._blocks))
+        return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]
