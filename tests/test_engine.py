@@ -11,7 +11,7 @@ import torch
 from budget import assert_within_budget
 from small import images, poison, shake
 
-from bench import phases
+from bench.gpu import phases
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
 from hydravit.engine import DTYPES, with_e4m3_weights
