@@ -43,7 +43,7 @@ format: build  ## put Python and C++ in that style
 build: .venv/built  ## the environment and the native library, incrementally
 
 resources:  ## registers and spills of every CUDA kernel, to csrc/cuda/resources.csv; needs nvcc, no GPU
-	$(PYTHON) -m bench.resources
+	$(PYTHON) -m bench.gpu.resources
 
 report: build  ## what was built, what runs on this machine, and why the rest does not
 	python -m hydravit_kernels

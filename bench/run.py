@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import page, results, tables
-from bench.machine import Machine, keep_freed_memory
-from bench.measure import measure, measure_copies, measure_memory, row
-from bench.peers import Peer, peers
-from bench.timer import Effort, Witness
-from bench.workloads import DTYPES, PARTS, Workload, default_heads, workloads
+from bench import RESULTS
+from bench.measuring.clock import SYSTEM
+from bench.measuring.dtypes import DTYPES
+from bench.measuring.machine import Machine, keep_freed_memory
+from bench.measuring.measure import make_row, measure
+from bench.measuring.timer import Effort, Timer, Witness
+from bench.measuring.workloads import PARTS, default_heads, workloads
+from bench.peers import every_peer
+from bench.report.page import page
+from bench.report.summary import line, summary
+from bench.rows import write_results
 from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 
@@ -33,13 +37,13 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 if a share above 100 % or wrong outputs of ours make the results worthless; 2 for wrong input;
-    130 when interrupted, with what was measured until then written."""
+    130 when interrupted, after writing what was measured until then."""
     try:
         plan = _Plan(_parser().parse_args(argv))
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"hydravit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", module=r"torch\.")  # the exporters' and compilers' own affairs
+    warnings.filterwarnings("ignore", module=r"torch\.")  # exporters and compilers warn about themselves
     keep_freed_memory()
     rows, interrupted = [], False
     try:
@@ -47,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
     paths = [*_write(plan, rows), plan.out / f"{plan.name}.html"]
-    paths[-1].write_text(page.page([paths[0]], plan.trained), encoding="utf-8")
-    print("\n" + tables.summary(plan.machine.environment(), rows))
+    paths[-1].write_text(page([paths[0]], plan.trained), encoding="utf-8")
+    print("\n" + summary(plan.machine.environment(), rows))
     print("wrote", *paths)
     faults = _faults(rows)
     for fault in [*faults, *["interrupted"] * interrupted]:
@@ -57,14 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Plan:
-    """What the arguments ask for, and where its results go. Raises ``ValueError`` for what makes no sense, ``OSError``
-    for a folder that cannot be written."""
+    """What the arguments ask for, and where the results go.
+
+    Raises ``ValueError`` for arguments that make no sense, ``OSError`` for a folder that cannot be written.
+    """
 
     def __init__(self, args: argparse.Namespace):
         if args.device not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device!r}: expected cpu or cuda")
-        self.device = torch.device(args.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device(args.device)
+        gpu = device.type == "cuda"
+        if gpu and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device")
         for option in ("threads", "minutes", "rounds", "attempts"):
             value = getattr(args, option)
@@ -72,7 +79,6 @@ class _Plan:
                 raise ValueError(f"--{option} must be positive, not {value}")
         if args.seconds < 0:
             raise ValueError(f"--seconds must not be negative, but is {args.seconds}")
-        gpu = self.device.type == "cuda"
         config = resolve_config(args.config)
         parts = _choose("--parts", args.parts, tuple(PARTS))
         heads = parse_heads(args.heads or default_heads(config), config.max_heads)
@@ -80,81 +86,75 @@ class _Plan:
         if not all(part.isdecimal() and int(part) > 0 for part in batches.split(",")):
             raise ValueError(f"--batch {batches!r}: expected numbers of images such as 1,8")
         dtypes = _choose("--dtype", args.dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
-        known = peers()
+        known = every_peer()
         chosen = _choose("--peers", args.peers, tuple(peer.name for peer in known))
         self.peers = [peer for peer in known if peer.name in chosen]
         self.workloads = workloads(parts, heads, [int(part) for part in batches.split(",")], dtypes, args.config)
-        deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-        self.effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline=deadline)
+        deadline = SYSTEM.now() + 60 * args.minutes if args.minutes else float("inf")
+        effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline=deadline)
         self.trained = Path(args.trained) if args.trained else None
         if self.trained is not None:
-            page.page([], self.trained)  # raises now rather than after the run
+            page([], self.trained)  # raises now rather than after the run
         if args.threads:
             torch.set_num_threads(args.threads)
-        self.machine = Machine(self.device, dtypes)
-        self.witness = None if gpu else Witness()
+        self.machine = Machine(device, dtypes)
+        self.timer = Timer(device, effort, witness=None if gpu else Witness())
         self.name = args.name or ("suite" if args.parts == _DEFAULT_PARTS else args.parts.replace(",", "-"))
-        self.out = Path(args.out) if args.out else Path(__file__).with_name("results") / self.machine.slug
+        self.out = Path(args.out) if args.out else RESULTS / self.machine.slug
         self.out.mkdir(parents=True, exist_ok=True)
 
 
 def run(plan: _Plan, rows: list[dict]) -> None:
-    """Measure, adding to ``rows``. Whatever ends it early, what was measured is on disk."""
+    """Measure, adding to ``rows``. Whatever ends it early, the rows until then are on disk."""
     plan.machine.probe()
     with tqdm(plan.workloads, unit="workload", disable=not sys.stderr.isatty(), leave=False) as bar:
         for workload in bar:
             bar.set_description(str(workload))
-            if time.monotonic() > plan.effort.deadline:
-                rows.extend(row(workload, peer, "skipped", "no time left") for peer in plan.peers)
+            if plan.timer.late():
+                rows.extend(make_row(workload, peer, "skipped", "no time left") for peer in plan.peers)
                 continue
-            start = time.monotonic()
-            found = _measure(workload, plan.peers, plan, lambda text: bar.set_postfix_str(text))
+            start = SYSTEM.now()
+            found = measure(workload, plan.peers, plan.timer._replace(progress=bar.set_postfix_str))
             rows.extend(found)
             _write(plan, rows)
             plan.machine.probe()
-            bar.write(f"{tables.line(found)}  ({time.monotonic() - start:.0f} s)", file=sys.stdout)
+            bar.write(f"{line(found)}  ({SYSTEM.now() - start:.0f} s)", file=sys.stdout)
             sys.stdout.flush()
 
 
 def _write(plan: _Plan, rows: list[dict]) -> list[Path]:
-    """All rows, with their shares of the limits that the machine has shown so far, and noisy where it was slower."""
-    for entry in rows:
-        entry.update(_share(entry, plan.machine))
-        if plan.witness is not None and plan.witness.slow(entry["witness_ms"]):
-            entry["noisy"] = True
-    return results.write(plan.out, plan.name, plan.machine.environment(), rows)
+    """Write all rows with their shares of the limits that the machine has shown so far.
+
+    A row is also noisy if the machine was slower then than at its best.
+    """
+    for row in rows:
+        row.update(_share(row, plan.machine))
+        if plan.timer.witness is not None and plan.timer.witness.slow(row["witness_ms"]):
+            row["noisy"] = True
+    return write_results(plan.out, plan.name, plan.machine.environment(), rows)
 
 
-def _measure(workload: Workload, peers: Sequence[Peer], plan: _Plan, progress) -> list[dict]:
-    if workload.task in ("memory", "training_memory"):
-        return measure_memory(workload, peers, plan.device, plan.effort.deadline, progress)
-    if workload.task == "copies":
-        return measure_copies(workload, peers, plan.device, progress)
-    return measure(workload, peers, plan.device, plan.effort, progress, plan.witness)
-
-
-def _share(entry: dict, machine: Machine) -> dict:
-    """Of the limit that the machine has shown so far."""
-    if entry["p50_ms"] is None:
+def _share(row: dict, machine: Machine) -> dict:
+    if row["p50_ms"] is None:
         return {}
-    limit_ms, limit = machine.limit_ms(entry["dtype"], entry["gflop"] * 1e9, entry["mbyte"] * 1e6)
-    return {"share": limit_ms / entry["p50_ms"], "limit": limit}
+    limit_ms, limit = machine.limit_ms(row["dtype"], row["gflop"] * 1e9, row["mbyte"] * 1e6)
+    return {"share": limit_ms / row["p50_ms"], "limit": limit}
 
 
 def _faults(rows: Sequence[dict]) -> list[str]:
     """What makes the results worthless."""
     faults = []
-    for entry in rows:
-        about = f"{entry['peer']}, {entry['task']} k={entry['heads']} batch {entry['batch']} {entry['dtype']}"
-        if entry["share"] is not None and entry["share"] > 1.0:
-            faults.append(f"{about}: {100 * entry['share']:.0f} % of the limit, so the time or the limit is wrong")
-        if entry["status"] in ("refused", "failed") and entry["ours"]:
-            faults.append(f"{about}: {entry['reason']}")
+    for row in rows:
+        about = f"{row['peer']}, {row['task']} k={row['heads']} batch {row['batch']} {row['dtype']}"
+        if row["share"] is not None and row["share"] > 1.0:
+            faults.append(f"{about}: {100 * row['share']:.0f} % of the limit, so the time or the limit is wrong")
+        if row["status"] in ("refused", "failed") and row["ours"]:
+            faults.append(f"{about}: {row['reason']}")
     return faults
 
 
 def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Of ``known`` those that are named, in its order; ``all``: all. Raises ``ValueError`` for others."""
+    """The names of ``known`` in ``text``, in the order of ``known``; all of them for ``all``. Raises ``ValueError``."""
     if text == "all":
         return known
     named = [part.strip() for part in text.split(",")]
@@ -165,7 +165,7 @@ def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in peers())
+    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in every_peer())
     parts = "\n".join(f"  {name:16} {part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",
@@ -194,5 +194,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it gets what was measured
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a termination too leaves what was measured
     sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from budget import assert_within_budget
 from small import images, poison, shake
 
-from bench import phases
+from bench.gpu import phases
 from hydravit import HydraViT, HydraViTConfig, geometry
 from hydravit.config import resolve_config
 from hydravit.inference import DTYPES, in_order, with_e4m3_weights

@@ -10,11 +10,12 @@ from budget import assert_within_budget
 from torch.utils.data import TensorDataset
 
 import hydravit
-from bench.machine import Machine
-from bench.measure import measure
+from bench.measuring.cuda_graph import captured
+from bench.measuring.machine import Machine
+from bench.measuring.measure import measure
+from bench.measuring.timer import Effort, Timer
+from bench.measuring.workloads import Workload
 from bench.peers import eager, ours
-from bench.timer import Effort, captured
-from bench.workloads import Workload
 from hydravit.evaluation.latency import with_backend
 from hydravit.geometry import parameter_slices
 from hydravit.recipes import Recipe
@@ -162,15 +163,16 @@ def test_sanitizer(model):
         assert math.isfinite(norms.sum())
 
 
-# The benchmark suite's own ways on a GPU. -----------------------------------------------------------------------------
+# The benchmark suite on a GPU. ----------------------------------------------------------------------------------------
+
+QUICK = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
 
 
 @pytest.mark.parametrize("task, heads", [("inference", (3,)), ("switching", (1, 3)), ("mlp_backward", (3,))])
 def test_the_suite_measures(task, heads):
     """By events and by graphs; what cannot be captured is named and breaks nothing for those after it."""
     workload = Workload(task, heads, 2, config=small.SMALL)
-    effort = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
-    rows = measure(workload, [*eager.PEERS, *ours.PEERS], torch.device(DEVICE), effort, lambda text: None)
+    rows = measure(workload, [*eager.PEERS, *ours.PEERS], Timer(torch.device(DEVICE), QUICK))
     states = {(row["peer"], row["launch"]): row["status"] for row in rows}
     assert states["authors", "call"] == states["views", "call"] == states["views", "graph"] == "measured"
     assert states["authors", "graph"] == "absent"
@@ -180,8 +182,7 @@ def test_the_suite_measures(task, heads):
 
 def test_the_suite_measures_training():
     workload = Workload("training", (1, 3), 2, config=small.SMALL)
-    effort = Effort(rounds=2, most=2, seconds=0.0, attempts=1)
-    rows = measure(workload, [*eager.PEERS, *ours.PEERS], torch.device(DEVICE), effort, lambda text: None)
+    rows = measure(workload, [*eager.PEERS, *ours.PEERS], Timer(torch.device(DEVICE), QUICK))
     states = {(row["peer"], row["launch"]): (row["status"], row["reason"]) for row in rows}
     assert states["views", "call"] == states["views", "graph"] == ("measured", ""), states
 

@@ -1,6 +1,6 @@
 """torch.compile in its settings, on the extracted width and on slices of the full weights, one graph per width.
 
-The choices of max-autotune are timings of the first run that compiles, kept in ``CACHE`` with the code.
+max-autotune chooses by timings in the first run that compiles; ``CACHE`` keeps the choices with the code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch._inductor.config
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from bench.peers import CACHE, Absent, Peer, Step
+from bench import CACHE
+from bench.measuring.peer import Absent, Peer, Step
 from bench.peers.eager import plain_vit, views_block, views_network
 from bench.peers.training import block_parameters, block_step, cut_block, train_steps
 from hydravit import HydraViT
@@ -30,9 +31,9 @@ from hydravit import HydraViT
 def _compile(function: Callable, mode: str | None = None) -> Callable:
     """``torch.compile`` of ``function``, for tensors of one shape.
 
-    Dynamo keeps graphs by code object: on one that is shared, widths would count towards one recompile limit, look
-    through each other's guards, and outlive their closures, and settings would find the graphs of others. A copy of the
-    code has none of that. ``fullgraph`` makes a fallback to eager an error.
+    Dynamo keeps graphs by code object. If widths shared one, they would count towards one recompile limit, evaluate
+    each other's guards and outlive their closures, and a setting would find the graphs of another. So every call here
+    copies the code. ``fullgraph`` makes a fallback to eager an error.
     """
     code = function.__code__
     own = types.FunctionType(code.replace(), function.__globals__, code.co_name, None, function.__closure__)
@@ -41,8 +42,11 @@ def _compile(function: Callable, mode: str | None = None) -> Callable:
 
 @contextlib.contextmanager
 def compiling(**settings) -> Iterator[None]:
-    """Around the first call: inductor's ``settings``, its cache beside ours, no talk. Raises ``Absent`` if it fails."""
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # torch sets it when imported
+    """Around a first call: inductor has ``settings``, caches beside our files, and prints nothing.
+
+    Raises ``Absent`` if it cannot compile.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # importing torch sets it
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     try:
@@ -55,7 +59,7 @@ def compiling(**settings) -> Iterator[None]:
 
 
 def _without_gradients(compiled: Callable[[], Tensor], **settings) -> Callable[[], Tensor]:
-    """``compiled``, warmed. Not under ``torch.inference_mode``: there inductor would silently freeze nothing."""
+    """``compiled``, warmed. Under ``torch.inference_mode`` inductor would silently freeze nothing."""
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -83,7 +87,7 @@ def _graphs(model: HydraViT, images: Tensor, heads: Sequence[int]):
         compiled = _compile(lambda images: vit(images), "max-autotune")
 
         def run() -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()  # the logits of the call before may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # allows it to overwrite the logits of the call before
             return compiled(images)
 
         run = _without_gradients(run)
@@ -124,11 +128,11 @@ def _sliced_training(model: HydraViT, images: Tensor, labels: Tensor, heads: Seq
     return steps
 
 
-# Read by dynamo as well as by inductor, so as an option of torch.compile alone it would have no effect. In float32 on
-# x86 the packed products are MKL's, in other types oneDNN's. torch never frees the frozen weights of a network, which a
-# long run can afford.
+# Dynamo reads this setting too, so as an option of torch.compile alone it would have no effect. In float32 on x86 the
+# packed products are MKL's, in other types oneDNN's. torch never frees the frozen weights of a network; a long run can
+# afford that.
 _FROZEN = {"freezing": True}
-_MAX = "max-autotune-no-cudagraphs"  # whoever times can capture it
+_MAX = "max-autotune-no-cudagraphs"  # the timer captures the call itself
 
 
 def _peer(name: str, about: str, **rest) -> Peer:

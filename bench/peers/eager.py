@@ -1,7 +1,7 @@
 """Eager PyTorch: slicing as the authors write it, slicing at its best, and the width as a network of its own.
 
-The sliced ones are for the networks of the paper: class token, biases, one classifier, no registers or layer scale.
-Another config gives other logits than the reference, and the run refuses the peer.
+The sliced peers compute the networks of the paper: class token, biases, one classifier, no registers, no layer scale.
+With another config their logits differ from the reference, and the run refuses them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers import Peer, Step
+from bench.measuring.peer import Peer, Step
 from bench.peers.training import (
     block_parameters,
     block_step,
@@ -71,7 +71,7 @@ def _authors_mlp(block: nn.Module, x: Tensor, heads: int, hidden_per_head: int) 
 
 def _authors_qkv(layer: nn.Linear, x: Tensor, width: int) -> Tensor:
     full = layer.out_features // 3
-    query = [row for row in range(width)]  # lists, and rebuilt in every layer of every call, as there
+    query = [row for row in range(width)]  # the authors too build these lists in every layer of every call
     key = [row for row in range(full, full + width)]
     value = [row for row in range(2 * full, 2 * full + width)]
     weight = layer.weight[query + key + value, :width]
@@ -90,7 +90,7 @@ def _authors_norm(layer: nn.LayerNorm, x: Tensor, width: int) -> Tensor:
 
 
 class _Views(NamedTuple):
-    """One width of a model: views of the parameters, none of them a copy. Per block: attention, MLP."""
+    """One width of a model as views of the parameters, without a copy. Per block: attention, MLP."""
 
     stem: tuple[Tensor, ...]
     blocks: list[tuple[tuple, tuple]]
@@ -111,7 +111,8 @@ def _views(model: HydraViT, heads: int) -> _Views:
 def _attention_views(model: HydraViT, block: nn.Module, heads: int) -> tuple:
     full, width = model.config.embed, heads * model.config.head_dim
     norm, qkv, proj = block.norm1, block.attn.qkv, block.attn.proj
-    # One cut for the three roles: its backward fills one full-size gradient, where three cuts fill three and add them.
+    # One cut for query, key and value: its backward fills one full-size gradient; three cuts would fill three and add
+    # them.
     weights = qkv.weight.unflatten(0, (3, full))[:, :width, :width].unbind(0)
     biases = qkv.bias.unflatten(0, (3, full))[:, :width].unbind(0)
     return norm.weight[:width], norm.bias[:width], weights, biases, proj.weight[:width, :width], proj.bias[:width]
@@ -151,7 +152,7 @@ def _add(new: Tensor, old: Tensor, in_place: bool) -> Tensor:
 
 
 def _network(model: HydraViT, views: _Views, images: Tensor, heads: int, in_place: bool) -> Tensor:
-    """``in_place``: sums and GELU overwrite what was just computed; not for gradients, which read it again."""
+    """``in_place``: sums and GELU overwrite what was just computed. Gradients would read it again, so not with them."""
     weight, bias, cls_token, pos_embed = views.stem
     eps = model.config.norm_eps
     patches = F.conv2d(images, weight, bias, model.config.patch_size).flatten(2).mT
@@ -164,19 +165,19 @@ def _network(model: HydraViT, views: _Views, images: Tensor, heads: int, in_plac
 
 
 def views_network(model: HydraViT, images: Tensor, heads: int) -> Tensor:
-    """Logits of one width, from views of the full parameters that are made in this call."""
+    """Logits of one width, from views of the full parameters that this call makes."""
     return _network(model, _views(model, heads), images, heads, in_place=False)
 
 
 def views_block(model: HydraViT, kind: str, x: Tensor, heads: int) -> Tensor:
-    """Block 0's attention or MLP, from views of the full parameters that are made in this call."""
+    """Block 0's attention or MLP, from views of the full parameters that this call makes."""
     block, eps = model.blocks[0], model.config.norm_eps
     if kind == "attention":
         return _attention(x, _attention_views(model, block, heads), heads, eps, in_place=False)
     return _mlp(x, _mlp_views(model, block, heads), eps, in_place=False)
 
 
-# Without gradients the views are made beforehand: they hold no weights, and a narrow call would feel making them.
+# Without gradients the set-up makes the views: they hold no weights, and making them would slow a narrow call.
 
 
 def _views_inference(model: HydraViT, images: Tensor, heads: Sequence[int]) -> dict[int, Callable[[], Tensor]]:
@@ -226,10 +227,10 @@ def plain_vit(model: HydraViT, heads: int) -> nn.Module:
     if TIMM:
         from hydravit.timm_models import timm
 
-        with torch.device("meta"):  # nothing to initialise
+        with torch.device("meta"):  # the weights are assigned, so none needs initialising
             vit = timm.models.vision_transformer.VisionTransformer(**extract_config(model, heads))
         for block in vit.blocks:
-            block.attn.fused_attn = True  # timm's default, which an environment variable changes
+            block.attn.fused_attn = True  # timm's default, which an environment variable can change
     else:
         config = dataclasses.replace(model.config, max_heads=heads, separate_classifiers=())
         vit = HydraViT(config, backend="reference", device="meta")

@@ -1,4 +1,4 @@
-"""The backends of this repository: a peer each, and more where work can be left out or done in place."""
+"""The backends of this repository: a peer each, and further peers that leave work out or do it in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hydravit_kernels as kernels
-from bench.peers import Absent, Peer, Step
+from bench.measuring.peer import Absent, Peer, Step
 from bench.peers.training import OPTIONS, block_parameters, block_step, cut_block, train_steps, without_gradients
 from hydravit import HydraViT
 from hydravit.evaluation.latency import with_backend
@@ -20,7 +20,7 @@ from hydravit_kernels import backends
 
 
 def _on(model: HydraViT, backend: str) -> HydraViT:
-    """The model on a backend, its parameters shared; raises ``Absent`` where the backend cannot run."""
+    """The model on a backend, its parameters shared. Raises ``Absent`` where the backend cannot run."""
     try:
         return with_backend(model, backend)
     except RuntimeError as error:
@@ -35,14 +35,13 @@ def _inference(backend: str, pooled_only: bool, model: HydraViT, images: Tensor,
     return {k: without_gradients(partial(own, images, heads=k)) for k in heads}
 
 
-def _engine(strategy: str, weights: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
+def _engine(weights: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
     if images.device.type == "cpu":
         raise Absent("same as native on a CPU")
     if images.dtype not in (torch.bfloat16, torch.float16):
         raise Absent(f"computes in bf16 or fp16, not in {images.dtype}")
     try:
-        dtype = torch.float8_e4m3fn if weights == "e4m3" else images.dtype
-        engine = model.engine(len(images), dtype, strategy=strategy)
+        engine = model.engine(len(images), torch.float8_e4m3fn if weights == "e4m3" else images.dtype)
     except (RuntimeError, ValueError) as error:
         raise Absent(str(error)) from error
     return {k: partial(engine, images, heads=k) for k in heads}
@@ -54,12 +53,12 @@ def _mixed(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, hea
 
 
 def _block_forward(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, buffers=None) -> Tensor:
-    geometry, block = model.subnetwork(heads), model.blocks[0]
+    subnetwork, block = model.subnetwork(heads), model.blocks[0]
     if kind == "attention":
-        function, parameters, slices = kernels.attention_block, block.attention_parameters(), geometry.attention[0]
+        function, parameters, slices = kernels.attention_block, block.attention_parameters(), subnetwork.attention[0]
     else:
-        function, parameters, slices = kernels.mlp_block, block.mlp_parameters(), geometry.mlp[0]
-    return function(x, *parameters, None, [slices], geometry.eps, backend=backend, buffers=buffers)
+        function, parameters, slices = kernels.mlp_block, block.mlp_parameters(), subnetwork.mlp[0]
+    return function(x, parameters, None, [slices], subnetwork.eps, backend=backend, buffers=buffers)
 
 
 def _block(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
@@ -77,15 +76,14 @@ def _block_in_place(backend: str, model: HydraViT, kind: str, heads: int, x: Ten
     for parameter in parameters.values():
         parameter.requires_grad = True  # these alone get buffers
     gradients = SliceGradients(own)
-    geometry, block = own.subnetwork(heads), own.blocks[0]
-    in_order = block.attention_parameters() if kind == "attention" else block.mlp_parameters()
-    buffers = [None if p is None else gradients.buffer(p) for p in in_order]
+    subnetwork, block = own.subnetwork(heads), own.blocks[0]
+    buffers = gradients.buffers_of(block.attention_parameters() if kind == "attention" else block.mlp_parameters())
     x = x.detach().requires_grad_()
 
     def run() -> Tensor:
         x.grad = None
         gradients.zero_()
-        gradients.mark([geometry])  # as the model does in every forward
+        gradients.mark([subnetwork])  # as the model does in every forward
         y = _block_forward(backend, own, kind, heads, x, buffers)
         y.backward(grad)
         return y
@@ -102,22 +100,22 @@ def _training(
     backend: str,
     in_place: bool,
     pooled_only: bool,
-    optimizer: str,
+    active: bool,
     model: HydraViT,
     images: Tensor,
     labels: Tensor,
     heads: Sequence[int],
     amp,
 ) -> dict[int, Step]:
-    """``optimizer``: ``"dense"`` or ``"active"``, as in a recipe."""
+    """``active``: AdamW on the slice only, else dense."""
     if amp is not None and backend == "native":
         raise Absent(f"{backend} computes in the parameters' dtype and undoes autocast")
     own = _on(copy.deepcopy(model).train(), backend)
     if not pooled_only:
-        own.blocks[-1].register_forward_hook(lambda *_: None)  # somebody who would see that tokens are missing
+        own.blocks[-1].register_forward_hook(lambda *_: None)  # a hook would see that tokens are missing, so none are
     clear = SliceGradients(own).zero_ if in_place else None
-    stepper = None if optimizer == "dense" else SliceAdamW(own.parameters(), own, **OPTIONS)
-    return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear, stepper)
+    optimizer = SliceAdamW(own.parameters(), own, **OPTIONS) if active else None
+    return train_steps(own, lambda images, k: own(images, heads=k), images, labels, heads, amp, clear, optimizer)
 
 
 def _peers(backend: str) -> list[Peer]:
@@ -130,7 +128,7 @@ def _peers(backend: str) -> list[Peer]:
         inference=partial(_inference, backend, True),
         mixed=partial(_mixed, backend, True),
         block=partial(_block, backend),
-        training=partial(_training, backend, False, True, "dense"),
+        training=partial(_training, backend, False, True, False),
     )
     if backend == "reference":
         return [plain]
@@ -140,7 +138,7 @@ def _peers(backend: str) -> list[Peer]:
         ours=True,
         inference=partial(_inference, backend, False) if backend == "native" else None,  # packed inference can do it
         mixed=partial(_mixed, backend, False) if backend == "native" else None,
-        training=partial(_training, backend, False, False, "dense"),
+        training=partial(_training, backend, False, False, False),
         without=f"same as {backend}",
     )
     in_place = Peer(
@@ -150,39 +148,38 @@ def _peers(backend: str) -> list[Peer]:
         ours=True,
         pooled_only=True,
         block=partial(_block_in_place, backend),
-        training=partial(_training, backend, True, True, "dense"),
+        training=partial(_training, backend, True, True, False),
         without=f"same as {backend}",
     )
     active = Peer(
         f"{backend}-active",
-        f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside rest, unlike all others': "
-        "only inside the slice, which is compared, is it the same step",
+        f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside the slice rest, unlike in "
+        "all other peers; only inside the slice, which is compared, is it the same step",
         uncapturable="which gradients a step clears depends on the step before",
         ours=True,
         pooled_only=True,
-        training=partial(_training, backend, True, True, "active"),
+        training=partial(_training, backend, True, True, True),
         without=f"same as {backend}",
     )
     return [plain, all_tokens, in_place, active]
 
 
-def _engine_peer(name: str, how: str, strategy: str = "chain", weights: str = "") -> Peer:
+def _engine_peer(name: str, about: str, weights: str = "") -> Peer:
     return Peer(
         name,
-        f"this repository's CUDA engine, {how}",
+        f"this repository's CUDA engine, {about}",
         ours=True,
         pooled_only=True,
         opaque=True,
         uncapturable="a call is one launch already",
         weights=weights,
-        inference=partial(_engine, strategy, weights),
+        inference=partial(_engine, weights),
         without="an engine is for inference at one width",
     )
 
 
-PEERS = [peer for backend in backends.BACKENDS for peer in _peers(backend)]
-PEERS += [
-    _engine_peer("engine-chain", "a kernel for each phase in one graph"),
-    _engine_peer("engine-persistent", "the network as one kernel", "persistent"),
-    _engine_peer("engine-e4m3", "as engine-chain, its weights rounded to 8 bits, its activations fp16", weights="e4m3"),
+PEERS = [
+    *(peer for backend in backends.BACKENDS for peer in _peers(backend)),
+    _engine_peer("engine", "a chain of kernels in one graph"),
+    _engine_peer("engine-e4m3", "as engine, its weights rounded to 8 bits, its activations fp16", weights="e4m3"),
 ]

@@ -1,4 +1,4 @@
-"""The extracted width exported to a file: AOTInductor, ONNX Runtime, OpenVINO. Files are kept in ``CACHE``."""
+"""The extracted width exported to a file: AOTInductor, ONNX Runtime, OpenVINO. ``CACHE`` keeps the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.peers import CACHE, Absent, Peer
+from bench import CACHE
+from bench.measuring.peer import Absent, Peer
 from bench.peers.compiled import compiling
 from bench.peers.eager import plain_vit
 from bench.peers.training import without_gradients
@@ -37,7 +38,7 @@ def _need(*packages: str, extra: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters talk a lot."""
+    """Silences exporters, which print a lot."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -52,9 +53,9 @@ def _quiet() -> Iterator[None]:
 def _exported(
     suffix: str, vit: nn.Module, images: Tensor, export: Callable[[Path], object], **settings: object
 ) -> Path:
-    """The file of this network for these shapes, in a folder of its own: made by ``export(path)`` if it is not there.
+    """The file of this network for these shapes, in a folder of its own; ``export(path)`` makes it if it is missing.
 
-    ``settings``: what the file depends on beside weights, shape, dtype, device and the versions of the exporters.
+    The file's name depends on weights, shape, dtype, device, the versions of the exporters, and ``settings``.
     """
     packages = [_version(package) for package in ("torch", "timm", "onnx", "onnxscript", "openvino")]
     machine = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
@@ -86,7 +87,7 @@ def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Seque
 
         def export(path: Path) -> None:
             program = torch.export.export(vit, (images,))
-            configs = dict(settings)  # which it adds to
+            configs = dict(settings)  # a copy, because it adds entries
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
         with compiling():
@@ -126,7 +127,7 @@ def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # Its threads spin between operators; were they to go on after the call, whoever runs next would pay for it.
+    # Its threads spin between operators; if they went on after the call, they would slow the peer that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     providers = ["CPUExecutionProvider"]
     if images.is_cuda:
@@ -138,7 +139,7 @@ def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[
     _bind(binding.bind_input, session.get_inputs()[0], images)
     _bind(binding.bind_output, session.get_outputs()[0], logits)
 
-    def run(_bound: Tensor = images) -> Tensor:  # a binding keeps an address only
+    def run(_bound: Tensor = images) -> Tensor:  # keeps the images alive: a binding holds only their address
         session.run_with_iobinding(binding)
         return logits
 
@@ -185,11 +186,11 @@ def _openvino_ready(openvino, core, vit: nn.Module, images: Tensor) -> Callable[
     compiled = core.compile_model(core.read_model(path, path.with_suffix(".bin")), "CPU", settings)
     logits = images.new_empty(tuple(compiled.output(0).shape))
     request = compiled.create_infer_request()
-    # Both tensors are torch's memory: no copy in a call.
+    # Both tensors use torch's memory, so that a call copies nothing.
     request.set_input_tensor(openvino.Tensor(images.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(logits.numpy(), shared_memory=True))
 
-    def run(_bound: Tensor = images) -> Tensor:  # the request keeps an address only
+    def run(_bound: Tensor = images) -> Tensor:  # keeps the images alive: a request holds only their address
         request.infer()
         return logits
 

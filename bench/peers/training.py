@@ -1,4 +1,4 @@
-"""What peers that run PyTorch share around their forward: no gradients, a block's gradients, a training step."""
+"""What peers in PyTorch share around their forward: no gradients, a block's gradients, a training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.peers import Absent, Step, cut
+from bench.measuring.peer import Absent, Step, cut
 
 _PARTS = {"attention": ("norm1.", "attn.", "ls1."), "mlp": ("norm2.", "mlp.", "ls2.")}
 
@@ -42,7 +42,7 @@ def block_step(
     grad: Tensor | None,
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Step:
-    """``forward(x)`` reads ``parameters``; ``finish`` cuts their gradients to the width, for ``outputs`` alone."""
+    """A step of ``forward(x)``, which reads ``parameters``; ``finish`` cuts their gradients, in ``outputs`` alone."""
     if grad is None:
         run = without_gradients(lambda: forward(x))
         return Step(run, lambda: {"y": run()})
@@ -51,7 +51,7 @@ def block_step(
 
     def run() -> tuple[Tensor, ...]:
         y = forward(x)
-        return y.detach(), *torch.autograd.grad(y, inputs, grad)  # who keeps the result keeps no graph
+        return y.detach(), *torch.autograd.grad(y, inputs, grad)  # detached, so that the result keeps no graph alive
 
     def outputs() -> dict[str, Tensor]:
         y, grad_x, *gradients = run()
@@ -60,11 +60,11 @@ def block_step(
     return Step(run, outputs)
 
 
-OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}  # of everybody's AdamW
+OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}  # every peer's AdamW has these
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """Dense and fused; on a GPU it may be captured in a CUDA graph."""
+    """AdamW, dense and fused; on a GPU it may be captured in a CUDA graph."""
     parameters = list(parameters)
     return torch.optim.AdamW(parameters, **OPTIONS, fused=True, capturable=parameters[0].is_cuda)
 
@@ -112,11 +112,11 @@ def train_steps(
     clear: Callable[[], None] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[int, Step]:
-    """Per width a step of one optimizer on all parameters of ``model``, the peer's own copy.
+    """Per width a step of one optimizer on all parameters of ``model``, which is the peer's own copy.
 
     ``forward(images, k)`` gives logits; ``clear`` replaces the optimizer's ``zero_grad``. Gradients outside the width
-    are zeros and not None, so AdamW decays and moves every weight in every step, as in the authors' code, unless
-    ``optimizer`` is another.
+    are zeros and not None, so dense AdamW decays and moves every weight in every step, as in the authors' code.
+    ``optimizer`` replaces dense AdamW.
     """
     optimizer = optimizer or make_optimizer(model.parameters())
 

@@ -1,4 +1,4 @@
-"""``hydravit benchmark``: every width beside the best other tools. Hands its arguments to the checkout's ``bench/``."""
+"""``hydravit benchmark``: every width beside the best other tools. Its arguments go to the checkout's ``bench/``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Becomes ``python -m bench.run``, whose exit code is then the command's.
+    """Replace this process by ``python -m bench.run``, whose exit code is then the command's.
 
-    Raises ``RuntimeError`` where hydravit was installed without its repository.
+    Raises ``RuntimeError`` if hydravit was installed without its repository.
     """
     checkout = Path(hydravit.__file__).resolve().parents[1]
     if not (checkout / "bench" / "run.py").is_file():
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
             "clone the repository, then `make bench` or `pip install -e .` there"
         )
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Safe path: a folder named bench where the user stands is not ours (from Python 3.11 on).
+    # With the safe path (from Python 3.11 on) a folder named bench in the working directory is not taken for ours.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "bench.run", *args.arguments], environment)
