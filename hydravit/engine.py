@@ -29,16 +29,16 @@ class Engine:
     ``model.weights_changed()``. It never runs hooks or other code of the model's modules. One engine serves one thread
     and one CUDA stream at a time: make one for each. On CUDA more than 8 images get their graph in their first call.
 
-    On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. An
-    image's logits have the same bits at any batch; on CUDA that rests on how tensor cores add (README, limits).
+    On the CPU it runs the packed inference of ``native``, in float32, and an image's logits have the same bits at any
+    batch. On CUDA it was never run, only emulated; there they have the same bits at any batches whose products are
+    multiplied alike, all by mma or all by wgmma (README, limits).
 
     Args:
         max_batch: the most images of one call.
         dtype: of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16, and
             float8_e4m3fn for the matrices beside float16 activations: half the bytes, and other logits
             (``with_e4m3_weights`` shows which).
-        cuda: how CUDA does it: ``strategy`` "chain" (a kernel for each phase, recorded as graphs; the default) or
-            "persistent" (one kernel); ``loader`` "best" (the default) or "async" (the way of sm_80, on any GPU).
+        cuda: how CUDA does it: ``loader`` "best" (the default) or "async" (the way of sm_80, on any GPU).
     Raises:
         ValueError, RuntimeError: a dtype or a model that the kernels cannot compute, or kernels that were not built.
     """

@@ -17,11 +17,11 @@ from hydravit_kernels.parameters import NetworkSizes
 from hydravit_kernels.slices import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice
 
 try:
-    from hydravit_kernels import _engine
+    from hydravit_kernels import _cuda
 
     _import_error = ""
 except ImportError as error:
-    _engine, _import_error = None, str(error)
+    _cuda, _import_error = None, str(error)
 
 
 class SubnetSlices(NamedTuple):
@@ -50,7 +50,7 @@ def cuda_network_why_not(device: torch.device) -> str:
     """Why there is no CUDA network on this device, or ""."""
     if device.type != "cuda":
         return f"has no kernels for device {device.type!r}"
-    if _engine is None:
+    if _cuda is None:
         return f"was not built: {_native.build_info.get('cuda_why_not') or _import_error}"
     major, minor = torch.cuda.get_device_capability(device)
     return "" if major >= 8 else f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"
@@ -80,8 +80,11 @@ class CudaNetwork:
         parameters: in the order of ``NetworkSizes.parameters``, on the device, in any floating dtype of 16 or 32 bits.
         image_size, pool: of the model; ``pool`` is the first token whose mean the head takes and the first behind.
         widths: the subnetworks that calls will name by their index.
-        strategy: "chain": a kernel for each phase, recorded as graphs; "persistent": one kernel for all of them.
         loader: "best" for the device, or "async": the way of sm_80, on a newer device too.
+
+    Products are multiplied by mma, or by wgmma where a device of compute capability 9.0 has many rows to multiply.
+    Within each of the two an image has the same bits at any batch size; the bits of mma and wgmma may differ. With
+    ``loader="async"`` there is mma only.
     """
 
     def __init__(
@@ -92,7 +95,6 @@ class CudaNetwork:
         widths: Sequence[SubnetSlices],
         dtype: torch.dtype,
         most_images: int,
-        strategy: str = "chain",
         loader: str = "best",
     ):
         n = NetworkSizes.of(parameters)
@@ -103,28 +105,28 @@ class CudaNetwork:
             "patch_height": n.patch_height, "patch_width": n.patch_width,
             "cls_tokens": n.cls_tokens, "reg_tokens": n.reg_tokens,
             "pos_on_prefix": int(n.positions != grid[0] * grid[1]),
-            "first_pooled": pool[0], "last_pooled": pool[1],
+            "pool_start": pool[0], "pool_stop": pool[1],
         }  # fmt: skip
         self.device = parameters[0].device
         self.most_images = most_images
         self._classes = [width.head.classes for width in widths]
         self._streams: set[torch.cuda.Stream] = set()
         with self._current():
-            self._engine = _engine.Engine(sizes, _name(dtype), most_images, self.device.index or 0, strategy, loader)
+            self._network = _cuda.CudaNetwork(sizes, _name(dtype), most_images, self.device.index or 0, loader)
             for width in widths:
                 self._add(width)
-            sizes = (self._engine.packed_bytes, self._engine.workspace_bytes, self._engine.schedule_bytes)
+            sizes = (self._network.packed_bytes, self._network.workspace_bytes)
             self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
             if self.device.type == "cuda":
-                torch.cuda.synchronize()  # the engine writes at once, and whoever had this memory may still run
-            self._engine.use_memory(*(memory.data_ptr() for memory in self._memory))
+                torch.cuda.synchronize()  # other streams may still use what this memory held before
+            self._network.use_memory(*(memory.data_ptr() for memory in self._memory))
         self.pack(parameters)
 
     def _add(self, width: SubnetSlices) -> None:
         for a in width.attention:
             if a.heads and not a.head_dim == a.value_dim == a.pitch == 64:
                 raise ValueError(f"the CUDA network needs heads of 64 channels side by side, not {a}")
-        self._engine.add_width(
+        self._network.add_subnetwork(
             tuple(width.stem),
             [(a.query_row, a.key_row, a.value_row, a.proj_column, a.heads, a.scale) for a in width.attention],
             [(m.hidden_offset, m.hidden) for m in width.mlp],
@@ -137,7 +139,7 @@ class CudaNetwork:
         rows = [None if p is None else _rows(p.detach()) for p in parameters]
         table = [(0, "float32", 0) if r is None else (r.data_ptr(), _name(r.dtype), r.stride(0)) for r in rows]
         with self._current():
-            self._engine.pack(table, self._stream())
+            self._network.pack(table, self._stream())
 
     def run(self, images: Tensor, width: int) -> Tensor:
         """Images ``(B, C, height, width)`` of 16 or 32 bits to float32 logits, on the current stream."""
@@ -146,7 +148,7 @@ class CudaNetwork:
         if len(images):
             ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
             with self._current():
-                self._engine.run(width, len(images), *ends, self._stream())
+                self._network.run(width, len(images), *ends, self._stream())
         return logits
 
     def time_phases(self, images: Tensor, width: int, repeats: int = 20) -> list[PhaseTime]:
@@ -155,7 +157,7 @@ class CudaNetwork:
         logits = torch.empty(images.shape[0], self._classes[width], device=self.device)
         ends = (images.data_ptr(), _name(images.dtype), logits.data_ptr())
         with self._current():
-            times = self._engine.time_phases(width, len(images), *ends, repeats, self._stream())
+            times = self._network.time_phases(width, len(images), *ends, repeats, self._stream())
         return [PhaseTime(*time) for time in times]
 
     def _current(self) -> AbstractContextManager:

@@ -35,14 +35,14 @@ def _inference(backend: str, pooled_only: bool, model: HydraViT, images: Tensor,
     return {k: without_gradients(partial(own, images, heads=k)) for k in heads}
 
 
-def _engine(strategy: str, weights: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
+def _engine(weights: str, model: HydraViT, images: Tensor, heads: Sequence[int]):
     if images.device.type == "cpu":
         raise Absent("same as native on a CPU")
     if images.dtype not in (torch.bfloat16, torch.float16):
         raise Absent(f"computes in bf16 or fp16, not in {images.dtype}")
     try:
         dtype = torch.float8_e4m3fn if weights == "e4m3" else images.dtype
-        engine = model.engine(len(images), dtype, strategy=strategy)
+        engine = model.engine(len(images), dtype)
     except (RuntimeError, ValueError) as error:
         raise Absent(str(error)) from error
     return {k: partial(engine, images, heads=k) for k in heads}
@@ -166,7 +166,7 @@ def _peers(backend: str) -> list[Peer]:
     return [plain, all_tokens, in_place, active]
 
 
-def _engine_peer(name: str, how: str, strategy: str = "chain", weights: str = "") -> Peer:
+def _engine_peer(name: str, how: str, weights: str = "") -> Peer:
     return Peer(
         name,
         f"this repository's CUDA engine, {how}",
@@ -175,14 +175,13 @@ def _engine_peer(name: str, how: str, strategy: str = "chain", weights: str = ""
         opaque=True,
         uncapturable="a call is one launch already",
         weights=weights,
-        inference=partial(_engine, strategy, weights),
+        inference=partial(_engine, weights),
         without="an engine is for inference at one width",
     )
 
 
 PEERS = [peer for backend in backends.BACKENDS for peer in _peers(backend)]
 PEERS += [
-    _engine_peer("engine-chain", "a kernel for each phase in one graph"),
-    _engine_peer("engine-persistent", "the network as one kernel", "persistent"),
-    _engine_peer("engine-e4m3", "as engine-chain, its weights rounded to 8 bits, its activations fp16", weights="e4m3"),
+    _engine_peer("engine", "a kernel for each phase in one graph"),
+    _engine_peer("engine-e4m3", "as engine, its weights rounded to 8 bits, its activations fp16", weights="e4m3"),
 ]

@@ -83,21 +83,20 @@ __device__ void attend_to(PartialOutput& partial, const uint32_t (&q)[4][4], uin
   }
 }
 
-// `wait()`, by all threads, until queries, keys and values are there.
-template <class T, Loader loader, class Wait>
-__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
+template <class T, Loader loader>
+__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe) {
   const int query_rows = 16 * a.query_tiles;
   const int image = tile / (a.heads * a.blocks), head = tile / a.blocks % a.heads;
-  const int first_query = (a.first_block + tile % a.blocks) * query_rows;
-  const int rows = min(query_rows, a.image_rows - first_query);
+  const int query_start = (a.first_block + tile % a.blocks) * query_rows;
+  const int rows = min(query_rows, a.image_rows - query_start);
 
   uint8_t* kv_memory = memory + kBarrierBytes + query_rows * kRowBytes;
   const uint32_t q_tile = shared_address(memory + kBarrierBytes), keys = shared_address(kv_memory);
   const uint32_t values = keys + a.image_rows * kRowBytes, bytes = a.image_rows * kRowBytes;
-  const T* qkv = static_cast<const T*>(a.qkv) + static_cast<int64_t>(image) * a.image_rows * kPanel;
-  wait();
+  const T* qkv = static_cast<const T*>(a.qkv) + static_cast<int64_t>(image) * a.image_rows * kPanelChannels;
+  wait_for_previous_kernel();
   pipe.expect(2 * bytes + rows * kRowBytes, pipe.filled);
-  pipe.copy(q_tile, qkv + head * a.qkv_stride + first_query * kPanel, rows * kRowBytes, pipe.filled);
+  pipe.copy(q_tile, qkv + head * a.qkv_stride + query_start * kPanelChannels, rows * kRowBytes, pipe.filled);
   pipe.copy(keys, qkv + (a.heads + head) * a.qkv_stride, bytes, pipe.filled);
   pipe.copy(values, qkv + (2 * a.heads + head) * a.qkv_stride, bytes, pipe.filled++);
   pipe.commit();
@@ -140,8 +139,8 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
   }
   __syncthreads();
   for (int i = threadIdx.x; i < query_rows * (kHeadDim / kChunk); i += blockDim.x) {
-    const int query = i / (kHeadDim / kChunk), chunk = i % (kHeadDim / kChunk), token = first_query + query;
-    if (token < a.first_query || token >= a.last_query) continue;
+    const int query = i / (kHeadDim / kChunk), chunk = i % (kHeadDim / kChunk), token = query_start + query;
+    if (token < a.query_start || token >= a.query_stop) continue;
     float highest = -INFINITY, sum = 0, v[kChunk] = {};
     for (int g = 0; g < kKeyGroups; g++) highest = fmaxf(highest, load<float>(highests + g * query_rows + query));
     for (int g = 0; g < kKeyGroups; g++) {
@@ -151,8 +150,8 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
       for (int j = 0; j < kChunk; j++) v[j] += weight * load<float>(outs + at * kOutPitch + chunk * kChunk + j);
     }
     for (int j = 0; j < kChunk; j++) v[j] /= sum;
-    const int64_t to = static_cast<int64_t>(image) * a.out_image_rows + token - a.first_query;
-    T* out = static_cast<T*>(a.out) + head * a.out_stride + to * kPanel;
+    const int64_t to = static_cast<int64_t>(image) * a.out_image_rows + token - a.query_start;
+    T* out = static_cast<T*>(a.out) + head * a.out_stride + to * kPanelChannels;
     store<uint4>(out + (chunk ^ static_cast<int>(to & 7)) * kChunk, pack_chunk<T>(v));
   }
 }

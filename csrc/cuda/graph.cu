@@ -69,12 +69,12 @@ Graph::~Graph() {
   if (graph_ != nullptr) cudaGraphDestroy(static_cast<cudaGraph_t>(graph_));
 }
 
-int Graph::launch(const Ends& ends, void* stream) {
-  if (ends != recorded_) {
-    ends.set(phases_);
+int Graph::launch(const CallBuffers& buffers, void* stream) {
+  if (buffers != recorded_) {
+    buffers.set(phases_);
     if (const int status = update(executable_, first_node_, phases_.front(), dtype_, loader_)) return status;
     if (const int status = update(executable_, last_node_, phases_.back(), dtype_, loader_)) return status;
-    recorded_ = ends;
+    recorded_ = buffers;
   }
   return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable_), static_cast<cudaStream_t>(stream));
 }

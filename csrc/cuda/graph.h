@@ -3,23 +3,9 @@
 
 #include <vector>
 
-#include "network.h"
+#include "plan.h"
 
 namespace hydravit::cuda {
-
-// What differs from call to call.
-struct Ends {
-  const void* pixels;
-  Dtype pixel_dtype;
-  float* logits;
-
-  bool operator==(const Ends&) const = default;
-  void set(std::vector<Phase>& phases) const {
-    phases.front().product.a = pixels;
-    phases.front().product.image_dtype = pixel_dtype;
-    phases.back().product.c = logits;
-  }
-};
 
 class Graph {
  public:
@@ -29,13 +15,13 @@ class Graph {
   Graph& operator=(const Graph&) = delete;
 
   int status() const { return status_; }  // of recording
-  int launch(const Ends& ends, void* stream);
+  int launch(const CallBuffers& buffers, void* stream);
 
  private:
   std::vector<Phase> phases_;
   const Dtype dtype_;
   const Loader loader_;
-  Ends recorded_{};
+  CallBuffers recorded_{};
   void *first_node_ = nullptr, *last_node_ = nullptr, *graph_ = nullptr, *executable_ = nullptr;
   int status_ = 0;
 };

@@ -7,7 +7,7 @@
 #include <bit>
 #include <cfloat>
 
-#include "network.h"
+#include "plan.h"
 #include "tile.cuh"
 
 namespace hydravit::cuda {

@@ -19,22 +19,23 @@
 
 namespace hydravit::cuda {
 
-constexpr int kPanel = 64;        // channels
-constexpr int kRowBytes = 128;    // of a panel's row
-constexpr int kChunk = 8;         // channels of a chunk of 16 bytes
-constexpr int kHeadDim = kPanel;  // a head is a panel
-constexpr int kMaxEmbed = 1024;   // channels of a row that a warp normalises in registers
+constexpr int kPanelChannels = 64;        // channels
+constexpr int kRowBytes = 128;            // of a panel's row
+constexpr int kChunk = 8;                 // channels of a chunk of 16 bytes
+constexpr int kHeadDim = kPanelChannels;  // a head is a panel
+constexpr int kMaxEmbed = 1024;           // channels of a row that a warp normalises in registers
 
 // Where element (row, channel) of a matrix in panels of `rows` rows lies.
 constexpr int64_t panel_index(int64_t rows, int64_t row, int64_t channel) {
-  const int64_t chunk = channel % kPanel / kChunk;
-  return (channel / kPanel * rows + row) * kPanel + (chunk ^ row % 8) * kChunk + channel % kChunk;
+  const int64_t chunk = channel % kPanelChannels / kChunk;
+  return (channel / kPanelChannels * rows + row) * kPanelChannels + (chunk ^ row % 8) * kChunk + channel % kChunk;
 }
 
 // Where element (row, channel) of an E4m3 matrix in panels of `rows` rows lies.
 constexpr int64_t e4m3_index(int64_t rows, int64_t row, int64_t channel) {
   const int64_t word = row % 8 * 4 + channel % 8 / 2, in_word = channel % 16 / 8 * 2 + channel % 2;
-  return (channel / kPanel * rows + row / 8 * 8) * kPanel + channel % kPanel / 16 * 128 + word * 4 + in_word;
+  return (channel / kPanelChannels * rows + row / 8 * 8) * kPanelChannels + channel % kPanelChannels / 16 * 128 +
+         word * 4 + in_word;
 }
 
 enum class Dtype : int { kFp32, kBf16, kFp16, kE4m3 };
@@ -44,52 +45,51 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::kFp32 ? 4 : dtype =
 
 // Rows and columns of one tile of C. Few rows and many columns suit a norm in front, whose float rows are the larger
 // part of what a tile loads. The largest is multiplied by warpgroups (warpgroup.cuh): on sm_90a only, A in panels only.
-enum class Shape : int { k16x32, k32x32, k32x64, k32x128, k128x64, k128x128 };
-constexpr Shape kShapes[] = {Shape::k16x32,  Shape::k32x32,  Shape::k32x64,
-                             Shape::k32x128, Shape::k128x64, Shape::k128x128};
-constexpr bool by_warpgroups(Shape shape) { return shape == Shape::k128x128; }
-struct ShapeSize {
+enum class TileShape : int { k16x32, k32x32, k32x64, k32x128, k128x64, k128x128 };
+constexpr TileShape kTileShapes[] = {TileShape::k16x32,  TileShape::k32x32,  TileShape::k32x64,
+                                     TileShape::k32x128, TileShape::k128x64, TileShape::k128x128};
+constexpr bool uses_wgmma(TileShape shape) { return shape == TileShape::k128x128; }
+struct TileSize {
   int rows, columns, warps_along_rows, warps_along_columns;
 };
-constexpr ShapeSize size_of(Shape shape) {
+constexpr TileSize size_of(TileShape shape) {
   switch (shape) {
-    case Shape::k16x32:
+    case TileShape::k16x32:
       return {16, 32, 1, 2};
-    case Shape::k32x32:
+    case TileShape::k32x32:
       return {32, 32, 2, 2};
-    case Shape::k32x64:
+    case TileShape::k32x64:
       return {32, 64, 2, 2};
-    case Shape::k32x128:
+    case TileShape::k32x128:
       return {32, 128, 2, 2};
-    case Shape::k128x64:
+    case TileShape::k128x64:
       return {128, 64, 2, 2};
     default:
       return {128, 128, 8, 1};
   }
 }
-// Of the warps that share a tile, half multiply the even and half the odd 32 channels. Warpgroups keep two sums apart
-// in the same way: the order of the sum, 16 channels at a time, is the same for every shape. So are its bits, where mma
-// and wgmma add 16 products alike. NVIDIA documents neither; by the measurements behind Microsoft's MMA-Sim (arXiv
-// 2511.10909) they do on Hopper.
-constexpr int kDepthGroups = 2;
+// By mma, half of the warps that share a tile multiply the even and half the odd 32 channels: the order of the sum, and
+// so its bits, are the same for every shape. A warpgroup keeps one sum: the bits of mma and wgmma may differ.
+constexpr int kSplitK = 2;
 // Tiles of W (and A) in flight: of E4m3 twice as many, for as many bytes, where A's are small.
-constexpr int stages_of(Shape shape, int weight_bytes) {
+constexpr int stages_of(TileShape shape, int weight_bytes) {
   return weight_bytes == 1 && size_of(shape).rows <= 32 ? 8 : 4;
 }
-constexpr int kMostStages = 8;
+constexpr int kMaxStages = 8;
 constexpr int kWarpgroupStages = 6;  // these are in flight while a tile of C is finished, too
-constexpr int kSliceColumns = 32, kSlicePitch = kSliceColumns + 8;  // of C that a warpgroup's warp finishes at a time
-constexpr int threads_of(Shape shape) {
+constexpr int kScratchColumns = 32,
+              kScratchPitch = kScratchColumns + 8;  // of C that a warpgroup's warp finishes at a time
+constexpr int threads_of(TileShape shape) {
   const int warps = size_of(shape).warps_along_rows * size_of(shape).warps_along_columns;
-  return by_warpgroups(shape) ? 32 * (warps + 1) : 32 * kDepthGroups * warps;  // one warp has tiles copied
+  return uses_wgmma(shape) ? 32 * (warps + 1) : 32 * kSplitK * warps;  // one warp has tiles copied
 }
 
-enum class Source : int {
+enum class Prologue : int {
   kPanels,   // A lies in panels
   kNorm,     // layer norm of float rows: each of A's rows is the norm of the mean of `pooled` rows
   kPatches,  // patches of images; rows of the tokens in front of the patches are zero
 };
-enum class Sink : int {
+enum class Epilogue : int {
   kPanels,     // C + bias, in panels
   kGelu,       // gelu(C + bias), in panels
   kResidual,   // residual + layer_scale * (C + bias), float rows
@@ -98,9 +98,9 @@ enum class Sink : int {
 };
 
 struct Product {
-  Source source;
-  Sink sink;
-  int rows, columns, depth;  // of C and of the sum; columns and depth are multiples of 64
+  Prologue prologue;
+  Epilogue epilogue;
+  int rows, columns, k;  // C is (rows, columns); columns and k are multiples of 64
   int image_rows, image_tokens;
 
   const void* a;     // T panels, float rows or images
@@ -120,7 +120,7 @@ struct Product {
   int64_t weight_stride;
   int segment;
   // Only these tokens' rows of the first segment are wanted (the queries of the last block).
-  int first_token, last_token;
+  int token_start, token_stop;
 
   void* c;                                  // T panels or float rows
   int64_t c_stride;                         // elements from panel to panel or from row to row
@@ -131,8 +131,8 @@ struct Product {
   int64_t positions_stride;
 };
 
-constexpr int tiles_of(const Product& p, Shape shape) {
-  const ShapeSize size = size_of(shape);
+constexpr int tiles_of(const Product& p, TileShape shape) {
+  const TileSize size = size_of(shape);
   return (p.rows + size.rows - 1) / size.rows * ((p.columns + size.columns - 1) / size.columns);
 }
 
@@ -143,11 +143,11 @@ struct Attention {
   int images, heads, image_rows, image_tokens;
   int query_tiles;              // of 16 queries in a block
   int first_block, blocks;      // of each head
-  int first_query, last_query;  // that are wanted: the first and the first behind
+  int query_start, query_stop;  // that are wanted: the first and the first behind
   float scale;
   const void* qkv;  // T panels: the heads' queries, then keys, then values
   int64_t qkv_stride;
-  void* out;  // T panels, one for a head; query i of an image goes to row i - first_query of its `out_image_rows`
+  void* out;  // T panels, one for a head; query i of an image goes to row i - query_start of its `out_image_rows`
   int64_t out_stride;
   int out_image_rows;
 };
@@ -157,14 +157,14 @@ constexpr int threads_of(const Attention& a) { return 32 * kKeyGroups * a.query_
 
 // An input phase makes A of a product that norms or gathers, once for all of its tiles: it has that product's A, and as
 // C the panels that take its place.
-enum class Kind : int { kProduct, kInput, kAttention };
-constexpr int kInputRows = 8, kInputThreads = 128;  // of a block of an input phase
+enum class Kind : int { kProduct, kPrologue, kAttention };
+constexpr int kPrologueRows = 8, kPrologueThreads = 128;  // of a block of an input phase
 
 struct Phase {
   const char* name;
   Kind kind;
-  bool early;   // its kernel may start, and fetch weights, before the kernel in front has ended
-  Shape shape;  // of a product
+  bool starts_early;  // its kernel may start, and fetch weights, before the kernel in front has ended
+  TileShape shape;    // of a product
   int blocks, threads;
   int64_t shared_bytes;
   Product product;
@@ -177,16 +177,16 @@ enum class Loader : int { kAsync, kBulk };
 // Bytes of shared memory; the same layout is in the kernels.
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t kBarrierBytes = 1024;  // barriers, and what keeps the tiles behind them aligned
-constexpr int64_t shared_bytes(Shape shape, Source source, int depth, Dtype weights) {
-  const ShapeSize size = size_of(shape);
-  if (by_warpgroups(shape)) {
-    const int64_t slices = size.rows * kSlicePitch * int64_t{sizeof(float)};
-    return kBarrierBytes + kWarpgroupStages * (size.rows + size.columns) * kRowBytes + slices;
+constexpr int64_t shared_bytes(TileShape shape, Prologue prologue, int k, Dtype weights) {
+  const TileSize size = size_of(shape);
+  if (uses_wgmma(shape)) {
+    const int64_t scratch = size.rows * kScratchPitch * int64_t{sizeof(float)};
+    return kBarrierBytes + kWarpgroupStages * (size.rows + size.columns) * kRowBytes + scratch;
   }
   const int64_t stages = stages_of(shape, bytes_of(weights));
-  const int64_t panels = source == Source::kPanels ? stages : depth / kPanel;
+  const int64_t panels = prologue == Prologue::kPanels ? stages : k / kPanelChannels;
   const int64_t sums = size.rows * (size.columns + 4) * int64_t{sizeof(float)};
-  return kBarrierBytes + stages * size.columns * kPanel * bytes_of(weights) +
+  return kBarrierBytes + stages * size.columns * kPanelChannels * bytes_of(weights) +
          larger(panels * size.rows * kRowBytes, sums);
 }
 constexpr int64_t shared_bytes(const Attention& a) {

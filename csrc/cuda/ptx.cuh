@@ -205,14 +205,11 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
   HYDRAVIT_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier) : "memory");
 }
-// Orders ordinary accesses before later bulk copies of the same memory.
-__device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" :: : "memory"); }
-
 // ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 128, in groups ----
 
 // Orders a thread's accesses to sums before the products that follow.
 __device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" :: : "memory"); }
-// Ends a group of products.
+// CallBuffers a group of products.
 __device__ inline void warpgroup_commit() { HYDRAVIT_SM90A("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 // Until at most `pending` of the newest groups are under way: sums of the others can be used, and what they read, too.
 template <int pending>
@@ -267,37 +264,6 @@ __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-// ---- Between blocks of one kernel: counters in global memory ----
-
-// Adds one, after everything that the block did before its last __syncthreads.
-__device__ inline void count(uint32_t* counter) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
-               : "memory");
-}
-// Adds one; whether that was number `round` and the counter begins anew.
-__device__ inline bool count_round(uint32_t* counter, int round) {
-  __threadfence();
-  return atomicInc(counter, static_cast<unsigned>(round - 1)) == static_cast<unsigned>(round - 1);
-}
-// Until the counter, which may overflow, has reached `target`. What never comes ends the kernel after some seconds.
-__device__ inline void wait_for_count(const uint32_t* counter, uint32_t target) {
-  constexpr uint64_t kMostNs = 4'000'000'000;
-  uint64_t start = 0;
-  for (uint32_t tries = 0;; tries++) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                 : "=r"(value)
-                 : "l"(__cvta_generic_to_global(counter))
-                 : "memory");
-    if (static_cast<int32_t>(value - target) >= 0) return;
-    if (tries % 4096 != 4095) continue;
-    uint64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (start == 0) start = now;
-    if (now - start > kMostNs) __trap();
-  }
 }
 
 }  // namespace hydravit::cuda

@@ -52,7 +52,7 @@ template <>
 __device__ inline void load_weights<E4m3>(uint32_t (&b)[4], uint32_t panel, int row, int chunk, int lane) {
 #pragma unroll
   for (int part = 0; part < 2; part++) {
-    const uint32_t values = load_shared(panel + (row + 8 * part) * kPanel + chunk / 2 * 128 + lane * 4);
+    const uint32_t values = load_shared(panel + (row + 8 * part) * kPanelChannels + chunk / 2 * 128 + lane * 4);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const auto pair = static_cast<uint16_t>(values >> 16 * i);
@@ -62,10 +62,10 @@ __device__ inline void load_weights<E4m3>(uint32_t (&b)[4], uint32_t panel, int 
 }
 
 // Tiles under way to shared memory, in order. Filling number i of this block's life ends in barrier i %
-// kMostStages, also where fewer are under way at once.
+// kMaxStages, also where fewer are under way at once.
 template <Loader loader>
 struct Pipe {
-  uint32_t barriers;  // kBulk: kMostStages of them
+  uint32_t barriers;  // kBulk: kMaxStages of them
   int filled = 0, used = 0;
 
   // By all threads, once, with a __syncthreads behind it.
@@ -73,7 +73,7 @@ struct Pipe {
     barriers = memory;
     if constexpr (loader == Loader::kBulk) {
       if (threadIdx.x == 0) {
-        for (int i = 0; i < kMostStages; i++) barrier_init(barriers + 8 * i, 1);
+        for (int i = 0; i < kMaxStages; i++) barrier_init(barriers + 8 * i, 1);
         barrier_init_fence();
       }
     }
@@ -81,18 +81,18 @@ struct Pipe {
   // One filling: how many bytes it will have, and its copies. By all threads.
   __device__ void expect(uint32_t bytes, int filling) const {
     if constexpr (loader == Loader::kBulk) {
-      if (threadIdx.x == 0) barrier_expect(barriers + 8 * (filling % kMostStages), bytes);
+      if (threadIdx.x == 0) barrier_expect(barriers + 8 * (filling % kMaxStages), bytes);
     }
   }
   __device__ void copy(uint32_t to, const void* from, uint32_t bytes, int filling) const {
     if constexpr (loader == Loader::kBulk) {
-      if (threadIdx.x == 0) copy_bulk(to, from, bytes, barriers + 8 * (filling % kMostStages));
+      if (threadIdx.x == 0) copy_bulk(to, from, bytes, barriers + 8 * (filling % kMaxStages));
     } else {
       const auto* source = static_cast<const uint8_t*>(from);
       for (uint32_t i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) copy_async(to + i, source + i);
     }
   }
-  // Ends a group of copies; an empty one too, for waiting goes by their number.
+  // CallBuffers a group of copies; an empty one too, for waiting goes by their number.
   __device__ void commit() const {
     if constexpr (loader == Loader::kAsync) copy_async_commit();
   }
@@ -101,7 +101,7 @@ struct Pipe {
   template <int behind>
   __device__ void wait() {
     if constexpr (loader == Loader::kBulk)
-      barrier_wait(barriers + 8 * (used % kMostStages), used / kMostStages & 1);
+      barrier_wait(barriers + 8 * (used % kMaxStages), used / kMaxStages & 1);
     else
       copy_async_wait<behind>();
     used++;

@@ -13,6 +13,5 @@ void test_instructions();
 void test_networks();
 void test_plans();
 void test_products();
-void test_schedules();
 
 }  // namespace hydravit::cuda::tests

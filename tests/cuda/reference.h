@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "network.h"
+#include "plan.h"
 
 namespace hydravit::cuda::tests {
 
@@ -71,16 +71,16 @@ using Rows = std::vector<std::vector<double>>;
 // Parameters in the order of network.h.
 class Reference {
  public:
-  Reference(const Model& model, const Width& width, const std::vector<Matrix>& parameters, const Round& round)
-      : model_(model), width_(width), parameters_(parameters), round_(round) {}
+  Reference(const Model& model, const Subnetwork& subnetwork, const std::vector<Matrix>& parameters, const Round& round)
+      : model_(model), subnetwork_(subnetwork), parameters_(parameters), round_(round) {}
 
   // One image (channels, height, width) to its logits.
   std::vector<double> run(const float* image) const {
     Rows x = stem(image);
     for (int i = 0; i < model_.depth; i++) {
       const Matrix* p = &parameters_[5 + 14 * i];
-      if (width_.attention[i].heads > 0) attention_block(x, p, width_.attention[i]);
-      if (width_.mlp[i].hidden > 0) mlp_block(x, p + 7, width_.mlp[i]);
+      if (subnetwork_.attention[i].heads > 0) attention_block(x, p, subnetwork_.attention[i]);
+      if (subnetwork_.mlp[i].hidden > 0) mlp_block(x, p + 7, subnetwork_.mlp[i]);
     }
     return head(x, &parameters_[5 + 14 * model_.depth]);
   }
@@ -108,9 +108,9 @@ class Reference {
       double mean = 0, variance = 0;
       for (const double v : row) mean += v / double(row.size());
       for (const double v : row) variance += (v - mean) * (v - mean) / double(row.size());
-      const double scale = 1 / std::sqrt(variance + width_.eps);
+      const double scale = 1 / std::sqrt(variance + subnetwork_.eps);
       for (size_t j = 0; j < row.size(); j++) {
-        const int channel = width_.embed_offset + int(j);
+        const int channel = subnetwork_.embed_offset + int(j);
         row[j] = round_((row[j] - mean) * scale * parameter(p[0], 0, channel, 1) + parameter(p[1], 0, channel, 0));
       }
     }
@@ -120,7 +120,7 @@ class Reference {
   void add_branch(Rows& x, const Rows& branch, const Matrix& layer_scale) const {
     for (size_t i = 0; i < x.size(); i++)
       for (size_t j = 0; j < x[i].size(); j++) {
-        const double scale = parameter(layer_scale, 0, width_.embed_offset + int(j), 1);
+        const double scale = parameter(layer_scale, 0, subnetwork_.embed_offset + int(j), 1);
         x[i][j] = round_(x[i][j] + round_(scale * branch[i][j]));
       }
   }
@@ -138,11 +138,12 @@ class Reference {
               patches.back().push_back(
                   round_(image[(c * height + y * model_.patch_height + i) * width + x * model_.patch_width + j]));
       }
-    Rows rows = linear(patches, p[0], width_.embed_offset, 0, width_.embed, p[1], width_.embed_offset), x;
+    Rows rows = linear(patches, p[0], subnetwork_.embed_offset, 0, subnetwork_.embed, p[1], subnetwork_.embed_offset),
+         x;
     for (int token = 0; token < model_.tokens(); token++) {
       x.emplace_back();
-      for (int j = 0; j < width_.embed; j++) {
-        const int channel = width_.embed_offset + j, unplaced = model_.pos_on_prefix ? 0 : model_.prefix_tokens();
+      for (int j = 0; j < subnetwork_.embed; j++) {
+        const int channel = subnetwork_.embed_offset + j, unplaced = model_.pos_on_prefix ? 0 : model_.prefix_tokens();
         const double value = token < model_.cls_tokens        ? parameter(p[2], token, channel, 0)
                              : token < model_.prefix_tokens() ? parameter(p[3], token - model_.cls_tokens, channel, 0)
                                                               : rows[token - model_.prefix_tokens()][j];
@@ -155,7 +156,7 @@ class Reference {
   void attention_block(Rows& x, const Matrix* p, const AttentionSlice& s) const {
     const Rows normed = norm(x, p);
     const int columns = s.heads * kHeadDim;
-    const auto role = [&](int row) { return linear(normed, p[2], row, width_.embed_offset, columns, p[3], row); };
+    const auto role = [&](int row) { return linear(normed, p[2], row, subnetwork_.embed_offset, columns, p[3], row); };
     const Rows q = role(s.query_row), k = role(s.key_row), v = role(s.value_row);
     Rows attended(x.size(), std::vector<double>(columns));
     for (int head = 0; head < s.heads; head++)
@@ -173,37 +174,38 @@ class Reference {
           attended[i][c] = round_(attended[i][c]);
         }
       }
-    const int first = width_.embed_offset;
-    add_branch(x, linear(attended, p[4], first, s.proj_column, width_.embed, p[5], first), p[6]);
+    const int first = subnetwork_.embed_offset;
+    add_branch(x, linear(attended, p[4], first, s.proj_column, subnetwork_.embed, p[5], first), p[6]);
   }
 
   void mlp_block(Rows& x, const Matrix* p, const MlpSlice& s) const {
-    const int first = width_.embed_offset;
+    const int first = subnetwork_.embed_offset;
     Rows hidden = linear(norm(x, p), p[2], s.hidden_offset, first, s.hidden, p[3], s.hidden_offset);
     for (auto& row : hidden)
       for (double& v : row) v = round_(v / 2 * (1 + std::erf(v * std::sqrt(0.5))));
-    add_branch(x, linear(hidden, p[4], first, s.hidden_offset, width_.embed, p[5], first), p[6]);
+    add_branch(x, linear(hidden, p[4], first, s.hidden_offset, subnetwork_.embed, p[5], first), p[6]);
   }
 
   std::vector<double> head(const Rows& x, const Matrix* p) const {
-    Rows pooled(1, std::vector<double>(width_.embed));
-    const int count = model_.last_pooled - model_.first_pooled;
-    for (int j = 0; j < width_.embed; j++) {
-      for (int token = model_.first_pooled; token < model_.last_pooled; token++) pooled[0][j] += x[token][j] / count;
+    Rows pooled(1, std::vector<double>(subnetwork_.embed));
+    const int count = model_.pool_stop - model_.pool_start;
+    for (int j = 0; j < subnetwork_.embed; j++) {
+      for (int token = model_.pool_start; token < model_.pool_stop; token++) pooled[0][j] += x[token][j] / count;
       pooled[0][j] = round_(pooled[0][j]);
     }
-    return linear(norm(pooled, p), p[2], width_.class_offset, width_.embed_offset, width_.classes, p[3],
-                  width_.class_offset)[0];
+    return linear(norm(pooled, p), p[2], subnetwork_.class_offset, subnetwork_.embed_offset, subnetwork_.classes, p[3],
+                  subnetwork_.class_offset)[0];
   }
 
   const Model& model_;
-  const Width& width_;
+  const Subnetwork& subnetwork_;
   const std::vector<Matrix>& parameters_;
   const Round& round_;
 };
 
-// Full parameters, random inside the slice of `width` and NaN outside, by the shapes of the model.
-inline std::vector<Matrix> random_parameters(const Model& m, const Width& w, bool with_optional, std::mt19937& random) {
+// Full parameters, random inside the slice of the subnetwork and NaN outside, by the shapes of the model.
+inline std::vector<Matrix> random_parameters(const Model& m, const Subnetwork& w, bool with_optional,
+                                             std::mt19937& random) {
   using Runs = std::vector<std::pair<int, int>>;  // (offset, length)
   const auto make = [&](int rows, int columns, const Runs& row_runs, const Runs& column_runs, float mean = 0) {
     int terms = 0;

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 
 #define __global__
@@ -79,15 +78,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return cudaSuccess; }
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaDeviceSynchronize() {
   hydravit::emulator::synchronize();
   return cudaSuccess;
@@ -124,11 +114,11 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    int programmaticStreamSerializationAllowed, cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -142,11 +132,9 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  hydravit::emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, false, false};
-  for (unsigned i = 0; i < config->numAttrs; i++) {
+  hydravit::emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, false};
+  for (unsigned i = 0; i < config->numAttrs; i++)
     launch.early |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
-    launch.together |= config->attrs[i].id == cudaLaunchAttributeCooperative;
-  }
   hydravit::emulator::launch(launch, [=] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -221,13 +221,7 @@ void launch(const Launch& how, std::function<void()> body) {
   }
   flush();
   grid->released = 1;
-  if (how.together) {
-    if (how.grid.x > static_cast<unsigned>(settings().processors)) fail("a cooperative launch that does not fit");
-    make_all(*grid);
-    run_together(*grid);
-  } else {
-    run_one_by_one(*grid);
-  }
+  run_one_by_one(*grid);
 }
 
 void synchronize() { flush(); }

@@ -38,8 +38,7 @@ Settings& settings();
 struct Launch {
   dim3 grid, threads;
   size_t shared_bytes;
-  bool early;     // programmatic dependent launch
-  bool together;  // cooperative: all blocks are resident
+  bool early;  // programmatic dependent launch
 };
 
 struct Copy {

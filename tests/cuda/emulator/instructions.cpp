@@ -312,18 +312,4 @@ void begin_warpgroup_product(float* sums, int columns, uint64_t a, uint64_t b, f
   collective("wgmma", &slot, execute_warpgroup_product);
 }
 
-void count(uint32_t* counter) {
-  check_global(counter, 4, 4);
-  ++*counter;
-}
-bool count_round(uint32_t* counter, int round) {
-  check_global(counter, 4, 4);
-  *counter = (*counter + 1) % static_cast<uint32_t>(round);
-  return *counter == 0;
-}
-void wait_for_count(const uint32_t* counter, uint32_t target) {
-  check_global(counter, 4, 4);
-  while (static_cast<int32_t>(*counter - target) < 0) wait_while(counter, *counter, "a counter");
-}
-
 }  // namespace hydravit::cuda
