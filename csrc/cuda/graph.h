@@ -1,4 +1,4 @@
-// The phases of one width and number of images, recorded as one CUDA graph: a call is then one launch.
+// The phases of one subnetwork and batch size, recorded as a CUDA graph: a call is then one launch.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ class Graph {
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
 
-  int status() const { return status_; }  // of recording
+  int status() const { return status_; }  // whether the constructor could record the graph
   int launch(const CallBuffers& buffers, void* stream);
 
  private:

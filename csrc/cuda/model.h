@@ -1,4 +1,5 @@
-// What the caller tells the CUDA network: the sizes of the model, its parameters, and what each subnetwork reads.
+// The caller describes a network by these structs: the sizes of the model, its parameters, and the slices that each
+// subnetwork reads.
 #pragma once
 
 #include <string>

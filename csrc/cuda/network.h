@@ -30,7 +30,7 @@ class CudaNetwork {
   // Throws std::invalid_argument for a subnetwork that the kernels cannot compute. Numbers subnetworks from 0.
   void add_subnetwork(const Subnetwork& subnetwork);
 
-  // The sizes of what use_memory takes.
+  // The sizes of the two buffers that use_memory takes.
   int64_t packed_bytes() const { return layout_.bytes; }
   int64_t workspace_bytes() const { return workspace_.bytes; }
   // Memory on the device, aligned to 16 bytes. Must follow the last add_subnetwork.

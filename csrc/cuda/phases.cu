@@ -1,8 +1,7 @@
 // A network as a chain of kernels, one for each phase.
 //
-// A kernel asks for the next one as soon as it runs: that one's blocks then fetch their first weights and wait where
-// its input begins. The wait is for the whole kernel in front, which has itself waited, so all earlier phases have
-// ended.
+// A kernel lets the next kernel start as soon as it runs itself. The blocks of that kernel fetch their first weights
+// and then wait for the whole preceding kernel, which has waited in the same way: all earlier phases have then ended.
 #include "attention.cuh"
 #include "plan.h"
 #include "product.cuh"
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(threads_of(TileShape::k128x128), 1) warpgroup_
     let_next_kernel_start();
     warpgroup_tiles<T>(product, shared_memory());
   } else {
-    __trap();  // a library built without sm_90a, on such a device
+    __trap();  // describe_device offers wgmma only where the library has kernels for sm_90a
   }
 }
 
@@ -89,7 +88,7 @@ int visit_kernel(const Phase& phase, Loader loader, const Visit& visit) {
                                  : visit_kernel<W, Loader::kAsync>(phase, visit);
 }
 
-// visit(kernel, argument) for the kernel that computes the phase.
+// Calls visit(kernel, argument) with the kernel that computes the phase.
 template <class Visit>
 int visit_kernel(const Phase& phase, Dtype dtype, Loader loader, const Visit& visit) {
   switch (dtype) {
@@ -111,7 +110,8 @@ int prepare(Dtype dtype, const Device& device) {
       if (status == 0) status = cudaFuncSetAttribute(kernel, attribute, value);
     };
     set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
-    // An SM has to be idle to divide its memory anew, and then no kernel begins while another one ends on it.
+    // An SM changes the division of its memory only while it is idle, so kernels with different divisions would not
+    // overlap: all get the largest share.
     set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     return status;
   };

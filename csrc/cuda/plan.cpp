@@ -1,4 +1,4 @@
-// What runs: where parameters and activations lie, which phases a width has, and how each is cut into tiles.
+// Decides where parameters and activations lie, which phases a subnetwork has, and which tiles each phase takes.
 #include "plan.h"
 
 #include <algorithm>
@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int round_up_int(int value, int unit) { return static_cast<int>(round_up(value, unit)); }
 
-constexpr int kImageUnit = 16;  // rows of an image are a multiple of this: what mma takes, and of the panels' 8
-constexpr int kRowUnit = 128;   // rows of all images: of the largest tile
+constexpr int kImageUnit = 16;  // the rows of an image are a multiple of this, the rows of an mma
+constexpr int kRowUnit = 128;   // the rows of all images are a multiple of this, the rows of the largest tile
 
 }  // namespace
 
@@ -49,12 +49,13 @@ Layout::Layout(const Model& model, Dtype dtype) : dtype(dtype) {
     blocks.push_back(block);
   }
   norm_weight = vector(embed), norm_bias = vector(embed);
-  // A width's own classifier may begin inside of 64 rows; its last tile then ends inside of the 64 behind.
+  // A subnetwork with a classifier of its own may begin between two multiples of 64 rows. Its last tile then reads up
+  // to 63 rows beyond the last class.
   const int class_rows = model.classes + kPanelChannels;
   head = matrix(class_rows, embed), head_bias = vector(class_rows);
 }
 
-// ---- What the kernels cannot compute ----
+// ---- Limits of the kernels ----
 
 std::string why_not(const Model& model) {
   if (model.embed % kPanelChannels)
@@ -105,27 +106,27 @@ Workspace::Workspace(const Model& model, int images) : image_rows(round_up(model
 
 namespace {
 
-// Rough times, estimates and not measurements: what a tile and each of its steps of 64 channels cost at least, and how
-// fast an SM gets what its tiles read and multiplies it, by mma and by wgmma.
+// Estimated, not measured: the least time of a tile and of each of its steps of 64 channels, and how many bytes an SM
+// loads and how many multiply-adds it does by mma and by wgmma in a nanosecond.
 constexpr double kTileNs = 900, kStepNs = 60, kBytesPerNs = 45, kMmaPerNs = 1500, kWgmmaPerNs = 2500;
-constexpr double kKernelNs = 1500;  // from kernel to kernel
+constexpr double kKernelNs = 1500;  // from one kernel to the next
 
 double time_of(const Product& p, TileShape shape, Dtype weights, const Device& device) {
   const TileSize size = size_of(shape);
   const int64_t tiles = tiles_of(p, shape), processors = device.processors;
-  const int64_t reserved = 1024;  // of every block, by CUDA; beyond what one block may have there is as much
+  const int64_t reserved = 1024;  // bytes that CUDA takes for every block; an SM has as much beyond shared_bytes
   const int64_t fit = (device.shared_bytes + reserved) / (shared_bytes(shape, p.prologue, p.k, weights) + reserved);
   const int64_t resident = uses_wgmma(shape) ? 1 : std::clamp<int64_t>(fit, 1, 2);
   const int64_t waves = (tiles + processors * resident - 1) / (processors * resident);
   const int64_t at_once = std::min((tiles + processors - 1) / processors, resident);
-  const int row_bytes = p.prologue == Prologue::kPanels ? kRowBytes : 2 * kRowBytes;  // float rows
+  const int row_bytes = p.prologue == Prologue::kPanels ? kRowBytes : 2 * kRowBytes;  // a prologue reads float rows
   const double load = (size.rows * row_bytes + size.columns * kPanelChannels * bytes_of(weights)) / kBytesPerNs;
   const double multiply = size.rows * size.columns * kPanelChannels / (uses_wgmma(shape) ? kWgmmaPerNs : kMmaPerNs);
   const double step = std::max(kStepNs, static_cast<double>(at_once) * std::max(load, multiply));
   return static_cast<double>(waves) * (kTileNs + p.k / kPanelChannels * step);
 }
 
-// A phase, and how long it may take.
+// A phase and its estimated time.
 struct Timed {
   Phase phase;
   double ns;
@@ -160,7 +161,7 @@ Timed product_phase(const char* name, const Product& p, Dtype weights, const Dev
   return {cut(name, p, fastest, weights, device), best};
 }
 
-// Makes A of `p` in the panels `c`.
+// Runs the prologue of `p` and writes A to the panels `c`.
 Timed prologue_phase(const char* name, const Product& p, void* c, int64_t c_stride, const Device& device) {
   Phase phase{};
   phase.name = name;
@@ -188,13 +189,13 @@ class Planner {
       if (subnetwork_.mlp[i].hidden > 0) mlp_block(i);
     }
     head();
-    // Not the first: in front of it the weights themselves may just be packed.
+    // The first phase may not fetch weights early, because the kernels before it may still pack them.
     for (size_t i = 1; i < phases_.size(); i++) phases_[i].starts_early = device_.loader == Loader::kBulk;
     return std::move(phases_);
   }
 
  private:
-  // The rows of the residual stream that are computed now, and where those of an image's pooled tokens begin.
+  // The rows of the residual that are computed now. The pooled tokens of an image begin at its row pool_start.
   struct Rows {
     int per_image, tokens, pool_start;
     const Workspace::Rows* buffers;
@@ -212,8 +213,8 @@ class Planner {
   void add(const char* name, const Product& p) {
     phases_.push_back(product_phase(name, p, layout_.dtype, device_).phase);
   }
-  // Of a product that norms or gathers its rows. Few rows: every tile does so for itself. Many: a phase in front does
-  // so once, and the product may take large tiles.
+  // Adds a product whose prologue is a norm or patches. With few rows every tile runs the prologue itself. With many
+  // rows a prologue phase runs it once, and the product may take large tiles.
   void add_with_prologue(const char* prologue_name, const char* name, const Product& p) {
     const Timed fused = product_phase(name, p, layout_.dtype, device_);
     const Timed prologue = prologue_phase(prologue_name, p, at<void>(workspace_.prologue), panel_of(rows_), device_);
@@ -228,7 +229,7 @@ class Planner {
     }
   }
 
-  // Everything of a product but A and C, for all images' rows.
+  // A product with the rows of all images, which still lacks A, W and C.
   Product product(int columns, int k) const {
     Product p{};
     p.rows = call_.images * rows_.per_image, p.columns = columns, p.k = k;
@@ -240,8 +241,7 @@ class Planner {
     return p;
   }
   void weight(Product& p, int segment, const Packed& matrix, int row, int column, const float* bias) const {
-    const int64_t elements =
-        int64_t{column} * matrix.rows + int64_t{row} * kPanelChannels;  // whole panels are in front
+    const int64_t elements = int64_t{column} * matrix.rows + int64_t{row} * kPanelChannels;  // `column` begins a panel
     p.weight[segment] = call_.packed + matrix.offset + bytes_of(layout_.dtype) * elements;
     if (layout_.dtype == Dtype::kE4m3)
       p.weight_scale[segment] = reinterpret_cast<const float*>(call_.packed + matrix.scales) + row;
@@ -326,7 +326,7 @@ class Planner {
       const int queries = 16 * query_tiles;
       return (a.query_stop + queries - 1) / queries - a.query_start / queries;
     };
-    // Small blocks while they find a free SM: each loads all keys and values.
+    // Every block loads all keys and values, so blocks are small only while there are SMs for all of them.
     const bool few = a.images * a.heads * blocks_of(1) <= 2 * device_.processors;
     a.query_tiles = few ? 1 : 2;
     a.first_block = a.query_start / (16 * a.query_tiles), a.blocks = blocks_of(a.query_tiles);

@@ -73,7 +73,7 @@ struct Call {
 std::vector<Phase> plan(const Model& model, const Layout& layout, const Subnetwork& subnetwork,
                         const Workspace& workspace, const Device& device, const Call& call);
 
-// What differs from call to call of the same plan.
+// The pointers that differ between calls with the same plan.
 struct CallBuffers {
   const void* pixels;
   Dtype pixel_dtype;

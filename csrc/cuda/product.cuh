@@ -1,17 +1,18 @@
-// One tile of a product: A (BM rows, depth), normalised or gathered where needed, times W^T, and what follows it.
+// One tile of a product by mma: the prologue makes or copies A (BM rows, K channels), the tile is A W^T, and the
+// epilogue writes C.
 //
-// Shared memory: barriers | W, stages_of tiles [BN][64] | A, as many tiles [BM][64] or all depth / 64 of them, and
-// later the sums [BM][BN + 4] in float. W does not depend on earlier phases: its first tiles are under way before the
-// wait.
+// Shared memory: barriers | stages_of tiles [BN][64] of W | as many tiles [BM][64] of A, or all K / 64 of them where
+// the prologue makes A; later the sums [BM][BN + 4] in float lie there.
 #pragma once
 
 #include "tile.cuh"
 
 namespace hydravit::cuda {
 
-// ---- A: rows that are made here, T [BM][64] panels ----
+// ---- Prologue: makes rows of A in panels T [rows][64], in shared memory or, for a prologue phase, in global memory
+// ----
 
-// A warp makes two rows at a time: their loads are under way together.
+// A warp normalises two rows at a time, so that twice as many loads are under way.
 template <class T, int rows>
 __device__ void normalise_rows(const Product& p, int first_row, uint8_t* panels, int64_t panel_bytes) {
   constexpr int kAtOnce = 2, kLoads = kMaxEmbed / 128;
@@ -95,14 +96,13 @@ __device__ void gather_patches(const Product& p, int first_row, uint8_t* panels,
   }
 }
 
-// In shared memory, or in global memory for an input phase.
 template <class T, int rows>
 __device__ void run_prologue(const Product& p, int first_row, uint8_t* panels, int64_t panel_bytes) {
   if (p.prologue == Prologue::kNorm) normalise_rows<T, rows>(p, first_row, panels, panel_bytes);
   if (p.prologue == Prologue::kPatches) gather_patches<T, rows>(p, first_row, panels, panel_bytes);
 }
 
-// ---- C: what follows the sum ----
+// ---- Epilogue ----
 
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 
@@ -164,13 +164,13 @@ __device__ void apply_epilogue(const Product& p, int row, int column, float (&v)
 struct Origin {
   int row, column;
 };
-// Neighbouring tiles share their weights.
+// Tiles with neighbouring numbers have the same columns, so that blocks that run together read the same weights.
 __device__ inline Origin origin_of(const Product& p, int tile, TileSize size) {
   const int row_tiles = (p.rows + size.rows - 1) / size.rows;
   return {tile % row_tiles * size.rows, tile / row_tiles * size.columns};
 }
 
-// Whether a row of this tile is wanted.
+// Whether some row of this tile is needed.
 __device__ inline bool is_needed(const Product& p, int tile, TileSize size) {
   const Origin origin = origin_of(p, tile, size);
   if (origin.column + size.columns > p.segment || p.token_stop - p.token_start >= p.image_tokens) return true;
@@ -191,7 +191,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
 
   uint8_t* a_memory = memory + kBarrierBytes + kStages * kWTile;
   const uint32_t w_tiles = shared_address(memory + kBarrierBytes), a_tiles = shared_address(a_memory);
-  // W's rows come in runs that lie in one segment each; the last tile may have a run less.
+  // A run is at most 64 rows of W, because these lie in one segment. The last tile may have fewer runs than the others.
   constexpr int kRunRows = size.columns < kPanelChannels ? size.columns : kPanelChannels,
                 kRuns = size.columns / kRunRows;
   const int runs = min(kRuns, (p.columns - first_column) / kRunRows);
@@ -212,6 +212,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
     if (from_panels) pipe.copy(a_tiles + filling % kStages * kATile, a + step * p.a_stride, kATile, filling);
   };
 
+  // Weights depend on no earlier phase, so their first copies precede the wait.
   for (int step = 0; step < kAhead && step < steps; step++) copy_w(step, step);
   wait_for_previous_kernel();
   for (int step = 0; step < kAhead; step++) {
@@ -228,7 +229,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
   for (int step = 0; step < steps; step++) {
     const int stage = pipe.used % kStages;
     pipe.template wait<kAhead - 1>();
-    __syncthreads();  // the tiles are there for all; the stage that is filled next is no longer read
+    __syncthreads();  // all threads see the tiles, and none reads the stage that is filled next
     if (step + kAhead < steps) {
       copy_w(step + kAhead, pipe.filled);
       copy_a(step + kAhead, pipe.filled++);
@@ -251,7 +252,7 @@ __device__ void product_tile(const Product& p, int tile, uint8_t* memory, Pipe<l
     }
   }
 
-  // The sums of both groups meet where A was.
+  // The warps of both K groups add their sums in shared memory, where A was.
   constexpr int kPitch = size.columns + 4;
   auto* all = reinterpret_cast<float*>(a_memory);
   for (int turn = 0; turn < kSplitK; turn++) {

@@ -20,8 +20,8 @@ std::string tile_of(const Phase& phase) {
   return std::to_string(size.rows) + "x" + std::to_string(size.columns);
 }
 
-// Those of all layers in turns, so that each finds as little of its weights in the cache as in a call, or as much. A
-// graph, as in calls of few images: launched one by one, short kernels would wait for the host.
+// Runs the phases of all layers in turn, so that each finds as much of its weights in the cache as in a call. They run
+// as a graph, because short kernels that are launched one by one would wait for the host.
 int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repeats, cudaStream_t stream, float& ms) {
   std::vector<Phase> all;
   for (int i = 0; i < repeats; i++) all.insert(all.end(), phases.begin(), phases.end());
@@ -36,7 +36,7 @@ int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repea
   cudaEvent_t start = nullptr, stop = nullptr;
   attempt(cudaEventCreate(&start));
   attempt(cudaEventCreate(&stop));
-  for (const bool timed : {false, true}) {  // while the first one runs, the host launches the second
+  for (const bool timed : {false, true}) {  // the host launches the second graph while the first one runs
     if (timed) attempt(cudaEventRecord(start, stream));
     if (status == 0) attempt(graph.launch(buffers, stream));
   }
@@ -55,7 +55,7 @@ int time_phases(const std::vector<Phase>& phases, Dtype dtype, const Device& dev
   for (size_t i = 0; i < phases.size(); i++) {
     const auto is_alike = [&](const Phase& other) { return alike(phases[i], other); };
     if (std::any_of(phases.begin(), phases.begin() + static_cast<int64_t>(i), is_alike)) continue;
-    std::vector<std::vector<Phase>> all;  // of each phase its shapes
+    std::vector<std::vector<Phase>> all;  // [phase][tile shape]
     for (const Phase& phase : phases)
       if (is_alike(phase)) all.push_back(in_every_tile_shape(phase, dtype, device));
     for (size_t shape = 0; shape < all[0].size(); shape++) {

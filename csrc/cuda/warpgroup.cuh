@@ -1,12 +1,12 @@
-// Tiles of a product with many rows, by the warpgroups of sm_90a. A lies in panels: in front of a product that norms or
-// gathers there is an input phase.
+// wgmma multiplies the tiles of a product with many rows (sm_90a). A lies in panels: where a product has a norm or
+// patches as its prologue, a prologue phase precedes it.
 //
-// As many blocks as SMs, each of which takes every n-th tile. One thread has the steps' tiles of A and W copied; two
-// warpgroups multiply them, each 64 of the rows. While they finish a tile of C, what the next one needs is under way.
-// A and W are written by bulk copies and read by wgmma, both through the asynchronous proxy: barriers order them, and
-// no fence is needed.
+// There are as many blocks as SMs, and a block computes every n-th tile. A block has two warpgroups, which multiply 64
+// rows each, and one thread that issues the copies of A and W. While the warpgroups run the epilogue of one tile, the
+// copies for the next tile are under way. Bulk copies write A and W and wgmma reads them, both through the asynchronous
+// proxy: mbarriers order the two, and no fence is needed.
 //
-// Shared memory: barriers | kWarpgroupStages stages, A [128][64] and W [128][64] | scratch for every warp
+// Shared memory: barriers | kWarpgroupStages stages of A [128][64] and W [128][64] | scratch for every warp
 #pragma once
 
 #include "product.cuh"
@@ -15,9 +15,10 @@ namespace hydravit::cuda {
 
 constexpr TileShape kWarpgroupShape = TileShape::k128x128;
 constexpr TileSize kWarpgroupSize = size_of(kWarpgroupShape);
-constexpr int kSums = kWarpgroupSize.columns / 2;  // of a thread: a warpgroup's 64 rows over its 128 threads
+constexpr int kSums = kWarpgroupSize.columns / 2;  // of one thread: 128 threads hold 64 rows
 
-// Filling number i goes to stage i % kWarpgroupStages.
+// Filling number i goes to stage i % kWarpgroupStages. `full` signals that its bytes have come, `empty` that all warps
+// have read them.
 struct Stages {
   static constexpr uint32_t kA = kWarpgroupSize.rows * kRowBytes, kW = kWarpgroupSize.columns * kRowBytes;
 
@@ -28,7 +29,7 @@ struct Stages {
   __device__ uint32_t a(int filling) const { return memory + kBarrierBytes + filling % kWarpgroupStages * (kA + kW); }
   __device__ uint32_t w(int filling) const { return a(filling) + kA; }
 
-  // By all threads, once.
+  // All threads call it once.
   __device__ void begin() const {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kWarpgroupStages; i++) {
@@ -45,18 +46,19 @@ struct Stages {
   __device__ void wait_until_full(int filling) const { barrier_wait(full(filling), filling / kWarpgroupStages & 1); }
 };
 
-// The first from `tile` on that this block has to compute.
+// The first tile from `tile` on that this block has to compute.
 __device__ inline int next_needed(const Product& p, int tile) {
   while (tile < tiles_of(p, kWarpgroupShape) && !is_needed(p, tile, kWarpgroupSize)) tile += gridDim.x;
   return tile;
 }
 
-// By one thread: has everything copied that this block's tiles read.
+// One thread calls it and issues all copies of this block.
 template <class T>
 __device__ void copy_stages(const Product& p, const Stages& stages) {
   constexpr int kRuns = kWarpgroupSize.columns / kPanelChannels;
   struct Sources {
-    const T *a, *w[kRuns];  // W's rows come in runs that lie in one segment each; the last tile may have a run less
+    // A run is 64 rows of W, because these lie in one segment. The last tile may have one run less than the others.
+    const T *a, *w[kRuns];
     int runs;
   };
   const auto sources_of = [&](int tile) {
@@ -85,7 +87,7 @@ __device__ void copy_stages(const Product& p, const Stages& stages) {
   const int steps = p.k / kPanelChannels, tiles = tiles_of(p, kWarpgroupShape), early = min(steps, kWarpgroupStages);
   int tile = next_needed(p, blockIdx.x);
   if (tile >= tiles) return;
-  // W does not depend on earlier phases: the first of it is under way before the wait.
+  // Weights depend on no earlier phase, so their first copies precede the wait.
   const Sources first = sources_of(tile);
   for (int step = 0; step < early; step++) copy_w(first, step, step);
   wait_for_previous_kernel();
@@ -99,7 +101,7 @@ __device__ void copy_stages(const Product& p, const Stages& stages) {
   }
 }
 
-// What a warp has of its 16 rows' sums becomes rows of C, some columns at a time.
+// Turns a warp's sums of 16 rows into rows of C, kScratchColumns columns at a time.
 template <class T>
 __device__ void finish_rows(const Product& p, const Origin& origin, const float (&sums)[kSums], float* scratch) {
   const int lane = threadIdx.x % 32;
@@ -124,10 +126,10 @@ __device__ void finish_rows(const Product& p, const Origin& origin, const float 
   }
 }
 
-// By the warpgroups: computes this block's tiles. `scratch`: this warp's.
+// The warpgroups call it and compute all tiles of this block. `scratch` belongs to the calling warp.
 template <class T>
 __device__ void multiply_stages(const Product& p, const Stages& stages, float* scratch) {
-  constexpr int kNext = 32 / 16;  // bytes of 16 channels, in a descriptor's units
+  constexpr int kNext = 32 / 16;  // from 16 channels to the next 16: 32 bytes in a descriptor's units of 16
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group_row = warp / 4 * 64;
   const int steps = p.k / kPanelChannels, tiles = tiles_of(p, kWarpgroupShape);
   wait_for_previous_kernel();
@@ -143,7 +145,7 @@ __device__ void multiply_stages(const Product& p, const Stages& stages, float* s
       for (int part = 0; part < kPanelChannels / 16; part++)
         warpgroup_multiply_add<T>(sums, a + part * kNext, w + part * kNext);
       warpgroup_commit();
-      warpgroup_wait<1>();  // these stay under way; this warp's of the step before have ended
+      warpgroup_wait<1>();  // the products of this step stay under way; those of the step before have ended
       if (step > 0 && lane == 0) barrier_arrive(stages.empty(used - 1));
     }
     warpgroup_wait<0>();

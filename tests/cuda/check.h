@@ -1,4 +1,4 @@
-// How the tests of the CUDA kernels report.
+// Tests of the CUDA kernels report by these functions.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// E4m3 weights: how packing rounds and places them, and how products read them back.
+// E4m3 weights: packing rounds them and puts them in their places, and products read them back.
 #include <algorithm>
 #include <cfloat>
 #include <set>
@@ -39,7 +39,7 @@ void test_conversions() {
       }
 }
 
-// A matrix with every rounding that there is.
+// A matrix that needs every kind of rounding.
 Matrix difficult(int rows, int columns) {
   Matrix p{rows, columns, std::vector<float>(static_cast<size_t>(rows) * columns)};
   std::mt19937 random(1);
@@ -49,7 +49,7 @@ Matrix difficult(int rows, int columns) {
   std::fill_n(row(0), columns, 0.0f);
   row(1)[3] = NAN, row(1)[5] = INFINITY, row(1)[columns - 1] = -INFINITY;
   for (int j = 0; j < columns; j++) row(2)[j] *= 1e-37f, row(3)[j] *= 1e-42f, row(4)[j] *= 1e38f / 8;
-  // In the others of scale 1: values, halfway points and what is beside these.
+  // The other rows have the scale 1 and hold all values, the points halfway between them, and the neighbours of these.
   std::vector<float> values;
   for (int code = 0; code < 127; code++) {
     const auto value = static_cast<float>(e4m3_value(static_cast<uint8_t>(code)));

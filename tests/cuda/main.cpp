@@ -1,5 +1,5 @@
-// The CUDA kernels on the emulator, which runs them as the PTX ISA says on any CPU: correct here is necessary for being
-// correct on a GPU, and no more.
+// Tests the CUDA kernels on the emulator, which runs them on any CPU as the PTX ISA says. A kernel that fails here is
+// wrong on a GPU, too; a kernel that passes may still fail there.
 #include <cstdio>
 
 #include "check.h"

@@ -24,7 +24,7 @@ double rounded(double value, Dtype dtype) {
   return to_float(half);
 }
 
-// A parameter or an image on the device, in any dtype.
+// Puts a parameter or an image on the device, in any dtype.
 Parameter upload(const Matrix& p, Dtype dtype) {
   if (!p.present()) return {nullptr, dtype, 0};
   const size_t count = p.values.size();
@@ -45,7 +45,7 @@ struct Case {
   Model model;
   Subnetwork subnetwork;
   bool with_optional = true;
-  Dtype stored = Dtype::kFp32;  // of parameters and images
+  Dtype stored = Dtype::kFp32;  // dtype of parameters and images
 };
 
 Subnetwork prefix(const Model& m, int heads, int hidden) {
@@ -79,7 +79,7 @@ class EmulatedNetwork {
 
   std::vector<float> run(const Way& way) { return run(way, 0, images_); }
 
-  // Of the images [first_image, first_image + images) alone.
+  // Returns the logits of the images [first_image, first_image + images), computed without the others.
   std::vector<float> run(const Way& way, int first_image, int images) {
     const Model& model = test_.model;
     std::vector<Parameter> sources;
@@ -163,16 +163,16 @@ std::vector<Case> cases() {
   offsets.model.classes = 64, offsets.subnetwork.class_offset = 48, offsets.subnetwork.classes = 16;
   result.push_back(offsets);
 
-  Model deep = small;  // products of more steps than tiles are in flight
+  Model deep = small;  // its products have more steps than tiles in flight
   deep.depth = 1, deep.hidden = 64 * (kMaxStages + 4);
   result.push_back({"long sums", deep, prefix(deep, 1, deep.hidden)});
 
-  Model average = small;  // 50 tokens, of which the mean of the last 49
+  Model average = small;  // 50 tokens; pools the last 49
   average.grid_height = 7, average.grid_width = 7, average.patch_height = 2, average.patch_width = 3;
   average.pool_start = 1, average.pool_stop = 50, average.classes = 70;
   result.push_back({"average pooling", average, prefix(average, 1, 64), true, Dtype::kBf16});
 
-  Model registers = small;  // 1 token in all but the registers
+  Model registers = small;  // 1 patch and 2 register tokens
   registers.grid_height = registers.grid_width = 1, registers.reg_tokens = 2, registers.cls_tokens = 0;
   registers.pos_on_prefix = false, registers.pool_start = 2, registers.pool_stop = 3, registers.depth = 3;
   Case skipped{"registers and skipped branches", registers, prefix(registers, 3, 256), true, Dtype::kFp16};

@@ -1,5 +1,5 @@
-// What is planned for a chain of kernels, without running it: every phase fits the device and its memory, reads what an
-// earlier one has written, and takes large tiles where there are many rows.
+// Checks plans without running them: every phase fits the device and its buffers, reads only what an earlier phase
+// wrote, and takes large tiles where there are many rows.
 #include "plan.h"
 
 #include <algorithm>
@@ -11,7 +11,8 @@ namespace hydravit::cuda::tests {
 
 namespace {
 
-struct Buffer {  // as it was last written
+// The last write to a buffer.
+struct Buffer {
   int64_t stride;
   int rows, columns;
 };
@@ -33,7 +34,7 @@ class Checker {
     if (p.prologue != Prologue::kPatches)
       reads(phase.name, p.a, p.a_stride, (p.rows - 1) * p.a_image_rows + p.a_first + p.pooled, p.k);
     if (phase.kind == Kind::kPrologue) {
-      expect(p.prologue != Prologue::kPanels, "an input is made of something else");
+      expect(p.prologue != Prologue::kPanels, "a prologue phase has a prologue to run");
       expect(phase.blocks * kPrologueRows >= p.rows && phase.blocks * kPrologueRows * kPanelChannels <= p.c_stride,
              "all rows are made");
       written_[p.c] = {p.c_stride, p.rows, p.k};
@@ -48,7 +49,7 @@ class Checker {
     expect(phase.blocks == (large ? std::min(tiles_of(p, phase.shape), device_.processors) : tiles_of(p, phase.shape)),
            "blocks");
     expect(!large || (device_.loader == Loader::kBulk && device_.has_wgmma && p.prologue == Prologue::kPanels),
-           "warpgroups where they are, and of panels");
+           "wgmma only where the device has it, with A in panels");
     expect(p.segment % kPanelChannels == 0 && p.columns % p.segment == 0, "runs of 64 rows of W lie in one segment");
     if (p.epilogue != Epilogue::kLogits) written_[p.c] = {p.c_stride, p.rows, p.columns};
   }
@@ -94,13 +95,13 @@ void test_plans() {
           for (const Phase& phase : phases) checker.check(phase);
           const auto count = [&](const auto& which) { return std::count_if(phases.begin(), phases.end(), which); };
           const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && uses_wgmma(p.shape); });
-          const auto inputs = count([](const Phase& p) { return p.kind == Kind::kPrologue; });
-          if (images == 1 && heads <= 6) expect(inputs == 0, "one image's rows are normed by the tiles");
-          if (images >= 8 && heads >= 6) expect(inputs >= 2 * model.depth - 1, "many rows are normed once");
+          const auto prologues = count([](const Phase& p) { return p.kind == Kind::kPrologue; });
+          if (images == 1 && heads <= 6) expect(prologues == 0, "with one image the tiles run the prologues");
+          if (images >= 8 && heads >= 6) expect(prologues >= 2 * model.depth - 1, "prologue phases norm many rows");
           if (&device == &devices[0] && images == 64 && heads >= 3)
-            expect(large >= 2 * (model.depth - 1), "many rows are multiplied by warpgroups");
+            expect(large >= 2 * (model.depth - 1), "wgmma multiplies many rows");
           for (const Phase& phase : planned(Dtype::kE4m3))
-            expect(!uses_wgmma(phase.shape), "8-bit weights are not multiplied by warpgroups");
+            expect(!uses_wgmma(phase.shape), "mma multiplies 8-bit weights");
         }
   }
 }

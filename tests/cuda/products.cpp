@@ -18,7 +18,7 @@ namespace {
 
 using emulator::allocate;
 
-constexpr int kRowUnit = 128;  // panels have so many rows, or a multiple
+constexpr int kRowUnit = 128;  // the rows of a panel are a multiple of this
 
 Bf16* random_panels(int rows, int channels, int panel_rows, std::mt19937& random) {
   std::normal_distribution<float> normal;
@@ -44,7 +44,8 @@ struct Case {
 };
 
 Product random_product(const Case& test, int panel_rows) {
-  std::mt19937 random(3), random_rows(4), random_residual(5);  // independent: fewer rows draw a prefix of them
+  // Of these generators only the last two depend on the number of rows: fewer rows draw the first of the same numbers.
+  std::mt19937 random(3), random_rows(4), random_residual(5);
   Product p{};
   p.prologue = test.prologue, p.epilogue = test.epilogue;
   p.rows = test.rows, p.columns = test.segments * test.segment, p.k = test.k;
@@ -77,7 +78,8 @@ Product random_product(const Case& test, int panel_rows) {
   return p;
 }
 
-// What is wanted of C; of the rest some tiles write more than others. `ahead`: A is made by an input phase.
+// Returns the needed elements of C; of the others some tile shapes write more than others do. `ahead`: a prologue phase
+// runs the prologue.
 std::vector<float> compute(const Case& test, TileShape shape, Loader loader, int processors, bool ahead = false) {
   const int panel_rows = (test.rows + kRowUnit - 1) / kRowUnit * kRowUnit;
   Product p = random_product(test, panel_rows);
@@ -109,7 +111,7 @@ std::vector<float> compute(const Case& test, TileShape shape, Loader loader, int
   return c;
 }
 
-// In maximum norm, by two units of bf16, the dtype of C in panels.
+// Compares in maximum norm: C in panels is bf16, and another order of the sum may round it to a neighbour.
 bool is_close(const std::vector<float>& c, const std::vector<float>& expected) {
   float largest = 0, difference = 0;
   for (const float v : expected) largest = std::max(largest, std::fabs(v));
@@ -121,16 +123,16 @@ bool is_close(const std::vector<float>& c, const std::vector<float>& expected) {
 
 void test_products() {
   const Case cases[] = {
-      // Tiles across segments, and half a tile at the end.
+      // Tiles cross segments, and the last tile is half full.
       {Prologue::kPanels, Epilogue::kPanels, 150, 48, 45, 3, 192, 192, 0, 45},
-      // Half a tile of columns alone; more steps than stages.
+      // The only tile is half full, and there are more steps than stages.
       {Prologue::kPanels, Epilogue::kGelu, 96, 32, 17, 1, 64, 640, 0, 17},
-      // More tiles than stages, of one step each.
+      // There are more tiles than stages, with one step each.
       {Prologue::kPanels, Epilogue::kResidual, 300, 100, 100, 1, 320, 64, 0, 100},
       {Prologue::kPanels, Epilogue::kPositions, 130, 64, 50, 1, 128, 128, 0, 50},
       {Prologue::kNorm, Epilogue::kLogits, 5, 1, 1, 1, 192, 192, 0, 1},
       {Prologue::kPatches, Epilogue::kPanels, 64, 32, 17, 1, 128, 64, 0, 17},
-      // Of the queries the first of each image only: whole tiles are left out.
+      // Only the first query of each image is needed, so whole tiles are left out.
       {Prologue::kPanels, Epilogue::kPanels, 600, 200, 197, 3, 128, 128, 0, 1},
   };
   for (const Case& test : cases) {

@@ -1,5 +1,5 @@
-// The network in plain loops over the full parameters, in double; `Round` after every operation makes it what eager
-// PyTorch computes in a 16-bit dtype, and sets the kernels' error budget.
+// The network in plain loops over the full parameters, in double. With a `Round` that rounds to a 16-bit dtype after
+// every operation it computes what eager PyTorch does, which sets the error budget of the kernels.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace hydravit::cuda::tests {
 
 struct Matrix {
-  int rows = 0, columns = 0;  // none: absent
+  int rows = 0, columns = 0;  // 0: the model lacks this parameter
   std::vector<float> values;
 
   bool present() const { return rows > 0; }
@@ -28,7 +28,8 @@ inline double e4m3_value(uint8_t code) {
   const double magnitude = exponent > 0 ? std::ldexp(1 + fraction / 8.0, exponent - 7) : std::ldexp(fraction / 8.0, -6);
   return std::copysign((code & 0x7f) == 0x7f ? NAN : magnitude, code & 0x80 ? -1.0 : 1.0);
 }
-// Ties to even. Above 464, halfway to what would be the next, is NaN.
+// Ties go to even. 464 is halfway between the largest number and the next one, if there were one; more than that is
+// NaN.
 inline uint8_t nearest_e4m3(double value) {
   int nearest = 0x7f;
   double least = INFINITY;
@@ -38,7 +39,7 @@ inline uint8_t nearest_e4m3(double value) {
   }
   return static_cast<uint8_t>(nearest | (std::signbit(value) ? 0x80 : 0));
 }
-// Of finite weights the largest becomes 448.
+// The largest finite weight of the row becomes 448.
 inline float e4m3_scale(const Matrix& p, int row) {
   float largest = 0;
   for (int j = 0; j < p.columns; j++)
@@ -46,7 +47,7 @@ inline float e4m3_scale(const Matrix& p, int row) {
       largest = std::max(largest, std::fabs(v));
   return std::max(largest / 448, FLT_MIN);
 }
-// The parameters as an engine of E4m3 weights has them.
+// The parameters as a network with E4m3 weights uses them.
 inline std::vector<Matrix> quantised(std::vector<Matrix> parameters) {
   const size_t head = parameters.size() - 4;
   for (size_t i = 0; i < parameters.size(); i++) {
@@ -68,13 +69,13 @@ inline std::vector<Matrix> quantised(std::vector<Matrix> parameters) {
 using Round = std::function<double(double)>;
 using Rows = std::vector<std::vector<double>>;
 
-// Parameters in the order of network.h.
+// Takes the parameters in the order that model.h names.
 class Reference {
  public:
   Reference(const Model& model, const Subnetwork& subnetwork, const std::vector<Matrix>& parameters, const Round& round)
       : model_(model), subnetwork_(subnetwork), parameters_(parameters), round_(round) {}
 
-  // One image (channels, height, width) to its logits.
+  // Computes the logits of one image (channels, height, width).
   std::vector<double> run(const float* image) const {
     Rows x = stem(image);
     for (int i = 0; i < model_.depth; i++) {
@@ -203,7 +204,8 @@ class Reference {
   const Round& round_;
 };
 
-// Full parameters, random inside the slice of the subnetwork and NaN outside, by the shapes of the model.
+// Full parameters of the model: random inside the slices of the subnetwork and NaN outside, so that a kernel that reads
+// too much is found.
 inline std::vector<Matrix> random_parameters(const Model& m, const Subnetwork& w, bool with_optional,
                                              std::mt19937& random) {
   using Runs = std::vector<std::pair<int, int>>;  // (offset, length)

@@ -1,4 +1,4 @@
-// What of CUDA the kernels and launchers use, for a C++ compiler; see emulator.h.
+// The part of CUDA that the kernels and launchers use, for a C++ compiler: see emulator.h.
 #pragma once
 
 #include <chrono>
@@ -33,7 +33,7 @@ struct dim3 {
 
 #include "emulator.h"
 
-// Objects rather than macros: members of launch configurations have the same names.
+// These are objects and no macros, because members of launch configurations have the same names.
 struct BuiltIn {
   unsigned (*value)();
   operator unsigned() const { return value(); }
@@ -54,7 +54,7 @@ inline void __syncwarp() {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-// ---- The runtime's part that launchers use ----
+// ---- The runtime functions that launchers use ----
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -83,7 +83,7 @@ inline cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 
-// Events tell the time of the emulation, which is that of nothing else.
+// Events measure the time of the emulation, which says nothing about a GPU.
 struct CUevent_st {
   std::chrono::steady_clock::time_point time;
 };

@@ -1,4 +1,4 @@
-// csrc/cuda/graph.cu without graphs.
+// Replaces csrc/cuda/graph.cu: a launch of a graph launches its kernels one by one.
 #include "graph.h"
 
 #include <utility>

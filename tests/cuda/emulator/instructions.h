@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.cuh as the PTX ISA describes their instructions, on the emulator.
+// The functions of csrc/cuda/ptx.cuh on the emulator: they do what the PTX ISA says of their instructions.
 #pragma once
 
 #include <bit>
