@@ -49,7 +49,7 @@ report: build  ## what was built, what runs on this machine, and why the rest do
 	python -m hydravit_kernels
 
 clean:  ## remove what `make` made: environment, builds, caches
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_engine.so hydravit_kernels/_build_info.py
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_cuda.so hydravit_kernels/_build_info.py
 	find hydravit hydravit_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

@@ -1,4 +1,4 @@
-"""Builds hydravit_kernels/_C.so, and _engine.so where nvcc is, with CMake.
+"""Builds hydravit_kernels/_C.so, and _cuda.so where nvcc is, with CMake.
 
 The outcome is recorded in hydravit_kernels/_build_info.py.
 
@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("HYDRAVIT_BUILD") or "auto"
 TORCH_FLOOR = (2, 11)
-LIBRARIES = ("_C.so", "_engine.so")
+LIBRARIES = ("_C.so", "_cuda.so")
 
 
 class NotBuilt(Exception):
@@ -125,7 +125,7 @@ class BuildNative(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        if list(Path(self.bdist_dir).rglob("_engine.so")):  # a module of the Python that built it
+        if list(Path(self.bdist_dir).rglob("_cuda.so")):  # a module of the Python that built it
             return super().get_tag()
         return "py3", "none", super().get_tag()[2]  # _C.so depends on the platform, not on Python
 

@@ -36,7 +36,7 @@ def load(where, **variables):
 def source(tmp_path):
     """A copy of the sources in which nothing was ever built."""
     copy = tmp_path / "source"
-    built = shutil.ignore_patterns("_C.so", "_engine.so", "_build_info.py", "__pycache__")
+    built = shutil.ignore_patterns("_C.so", "_cuda.so", "_build_info.py", "__pycache__")
     for folder in ("csrc", "hydravit", "hydravit_kernels"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=built)
     for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):

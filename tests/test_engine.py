@@ -1,7 +1,6 @@
 """The engine object: on the CPU, and the CUDA one on the emulator, which computes what a GPU is asked to."""
 
 import copy
-import functools
 import importlib.util
 import subprocess
 import sys
@@ -31,7 +30,7 @@ CONFIG = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_c
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """The module of the CUDA engine, for this CPU."""
+    """The module of the CUDA network, compiled for this CPU."""
     folder = tmp_path_factory.mktemp("emulated")
     options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}")
     for command in (
@@ -40,24 +39,22 @@ def emulated(tmp_path_factory):
     ):
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert result.returncode == 0, result.stdout
-    spec = importlib.util.spec_from_file_location("_engine", folder / "_engine.so")
+    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.long) for name in ("cuda", "persistent"))])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.long)])
 def kind(request, monkeypatch):
-    """Engines of models on the CPU are, for "cuda" and "persistent", those of CUDA on the emulator."""
+    """For "cuda", the engines of models on the CPU are those of CUDA on the emulator."""
     if request.param != "cpu":
         from hydravit import engine as of_model
 
-        monkeypatch.setattr(engine, "_engine", request.getfixturevalue("emulated"))
+        monkeypatch.setattr(engine, "_cuda", request.getfixturevalue("emulated"))
         monkeypatch.setattr(engine, "cuda_network_why_not", lambda device: "")
         monkeypatch.setattr(of_model.kernels, "cuda_network_why_not", lambda device: "")
-        strategy = {"cuda": "chain", "persistent": "persistent"}[request.param]
-        network = functools.partial(of_model._CudaNetwork, strategy=strategy)
-        monkeypatch.setattr(of_model, "_CpuNetwork", network)
+        monkeypatch.setattr(of_model, "_CpuNetwork", of_model._CudaNetwork)
         monkeypatch.setitem(of_model.DTYPES, "cpu", of_model.DTYPES["cuda"])
     return request.param
 
@@ -158,9 +155,9 @@ def test_packing_rounds_to_e4m3_as_pytorch_does(kind):
 def test_e4m3_halves_what_is_packed(emulated):
     base = {"depth": 12, "embed": 768, "hidden": 3072, "classes": 1000, "channels": 3, "grid_height": 14}
     base |= {"grid_width": 14, "patch_height": 16, "patch_width": 16, "cls_tokens": 1, "reg_tokens": 0}
-    base |= {"pos_on_prefix": 1, "first_pooled": 0, "last_pooled": 1}
-    sizes = [emulated.Engine(base, dtype, 1, 0, "chain", "best").packed_bytes for dtype in ("float16", "float8_e4m3fn")]
-    assert sizes[1] <= 0.52 * sizes[0]
+    base |= {"pos_on_prefix": 1, "pool_start": 0, "pool_stop": 1}
+    fp16, e4m3 = (emulated.CudaNetwork(base, dtype, 1, 0, "best") for dtype in ("float16", "float8_e4m3fn"))
+    assert e4m3.packed_bytes <= 0.52 * fp16.packed_bytes
 
 
 def test_a_nan_shows_in_the_widths_that_read_it(kind):
@@ -189,6 +186,7 @@ def test_e4m3_weights_for_any_device():
 
 
 def test_the_same_bits_at_any_batch(kind):
+    """On CUDA within a kernel family: so few rows are multiplied by mma at every batch."""
     engine, x = make().engine(max_batch=9), images(CONFIG, 9)
     for heads in (1, 3):
         together = engine(x, heads=heads)
@@ -264,8 +262,8 @@ def test_wrong_arguments_raise(kind):
         model.engine(max_batch=0)
     with pytest.raises(ValueError, match="^dtype must be .* not torch.float64"):
         model.engine(dtype=torch.float64)
-    with pytest.raises(ValueError, match="^strategy: for engines on CUDA only"):
-        model.engine(strategy="chain")
+    with pytest.raises(ValueError, match="^loader: for engines on CUDA only"):
+        model.engine(loader="best")
     engine, x = model.engine(max_batch=2), images(CONFIG, 3)
     with pytest.raises(ValueError, match="^images: at most max_batch=2 expected, 3 given"):
         engine(x)
@@ -321,7 +319,7 @@ def test_a_moved_model_needs_a_new_engine():
 
 
 def test_without_a_cuda_engine_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(engine, "_engine", None)
+    monkeypatch.setattr(engine, "_cuda", None)
     assert "was not built: " in engine.cuda_network_why_not(torch.device("cuda"))
     assert "has no kernels for device 'meta'" in engine.cuda_network_why_not(torch.device("meta"))
     with pytest.raises(RuntimeError, match="has no kernels for device 'meta'"):

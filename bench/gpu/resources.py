@@ -1,8 +1,9 @@
 """``python -m bench.gpu.resources``: what every CUDA kernel takes of an SM, as ptxas says; needs nvcc, no GPU.
 
 Writes csrc/cuda/resources.csv, which is committed: registers of a thread, bytes of stack and of spilled registers. The
-first line names the compiler and the sources; test_resources.py fails where it is of other sources. Raises a
-``RuntimeError`` where ptxas serializes wgmma or mends its order, or where a disassembler is at hand and finds none.
+first line names the compiler and the fingerprint of the sources; tests/test_cuda_resources.py fails when the sources
+have another fingerprint. Raises a ``RuntimeError`` when ptxas serializes wgmma or mends its order, or when a
+disassembler is at hand and finds no wgmma.
 """
 
 from __future__ import annotations
@@ -40,9 +41,30 @@ def main() -> int:
 
 
 def fingerprint() -> str:
-    """Of everything that the kernels are compiled from."""
+    """A hash of the code that the kernels are compiled from: edited comments and line breaks do not change it."""
     files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+    text = "".join(f"{path.name}\n{without_comments(path.read_text())}\n" for path in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Literals come first, because what looks like a comment inside them is none. A quote behind a digit separates digits.
+_LITERAL_OR_GAP = re.compile(
+    r"""(?P<literal>R"(?P<mark>[^\s()\\]*)\(.*?\)(?P=mark)"|"(?:\\.|[^"\\])*"|(?<!\w)(?:u8|[uUL])?'(?:\\.|[^'\\])+')"""
+    r"""|(?:\s|\\\n|//(?:\\\n|[^\n])*|/\*.*?\*/)+""",
+    re.S,
+)
+
+
+def without_comments(source: str) -> str:
+    """C++ without comments, and without whitespace but where it keeps two words or two operators apart."""
+
+    def shorten(match: re.Match) -> str:
+        if match["literal"]:
+            return match.group()
+        neighbours = source[max(match.start() - 1, 0) : match.start()] + source[match.end() : match.end() + 1]
+        return " " if re.fullmatch(r"\w\w|[-+<>&|=*/:]{2}", neighbours) else ""
+
+    return _LITERAL_OR_GAP.sub(shorten, source)
 
 
 def text(rows: list[dict[str, str]]) -> str:
@@ -94,7 +116,7 @@ def _readable(mangled: str) -> str:
     """``product_kernel<Bf16, k32x32, kBulk>`` of what the compiler calls it."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     name = re.sub(r"hydravit::cuda::|\(anonymous namespace\)::|^void ", "", name)
-    for enum in ("Shape", "Loader"):
+    for enum in ("TileShape", "Loader"):
         members = re.search(rf"enum class {enum} : int {{ ([^}}]+) }}", (SOURCES / "phase.h").read_text()).group(1)
         for value, member in enumerate(members.split(", ")):
             name = name.replace(f"({enum}){value}", member)

@@ -1,9 +1,10 @@
-// Attention of some queries of one head of one image: softmax(q k^T * scale) v, all of it on chip.
+// Attention of some queries of one head of one image: softmax(q k^T * scale) v, without intermediate results in global
+// memory.
 //
-// Shared memory: barrier | queries T [16 * query_tiles][64] | keys, then values T [image_rows][64] each, and where
-// these were the partial outputs float [kKeyGroups][16 * query_tiles][72] and their highest scores and sums. Four warps
-// share 16 queries: each takes a quarter of the keys, with a softmax of its own; the quarters are joined in a fixed
-// order, so the bits do not depend on how many queries a block has.
+// Shared memory: barriers | queries T [16 * query_tiles][64] | keys and values T [image_rows][64] each. The partial
+// outputs float [kKeyGroups][16 * query_tiles][72], their highest scores and their sums later take the place of keys
+// and values. Four warps share 16 queries. Each takes a quarter of the keys with a softmax of its own, and the quarters
+// are joined in a fixed order, so the bits do not depend on the number of queries in a block.
 #pragma once
 
 #include "tile.cuh"
@@ -12,18 +13,18 @@ namespace hydravit::cuda {
 
 constexpr int kOutPitch = kHeadDim + 8;
 
-// What one warp has of its 16 queries: lane l has rows l / 4 and l / 4 + 8, of every 8 channels two.
+// The output of one warp for its 16 queries. Lane l holds the rows l / 4 and l / 4 + 8, and two of every 8 channels.
 struct PartialOutput {
   float out[kHeadDim / 8][4] = {};
   float highest[2] = {-INFINITY, -INFINITY};
   float sum[2] = {};
 };
 
-// Up to 64 keys from `first` on.
+// Adds up to 64 keys, from `first` on, to the partial output.
 template <class T>
 __device__ void attend_to(PartialOutput& partial, const uint32_t (&q)[4][4], uint32_t keys, uint32_t values, int first,
                           int end, int tokens, float scale, int lane) {
-  constexpr int kBlocks = 4;  // of 16 keys
+  constexpr int kBlocks = 4;  // 16 keys each
   float scores[2 * kBlocks][4] = {};
 #pragma unroll
   for (int block = 0; block < kBlocks; block++) {
@@ -83,21 +84,20 @@ __device__ void attend_to(PartialOutput& partial, const uint32_t (&q)[4][4], uin
   }
 }
 
-// `wait()`, by all threads, until queries, keys and values are there.
-template <class T, Loader loader, class Wait>
-__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe, const Wait& wait) {
+template <class T, Loader loader>
+__device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pipe<loader>& pipe) {
   const int query_rows = 16 * a.query_tiles;
   const int image = tile / (a.heads * a.blocks), head = tile / a.blocks % a.heads;
-  const int first_query = (a.first_block + tile % a.blocks) * query_rows;
-  const int rows = min(query_rows, a.image_rows - first_query);
+  const int query_start = (a.first_block + tile % a.blocks) * query_rows;
+  const int rows = min(query_rows, a.image_rows - query_start);
 
   uint8_t* kv_memory = memory + kBarrierBytes + query_rows * kRowBytes;
   const uint32_t q_tile = shared_address(memory + kBarrierBytes), keys = shared_address(kv_memory);
   const uint32_t values = keys + a.image_rows * kRowBytes, bytes = a.image_rows * kRowBytes;
-  const T* qkv = static_cast<const T*>(a.qkv) + static_cast<int64_t>(image) * a.image_rows * kPanel;
-  wait();
+  const T* qkv = static_cast<const T*>(a.qkv) + static_cast<int64_t>(image) * a.image_rows * kPanelChannels;
+  wait_for_previous_kernel();
   pipe.expect(2 * bytes + rows * kRowBytes, pipe.filled);
-  pipe.copy(q_tile, qkv + head * a.qkv_stride + first_query * kPanel, rows * kRowBytes, pipe.filled);
+  pipe.copy(q_tile, qkv + head * a.qkv_stride + query_start * kPanelChannels, rows * kRowBytes, pipe.filled);
   pipe.copy(keys, qkv + (a.heads + head) * a.qkv_stride, bytes, pipe.filled);
   pipe.copy(values, qkv + (2 * a.heads + head) * a.qkv_stride, bytes, pipe.filled++);
   pipe.commit();
@@ -112,7 +112,7 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
   PartialOutput partial;
   const int share = (a.image_rows / 16 + kKeyGroups - 1) / kKeyGroups * 16;
   const int end = min((group + 1) * share, a.image_rows);
-  const float scale = a.scale * 1.44269504f;  // exponentials are powers of two
+  const float scale = a.scale * 1.44269504f;  // log2(e), because exp2f takes powers of two
   for (int first = group * share; first < end; first += 64)
     attend_to<T>(partial, q, keys, values, first, end, a.image_tokens, scale, lane);
 #pragma unroll
@@ -121,7 +121,7 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
     partial.sum[r] += shuffle_xor(partial.sum[r], 2);
   }
 
-  __syncthreads();  // keys and values are no longer read
+  __syncthreads();  // no warp reads keys and values any longer
   auto* outs = reinterpret_cast<float*>(kv_memory);
   float* highests = outs + kKeyGroups * query_rows * kOutPitch;
   float* sums = highests + kKeyGroups * query_rows;
@@ -140,8 +140,8 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
   }
   __syncthreads();
   for (int i = threadIdx.x; i < query_rows * (kHeadDim / kChunk); i += blockDim.x) {
-    const int query = i / (kHeadDim / kChunk), chunk = i % (kHeadDim / kChunk), token = first_query + query;
-    if (token < a.first_query || token >= a.last_query) continue;
+    const int query = i / (kHeadDim / kChunk), chunk = i % (kHeadDim / kChunk), token = query_start + query;
+    if (token < a.query_start || token >= a.query_stop) continue;
     float highest = -INFINITY, sum = 0, v[kChunk] = {};
     for (int g = 0; g < kKeyGroups; g++) highest = fmaxf(highest, load<float>(highests + g * query_rows + query));
     for (int g = 0; g < kKeyGroups; g++) {
@@ -151,8 +151,8 @@ __device__ void attention_tile(const Attention& a, int tile, uint8_t* memory, Pi
       for (int j = 0; j < kChunk; j++) v[j] += weight * load<float>(outs + at * kOutPitch + chunk * kChunk + j);
     }
     for (int j = 0; j < kChunk; j++) v[j] /= sum;
-    const int64_t to = static_cast<int64_t>(image) * a.out_image_rows + token - a.first_query;
-    T* out = static_cast<T*>(a.out) + head * a.out_stride + to * kPanel;
+    const int64_t to = static_cast<int64_t>(image) * a.out_image_rows + token - a.query_start;
+    T* out = static_cast<T*>(a.out) + head * a.out_stride + to * kPanelChannels;
     store<uint4>(out + (chunk ^ static_cast<int>(to & 7)) * kChunk, pack_chunk<T>(v));
   }
 }

@@ -8,7 +8,7 @@ namespace hydravit::cuda {
 
 namespace {
 
-// The node of the kernel that was captured last.
+// Finds the node of the kernel that was captured last.
 int last_captured(cudaStream_t stream, void** node) {
   cudaStreamCaptureStatus capturing;
   const cudaGraphNode_t* nodes = nullptr;
@@ -50,7 +50,7 @@ Graph::Graph(std::vector<Phase> phases, Dtype dtype, Loader loader)
   };
   recorded_.set(phases_);
   if (!check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking))) return;
-  // Relaxed: other threads may allocate meanwhile.
+  // The mode is relaxed, because other threads may allocate memory meanwhile.
   if (check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed))) {
     for (size_t i = 0; i < phases_.size() && check(cuda::launch(phases_[i], dtype, loader, stream)); i++) {
       if (i == 0) check(last_captured(stream, &first_node_));
@@ -59,7 +59,7 @@ Graph::Graph(std::vector<Phase> phases, Dtype dtype, Loader loader)
     check(cudaStreamEndCapture(stream, &graph));
     if (status_ == 0) check(cudaGraphInstantiate(&executable, graph, 0));
   }
-  graph_ = graph;  // kept: its nodes are how the executable one's are named
+  graph_ = graph;  // kept, because its nodes name the nodes of the executable graph
   executable_ = executable;
   cudaStreamDestroy(stream);
 }
@@ -69,12 +69,12 @@ Graph::~Graph() {
   if (graph_ != nullptr) cudaGraphDestroy(static_cast<cudaGraph_t>(graph_));
 }
 
-int Graph::launch(const Ends& ends, void* stream) {
-  if (ends != recorded_) {
-    ends.set(phases_);
+int Graph::launch(const CallBuffers& buffers, void* stream) {
+  if (buffers != recorded_) {
+    buffers.set(phases_);
     if (const int status = update(executable_, first_node_, phases_.front(), dtype_, loader_)) return status;
     if (const int status = update(executable_, last_node_, phases_.back(), dtype_, loader_)) return status;
-    recorded_ = ends;
+    recorded_ = buffers;
   }
   return cudaGraphLaunch(static_cast<cudaGraphExec_t>(executable_), static_cast<cudaStream_t>(stream));
 }

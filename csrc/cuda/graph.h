@@ -1,25 +1,11 @@
-// The phases of one width and number of images, recorded as one CUDA graph: a call is then one launch.
+// The phases of one subnetwork and batch size, recorded as a CUDA graph: a call is then one launch.
 #pragma once
 
 #include <vector>
 
-#include "network.h"
+#include "plan.h"
 
 namespace hydravit::cuda {
-
-// What differs from call to call.
-struct Ends {
-  const void* pixels;
-  Dtype pixel_dtype;
-  float* logits;
-
-  bool operator==(const Ends&) const = default;
-  void set(std::vector<Phase>& phases) const {
-    phases.front().product.a = pixels;
-    phases.front().product.image_dtype = pixel_dtype;
-    phases.back().product.c = logits;
-  }
-};
 
 class Graph {
  public:
@@ -28,14 +14,14 @@ class Graph {
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
 
-  int status() const { return status_; }  // of recording
-  int launch(const Ends& ends, void* stream);
+  int status() const { return status_; }  // whether the constructor could record the graph
+  int launch(const CallBuffers& buffers, void* stream);
 
  private:
   std::vector<Phase> phases_;
   const Dtype dtype_;
   const Loader loader_;
-  Ends recorded_{};
+  CallBuffers recorded_{};
   void *first_node_ = nullptr, *last_node_ = nullptr, *graph_ = nullptr, *executable_ = nullptr;
   int status_ = 0;
 };

@@ -1,126 +1,62 @@
-// The contract between an engine and the CUDA part: sizes of the model, one width's slices, where things are packed.
-// Plain C++; plan.cpp turns it into phases, pack.cu and phases.cu work on the device.
+// The network on one device: it packs the weights once, plans every subnetwork, and keeps the plans of small batches as
+// CUDA graphs, so that a call is one launch. The caller owns the memory. All calls use the same workspace, so calls
+// must not run at the same time, and the caller has to order their streams.
 #pragma once
 
-#include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "phase.h"
+#include "graph.h"
+#include "plan.h"
+#include "timing.h"
 
 namespace hydravit::cuda {
 
-// The full model. Its parameters come in the order of hydravit_kernels/parameters.py: 5 of the stem, 14 of every block,
-// 4 of the head; each as (rows, columns), a vector as (1, columns).
-struct Model {
-  int depth, embed, hidden, classes;  // classes: rows of all classifiers together
-  int channels, grid_height, grid_width, patch_height, patch_width;
-  int cls_tokens, reg_tokens;
-  bool pos_on_prefix;
-  int first_pooled, last_pooled;  // tokens the head takes the mean of: the first and the first behind
+int describe_device(int index, Device& device);
+const char* error_text(int status);
 
-  int prefix_tokens() const { return cls_tokens + reg_tokens; }
-  int tokens() const { return prefix_tokens() + grid_height * grid_width; }
-  int patch_size() const { return channels * patch_height * patch_width; }
+class CudaNetwork {
+ public:
+  // Graphs for batches up to this size are made by use_memory; the graph of a larger batch is made by its first call.
+  static constexpr int kMaxPreparedImages = 8;
+  // Calls beyond this many graphs launch kernel by kernel. No graph is destroyed early, because it may still run.
+  static constexpr size_t kMaxCallGraphs = 256;
+
+  // Throws std::invalid_argument for a model that the kernels cannot compute.
+  CudaNetwork(const Model& model, Dtype dtype, int max_images, const Device& device);
+  // Throws std::invalid_argument for a subnetwork that the kernels cannot compute. Numbers subnetworks from 0.
+  void add_subnetwork(const Subnetwork& subnetwork);
+
+  // The sizes of the two buffers that use_memory takes.
+  int64_t packed_bytes() const { return layout_.bytes; }
+  int64_t workspace_bytes() const { return workspace_.bytes; }
+  // Memory on the device, aligned to 16 bytes. Must follow the last add_subnetwork.
+  int use_memory(uint8_t* packed, uint8_t* workspace);
+
+  int pack(const std::vector<Parameter>& parameters, void* stream);
+  // Reads pixels (images, channels, height, width), contiguous, and writes logits (images, classes).
+  int run(int subnetwork, int images, const CallBuffers& buffers, void* stream);
+  int time_phases(int subnetwork, int images, const CallBuffers& buffers, int repeats, void* stream,
+                  std::vector<PhaseTime>& times);
+
+ private:
+  int make_graph(int subnetwork, int images, std::unique_ptr<Graph>& graph) const;
+  std::vector<Phase> phases(int subnetwork, int images, const CallBuffers& buffers) const;
+  int max_prepared() const { return max_images_ < kMaxPreparedImages ? max_images_ : kMaxPreparedImages; }
+
+  const Model model_;
+  const Layout layout_;
+  const Dtype dtype_;
+  const int max_images_;
+  const Device device_;
+  const Workspace workspace_;
+  uint8_t *packed_ = nullptr, *workspace_memory_ = nullptr;
+  std::vector<Subnetwork> subnetworks_;
+  std::vector<std::vector<std::unique_ptr<Graph>>> prepared_;          // [subnetwork][images - 1]
+  std::map<std::pair<int, int>, std::unique_ptr<Graph>> call_graphs_;  // {subnetwork, images}
 };
-
-// One subnetwork, as hydravit_kernels/slices.py names it.
-struct AttentionSlice {
-  int query_row, key_row, value_row, proj_column, heads;
-  float scale;
-};
-struct MlpSlice {
-  int hidden_offset, hidden;
-};
-struct Width {
-  int embed_offset, embed;
-  std::vector<AttentionSlice> attention;  // one for each block
-  std::vector<MlpSlice> mlp;
-  int class_offset, classes;
-  float eps;
-};
-
-// "" or why these kernels cannot compute it.
-std::string why_not(const Model& model);
-std::string why_not(const Model& model, const Width& width);
-
-// ---- The packed weights, one copy for all widths ----
-
-// A matrix in panels of `rows` rows (a multiple of 64), or a float matrix of `columns` columns.
-struct Packed {
-  int64_t offset;  // bytes
-  int rows, columns;
-  int64_t scales;  // of an E4m3 matrix: where its rows' scales begin, bytes
-};
-struct Layout {
-  struct Block {
-    Packed norm1_weight, norm1_bias, qkv, qkv_bias, proj, proj_bias, scale1;
-    Packed norm2_weight, norm2_bias, fc1, fc1_bias, fc2, fc2_bias, scale2;
-  };
-  Packed stem, positions;
-  std::vector<Block> blocks;
-  Packed norm_weight, norm_bias, head, head_bias;
-  int64_t bytes = 0;
-  Dtype dtype;  // of the matrices
-
-  Layout(const Model& model, Dtype dtype);
-};
-
-struct Parameter {   // a parameter on the device
-  const void* data;  // null: absent
-  Dtype dtype;
-  int64_t row_stride;
-};
-// Packs all parameters; absent biases become zeros, absent layer scales ones.
-int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
-         void* stream);
-
-// ---- The phases of one call ----
-
-struct Device {
-  int processors;    // SMs
-  int shared_bytes;  // of one block at most
-  Loader loader;
-  int index;
-  bool warpgroups = false;  // of sm_90a, which has wgmma; with bulk copies only
-};
-
-// Offsets into the workspace: activations of at most `images` images at any width.
-struct Workspace {
-  // Those of all rows, and those of the pooled rows alone, behind the last attention. Their rows are numbered apart, so
-  // in one buffer a tile of one image would overwrite what another image still needs.
-  struct Rows {
-    int64_t rows, stream, attended, hidden;
-  };
-  int64_t image_rows;
-  Rows all, pooled;
-  int64_t qkv[2];  // of this block and the next
-  int64_t input;   // of a product, made ahead of it
-  int64_t bytes;
-
-  Workspace(const Model& model, int images);
-};
-
-struct Call {
-  const uint8_t* packed;
-  uint8_t* workspace;
-  int images;
-  bool pooled_only = true;  // the last block computes only what the head pools; the same bits, less work
-  bool together = false;    // for one kernel: all blocks have 256 threads, and no product's input is made ahead
-};
-
-// The first phase still lacks its images, the last one its logits.
-std::vector<Phase> plan(const Model& model, const Layout& layout, const Width& width, const Workspace& workspace,
-                        const Device& device, const Call& call);
-
-// A phase of a chain in every shape that its tiles can have.
-std::vector<Phase> in_every_shape(const Phase& phase, Dtype weights, const Device& device);
-
-// Before the first launch on a device: lets its kernels have as much shared memory as there is, and all the same.
-int prepare(Dtype dtype, const Device& device);
-// One phase as one kernel on the stream.
-int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream);
-// The kernel that computes the phase, as CUDA knows it.
-const void* kernel_of(const Phase& phase, Dtype dtype, Loader loader);
 
 }  // namespace hydravit::cuda

@@ -1,13 +1,13 @@
-// Parameters of any floating dtype to the one packed copy that serves every width: matrices to panels of T or E4m3, the
-// rest to float. What is beyond a matrix, up to whole panels and 64 rows, is zero.
+// Packs parameters of any floating dtype into the one copy that serves every width: matrices into panels of T or E4m3,
+// everything else into float. Matrices are padded with zeros to whole panels and to a multiple of 64 rows.
 //
-// An E4m3 row is divided by its scale, which makes the largest weight of the whole row the largest E4m3, so that all
-// widths have the same quantised weights. NaN and infinite weights become NaN and do not count for the scale: they show
-// in the widths that read them and in no other.
+// The scale of an E4m3 row maps the largest weight of the whole row to the largest E4m3 number, so all widths have the
+// same quantised weights. NaN and infinite weights become NaN and do not count for the scale: only the widths that read
+// them are affected.
 #include <bit>
 #include <cfloat>
 
-#include "network.h"
+#include "plan.h"
 #include "tile.cuh"
 
 namespace hydravit::cuda {
@@ -22,14 +22,14 @@ __device__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
   return load<float>(static_cast<const float*>(data) + index);
 }
 
-// ---- Kernels: one chunk or one float for each thread, where nothing else is said ----
+// ---- Kernels: unless a comment says otherwise, a thread packs one chunk or one float ----
 
 struct MatrixJob {
   Parameter from;
   int rows, columns;        // of the parameter
-  int padded_rows, chunks;  // of the panels; chunks along a row
+  int padded_rows, chunks;  // of the panels; `chunks` is the number in a row
   void* to;
-  float* scales;  // E4m3
+  float* scales;  // E4m3 only
 };
 
 __device__ float weight_at(const MatrixJob& job, int row, int column) {
@@ -49,20 +49,20 @@ __global__ void pack_matrix_kernel(const MatrixJob job) {
 
 constexpr float kLargestE4m3 = 448.0f, kSmallestNormalE4m3 = 0x1p-6f;
 
-// To nearest, ties to even, as PyTorch does; what would be above the largest is NaN.
+// Rounds to the nearest number, ties to even, as PyTorch does. Values that would round beyond the largest become NaN.
 __device__ uint32_t round_to_e4m3(float value) {
   const float magnitude = fabsf(value);
   if (!(magnitude < 480.0f)) return 0x7f;
   const uint32_t sign = std::bit_cast<uint32_t>(value) >> 31 << 7;
-  if (magnitude >= kSmallestNormalE4m3) {  // 20 bits of the fraction go, and the exponent's bias of 127 becomes 7
+  if (magnitude >= kSmallestNormalE4m3) {  // drops 20 bits of the fraction and turns the exponent's bias of 127 into 7
     const auto bits = std::bit_cast<uint32_t>(magnitude), odd = bits >> 20 & 1;
     return sign | (((bits + 0x7ffff + odd) >> 20) - (120 << 3));
   }
-  constexpr float kSameUnit = 0x1p14f;  // the last place of its fraction is the subnormals'
+  constexpr float kSameUnit = 0x1p14f;  // its last place is the unit of the subnormals, so the addition rounds to it
   return sign | (std::bit_cast<uint32_t>(magnitude + kSameUnit) - std::bit_cast<uint32_t>(kSameUnit));
 }
 
-// A warp for each row. No scale is subnormal, so that no finite weight leaves E4m3's range.
+// One warp for each row. A scale is never subnormal, because a finite weight could then leave the range of E4m3.
 __global__ void scale_rows_kernel(const MatrixJob job) {
   const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32), lane = threadIdx.x % 32;
   if (row >= job.padded_rows) return;
@@ -75,7 +75,7 @@ __global__ void scale_rows_kernel(const MatrixJob job) {
   if (lane == 0) store<float>(job.scales + row, fmaxf(largest / kLargestE4m3, FLT_MIN));
 }
 
-// Two chunks for each thread: the 16 bytes that lie together.
+// One thread for two chunks, whose 16 bytes lie together.
 __global__ void quantise_matrix_kernel(const MatrixJob job) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int pairs = job.chunks / 2;
@@ -85,7 +85,7 @@ __global__ void quantise_matrix_kernel(const MatrixJob job) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; i++) {
-    const int channel = column + i / 4 * 2 + i % 4 / 2 * 8 + i % 2;  // of byte i, see e4m3_index
+    const int channel = column + i / 4 * 2 + i % 4 / 2 * 8 + i % 2;  // the channel of byte i: see e4m3_index
     words[i / 4] |= round_to_e4m3(weight_at(job, row, channel) / scale) << 8 * (i % 4);
   }
   const int64_t to = e4m3_index(job.padded_rows, row, column);
@@ -95,7 +95,7 @@ __global__ void quantise_matrix_kernel(const MatrixJob job) {
 struct VectorJob {
   Parameter from;
   int size, padded_size;
-  float absent;  // the value of a parameter that is not there
+  float absent;  // the value if the model lacks the parameter
   float* to;
 };
 
@@ -107,7 +107,8 @@ __global__ void pack_vector_kernel(const VectorJob job) {
   store<float>(job.to + i, value);
 }
 
-// What the stem adds to every token: its class or register token or the patches' bias, and its position.
+// Packs the sum that the stem adds to every token: the class token, the register token or the bias of the patches, plus
+// the position.
 struct PositionsJob {
   Parameter bias, cls_token, reg_token, pos_embed;
   int tokens, embed, cls_tokens, prefix_tokens, unplaced;  // the first `unplaced` tokens have no position

@@ -1,10 +1,9 @@
 // A network as a chain of kernels, one for each phase.
 //
-// A kernel asks for the next one as soon as it runs: that one's blocks then fetch their first weights and wait where
-// its input begins. The wait is for the whole kernel in front, which has itself waited, so all earlier phases have
-// ended.
+// A kernel lets the next kernel start as soon as it runs itself. The blocks of that kernel fetch their first weights
+// and then wait for the whole preceding kernel, which has waited in the same way: all earlier phases have then ended.
 #include "attention.cuh"
-#include "network.h"
+#include "plan.h"
 #include "product.cuh"
 #include "warpgroup.cuh"
 
@@ -14,37 +13,37 @@ namespace {
 
 // ---- Kernels ----
 
-template <class W, Shape shape, Loader loader>
+template <class W, TileShape shape, Loader loader>
 __global__ void __launch_bounds__(threads_of(shape), 2) product_kernel(const Product product) {
   if constexpr (can_run(loader)) {
     uint8_t* memory = shared_memory();
     let_next_kernel_start();
-    if (!is_wanted(product, blockIdx.x, size_of(shape))) return;
+    if (!is_needed(product, blockIdx.x, size_of(shape))) return;
     Pipe<loader> pipe;
     pipe.begin(shared_address(memory));
     __syncthreads();
-    product_tile<W, shape>(product, blockIdx.x, memory, pipe, wait_for_previous_kernel);
+    product_tile<W, shape>(product, blockIdx.x, memory, pipe);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads_of(Shape::k128x128), 1) warpgroup_kernel(const Product product) {
+__global__ void __launch_bounds__(threads_of(TileShape::k128x128), 1) warpgroup_kernel(const Product product) {
   if constexpr (kHasWarpgroups) {
     let_next_kernel_start();
     warpgroup_tiles<T>(product, shared_memory());
   } else {
-    __trap();  // a library built without sm_90a, on such a device
+    __trap();  // describe_device offers wgmma only where the library has kernels for sm_90a
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kInputThreads, 2) input_kernel(const Product product) {
+__global__ void __launch_bounds__(kPrologueThreads, 2) prologue_kernel(const Product product) {
   let_next_kernel_start();
   wait_for_previous_kernel();
-  const int first_row = blockIdx.x * kInputRows;
-  T* panels = static_cast<T*>(product.c) + static_cast<int64_t>(first_row) * kPanel;
-  make_rows<T, kInputRows>(product, first_row, reinterpret_cast<uint8_t*>(panels),
-                           product.c_stride * static_cast<int64_t>(sizeof(T)));
+  const int first_row = blockIdx.x * kPrologueRows;
+  T* panels = static_cast<T*>(product.c) + static_cast<int64_t>(first_row) * kPanelChannels;
+  run_prologue<T, kPrologueRows>(product, first_row, reinterpret_cast<uint8_t*>(panels),
+                                 product.c_stride * static_cast<int64_t>(sizeof(T)));
 }
 
 constexpr int kMaxAttentionThreads = 256;
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(cons
     Pipe<loader> pipe;
     pipe.begin(shared_address(memory));
     __syncthreads();
-    attention_tile<T>(attention, blockIdx.x, memory, pipe, wait_for_previous_kernel);
+    attention_tile<T>(attention, blockIdx.x, memory, pipe);
   }
 }
 
@@ -66,18 +65,18 @@ __global__ void __launch_bounds__(kMaxAttentionThreads, 2) attention_kernel(cons
 template <class W, Loader loader, class Visit>
 int visit_kernel(const Phase& phase, const Visit& visit) {
   if (phase.kind == Kind::kAttention) return visit(attention_kernel<Activation<W>, loader>, phase.attention);
-  if (phase.kind == Kind::kInput) return visit(input_kernel<Activation<W>>, phase.product);
+  if (phase.kind == Kind::kPrologue) return visit(prologue_kernel<Activation<W>>, phase.product);
   switch (phase.shape) {
-    case Shape::k16x32:
-      return visit(product_kernel<W, Shape::k16x32, loader>, phase.product);
-    case Shape::k32x32:
-      return visit(product_kernel<W, Shape::k32x32, loader>, phase.product);
-    case Shape::k32x64:
-      return visit(product_kernel<W, Shape::k32x64, loader>, phase.product);
-    case Shape::k32x128:
-      return visit(product_kernel<W, Shape::k32x128, loader>, phase.product);
-    case Shape::k128x64:
-      return visit(product_kernel<W, Shape::k128x64, loader>, phase.product);
+    case TileShape::k16x32:
+      return visit(product_kernel<W, TileShape::k16x32, loader>, phase.product);
+    case TileShape::k32x32:
+      return visit(product_kernel<W, TileShape::k32x32, loader>, phase.product);
+    case TileShape::k32x64:
+      return visit(product_kernel<W, TileShape::k32x64, loader>, phase.product);
+    case TileShape::k32x128:
+      return visit(product_kernel<W, TileShape::k32x128, loader>, phase.product);
+    case TileShape::k128x64:
+      return visit(product_kernel<W, TileShape::k128x64, loader>, phase.product);
     default:
       return visit(warpgroup_kernel<Activation<W>>, phase.product);
   }
@@ -89,7 +88,7 @@ int visit_kernel(const Phase& phase, Loader loader, const Visit& visit) {
                                  : visit_kernel<W, Loader::kAsync>(phase, visit);
 }
 
-// visit(kernel, argument) for the kernel that computes the phase.
+// Calls visit(kernel, argument) with the kernel that computes the phase.
 template <class Visit>
 int visit_kernel(const Phase& phase, Dtype dtype, Loader loader, const Visit& visit) {
   switch (dtype) {
@@ -111,16 +110,17 @@ int prepare(Dtype dtype, const Device& device) {
       if (status == 0) status = cudaFuncSetAttribute(kernel, attribute, value);
     };
     set(cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
-    // An SM has to be idle to divide its memory anew, and then no kernel begins while another one ends on it.
+    // An SM changes the division of its memory only while it is idle, so kernels with different divisions would not
+    // overlap: all get the largest share.
     set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     return status;
   };
   Phase phase{};
-  for (const Shape shape : kShapes) {
+  for (const TileShape shape : kTileShapes) {
     phase.shape = shape;
     visit_kernel(phase, dtype, device.loader, allow);
   }
-  for (const Kind kind : {Kind::kInput, Kind::kAttention}) {
+  for (const Kind kind : {Kind::kPrologue, Kind::kAttention}) {
     phase.kind = kind;
     visit_kernel(phase, dtype, device.loader, allow);
   }
@@ -138,7 +138,7 @@ int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream) {
     config.dynamicSmemBytes = static_cast<size_t>(phase.shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &early;
-    config.numAttrs = phase.early ? 1 : 0;
+    config.numAttrs = phase.starts_early ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, argument);
   });
 }

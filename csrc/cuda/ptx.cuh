@@ -1,9 +1,10 @@
-// Every instruction that CUDA C++ has no name for, one small function each; nothing else contains PTX.
+// One small function for every instruction that CUDA C++ has no name for. No other file contains PTX.
 //
-// The tests compile the same kernels for the CPU: they define HYDRAVIT_EMULATOR and bring the second implementation of
-// these functions, by the letter of the PTX ISA (tests/cuda/emulator). Below sm_90 the bulk copies and their barriers
-// do not exist; kernels that use them are compiled there, for one source's sake, and never launched. wgmma exists on
-// sm_90a alone: neither below nor above it. Below sm_89 there is no conversion of 8-bit floats; tile.cuh does without.
+// The tests compile the kernels for the CPU: they define HYDRAVIT_EMULATOR and replace these functions by others that
+// do what the PTX ISA says (tests/cuda/emulator). Not every architecture has all instructions. Bulk copies and
+// mbarriers need sm_90, wgmma needs sm_90a and exists nowhere else: kernels that use them are compiled for the other
+// architectures as well, with a trap in place of the instruction, and are never launched there. The conversion of 8-bit
+// floats needs sm_89; tile.cuh has a substitute.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,22 +13,22 @@
 
 namespace hydravit::cuda {
 
-// 16-bit floats in memory; arithmetic is in float.
+// 16-bit floats as they lie in memory. Arithmetic is in float.
 struct Bf16 {
   uint16_t bits;
 };
 struct Fp16 {
   uint16_t bits;
 };
-// 8-bit floats, of weights: 4 bits of exponent and 3 of fraction, no infinity, NaN where all of both are ones.
+// 8-bit floats for weights: 4 bits of exponent and 3 of fraction. There is no infinity; all ones in both are NaN.
 struct E4m3 {
   uint8_t bits;
 };
 
-// How wgmma is told of a matrix in shared memory, 16 channels of rows of 128 bytes from `address` on: groups of 8 rows
-// begin at multiples of 1024 bytes, one behind the other, and of each row the 16-byte chunks lie in the order
-// (chunk ^ row % 8), which is "128-byte swizzling". Addresses and distances are in units of 16 bytes; the distance
-// along a row is not used.
+// Describes a matrix in shared memory to wgmma: 16 channels of rows of 128 bytes, from `address` on. Groups of 8 rows
+// follow each other and begin at multiples of 1024 bytes. The 16-byte chunks of a row lie in the order
+// (chunk ^ row % 8), which is "128-byte swizzling". The descriptor counts addresses and distances in units of 16 bytes
+// and ignores the distance along a row.
 constexpr uint64_t matrix_descriptor(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
@@ -65,7 +66,7 @@ constexpr bool kHasE4m3Conversion = false;
 
 // ---- Memory ----
 
-// All shared memory is dynamic; its size comes with the launch.
+// All shared memory is dynamic: the launch sets its size.
 __device__ inline uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
@@ -89,7 +90,7 @@ __device__ inline void store(void* to, const V& value) {
   *static_cast<V*>(to) = value;
 }
 
-// ---- 16-bit floats: two to a register, the first in the low half ----
+// ---- 16-bit floats: a register holds two, the first in its low half ----
 
 template <class T>
 __device__ uint32_t pack(float first, float second);
@@ -114,22 +115,22 @@ __device__ inline float to_float(Fp16 value) {
 }
 __device__ inline float to_float(float value) { return value; }
 
-// Two products of fp16.
+// Multiplies two pairs of fp16.
 __device__ inline uint32_t multiply_fp16(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
-// Two e4m3, the first in the low byte, to fp16.
+// Converts two e4m3, the first in the low byte, to two fp16.
 __device__ inline uint32_t convert_e4m3(uint16_t pair) {
   uint32_t result = 0;
   HYDRAVIT_SM89("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(pair));
   return result;
 }
 
-// ---- Warps: matrices of 8 x 8 16-bit values, products of 16 x 16 with 16 x 8 ----
+// ---- Warp instructions: ldmatrix loads matrices of 8 x 8 16-bit values, mma multiplies 16 x 16 by 16 x 8 ----
 
-// Four matrices; lanes 8 i .. 8 i + 7 hold the addresses of the rows of matrix i.
+// Loads four matrices. Lanes 8 i ... 8 i + 7 pass the addresses of the rows of matrix i.
 __device__ inline void load_matrices(uint32_t (&matrices)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -164,33 +165,33 @@ __device__ inline void multiply_add<Fp16>(float (&c)[4], const uint32_t (&a)[4],
 
 __device__ inline float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
-// ---- Asynchronous copies to shared memory, sm_80: 16 bytes by every thread, in groups ----
+// ---- Asynchronous copies to shared memory (sm_80): every thread copies 16 bytes and waits for groups of copies ----
 
 __device__ inline void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `pending` of this thread's newest groups are under way.
+// Waits until all groups of this thread but the newest `pending` have ended.
 template <int pending>
 __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- Asynchronous copies to shared memory, sm_90: any multiple of 16 bytes by one thread, counted by a barrier ----
+// ---- Bulk copies to shared memory (sm_90): one thread copies any multiple of 16 bytes; an mbarrier counts them ----
 
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
   HYDRAVIT_SM90("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the copies.
+// Makes initialised barriers visible to bulk copies.
 __device__ inline void barrier_init_fence() { HYDRAVIT_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
-// Arrives, and lets the barrier's phase end only after so many bytes.
+// Arrives, and makes the phase of the barrier last until `bytes` more bytes have come.
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   HYDRAVIT_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 __device__ inline void barrier_arrive(uint32_t barrier) {
   HYDRAVIT_SM90("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Until the phase of this parity has ended.
+// Waits until the phase with this parity has ended.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   HYDRAVIT_SM90(
       "{\n"
@@ -205,33 +206,33 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
   HYDRAVIT_SM90("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier) : "memory");
 }
-// Orders ordinary accesses before later bulk copies of the same memory.
-__device__ inline void copy_bulk_fence() { HYDRAVIT_SM90("fence.proxy.async;" :: : "memory"); }
 
-// ---- Warpgroups of four warps, sm_90a: asynchronous products of 64 x 16 with 16 x 128, in groups ----
+// ---- Warpgroups (sm_90a): four warps multiply 64 x 16 by 16 x 128 asynchronously and wait for groups of products ----
 
-// Orders a thread's accesses to sums before the products that follow.
+// Orders a thread's accesses to the sums before the products that follow.
 __device__ inline void warpgroup_fence() { HYDRAVIT_SM90A("wgmma.fence.sync.aligned;" :: : "memory"); }
 // Ends a group of products.
 __device__ inline void warpgroup_commit() { HYDRAVIT_SM90A("wgmma.commit_group.sync.aligned;" :: : "memory"); }
-// Until at most `pending` of the newest groups are under way: sums of the others can be used, and what they read, too.
+// Waits until all groups but the newest `pending` have ended. Their sums are then valid, and the shared memory that
+// they read may be overwritten.
 template <int pending>
 __device__ inline void warpgroup_wait() {
   HYDRAVIT_SM90A("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Behind a wait: the compiler uses these sums no earlier.
+// Follows a wait, and keeps the compiler from using the sums before it.
 template <int count>
 __device__ inline void hold(float (&sums)[count]) {
 #pragma unroll
   for (int i = 0; i < count; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Adds A B^T. Of the 16 rows that a warp has of it, lane l has l / 4 and l / 4 + 8, and of every 8 columns l % 4 * 2
-// and the next: sums 4 j and 4 j + 1 are of the upper row and columns from 8 j on, the next two of the lower row.
+// Adds A B^T to the sums. A warp holds 16 rows of it. Lane l holds the rows l / 4 and l / 4 + 8, and in every 8 columns
+// the columns l % 4 * 2 and l % 4 * 2 + 1. The sums 4 j and 4 j + 1 belong to the upper row and the columns from 8 j
+// on, the sums 4 j + 2 and 4 j + 3 to the lower row.
 template <class T>
 __device__ void warpgroup_multiply_add(float (&sums)[64], uint64_t a, uint64_t b);
 
-// The numbers behind the descriptors: to add, no factor negated, none transposed.
+// The numbers after the descriptors: add to the sums, negate neither factor, transpose neither factor.
 #define HYDRAVIT_SUMS(i)                                                                                        \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
@@ -255,9 +256,9 @@ __device__ inline void warpgroup_multiply_add<Fp16>(float (&sums)[64], uint64_t 
 #undef HYDRAVIT_WGMMA
 #undef HYDRAVIT_SUMS
 
-// ---- Between kernels: a kernel may start before the one in front of it has ended ----
+// ---- Programmatic dependent launch: a kernel may start before the preceding kernel of its stream has ended ----
 
-// Until the kernel in front has ended and what it wrote can be seen.
+// Waits until the preceding kernel has ended and its writes are visible.
 __device__ inline void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -267,37 +268,6 @@ __device__ inline void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-}
-
-// ---- Between blocks of one kernel: counters in global memory ----
-
-// Adds one, after everything that the block did before its last __syncthreads.
-__device__ inline void count(uint32_t* counter) {
-  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
-               : "memory");
-}
-// Adds one; whether that was number `round` and the counter begins anew.
-__device__ inline bool count_round(uint32_t* counter, int round) {
-  __threadfence();
-  return atomicInc(counter, static_cast<unsigned>(round - 1)) == static_cast<unsigned>(round - 1);
-}
-// Until the counter, which may overflow, has reached `target`. What never comes ends the kernel after some seconds.
-__device__ inline void wait_for_count(const uint32_t* counter, uint32_t target) {
-  constexpr uint64_t kMostNs = 4'000'000'000;
-  uint64_t start = 0;
-  for (uint32_t tries = 0;; tries++) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                 : "=r"(value)
-                 : "l"(__cvta_generic_to_global(counter))
-                 : "memory");
-    if (static_cast<int32_t>(value - target) >= 0) return;
-    if (tries % 4096 != 4095) continue;
-    uint64_t now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    if (start == 0) start = now;
-    if (now - start > kMostNs) __trap();
-  }
 }
 
 }  // namespace hydravit::cuda

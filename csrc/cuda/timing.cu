@@ -11,23 +11,23 @@ namespace hydravit::cuda {
 namespace {
 
 bool alike(const Phase& a, const Phase& b) {
-  return std::string(a.name) == b.name && a.shape == b.shape && a.blocks == b.blocks &&
-         a.product.depth == b.product.depth;
+  return std::string(a.name) == b.name && a.shape == b.shape && a.blocks == b.blocks && a.product.k == b.product.k;
 }
 
 std::string tile_of(const Phase& phase) {
   if (phase.kind != Kind::kProduct) return "";
-  const ShapeSize size = size_of(phase.shape);
+  const TileSize size = size_of(phase.shape);
   return std::to_string(size.rows) + "x" + std::to_string(size.columns);
 }
 
-// Those of all layers in turns, so that each finds as little of its weights in the cache as in a call, or as much. A
-// graph, as in calls of few images: launched one by one, short kernels would wait for the host.
+// Runs the phases of all layers in turn, so that each finds as much of its weights in the cache as in a call. They run
+// as a graph, because short kernels that are launched one by one would wait for the host.
 int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repeats, cudaStream_t stream, float& ms) {
   std::vector<Phase> all;
   for (int i = 0; i < repeats; i++) all.insert(all.end(), phases.begin(), phases.end());
-  all.front().early = false;
-  const Ends ends{all.front().product.a, all.front().product.image_dtype, static_cast<float*>(all.back().product.c)};
+  all.front().starts_early = false;
+  const CallBuffers buffers{all.front().product.a, all.front().product.image_dtype,
+                            static_cast<float*>(all.back().product.c)};
   Graph graph(std::move(all), dtype, loader);
   int status = graph.status();
   const auto attempt = [&](int result) {
@@ -36,9 +36,9 @@ int time(const std::vector<Phase>& phases, Dtype dtype, Loader loader, int repea
   cudaEvent_t start = nullptr, stop = nullptr;
   attempt(cudaEventCreate(&start));
   attempt(cudaEventCreate(&stop));
-  for (const bool timed : {false, true}) {  // while the first one runs, the host launches the second
+  for (const bool timed : {false, true}) {  // the host launches the second graph while the first one runs
     if (timed) attempt(cudaEventRecord(start, stream));
-    if (status == 0) attempt(graph.launch(ends, stream));
+    if (status == 0) attempt(graph.launch(buffers, stream));
   }
   attempt(cudaEventRecord(stop, stream));
   attempt(cudaEventSynchronize(stop));
@@ -55,9 +55,9 @@ int time_phases(const std::vector<Phase>& phases, Dtype dtype, const Device& dev
   for (size_t i = 0; i < phases.size(); i++) {
     const auto is_alike = [&](const Phase& other) { return alike(phases[i], other); };
     if (std::any_of(phases.begin(), phases.begin() + static_cast<int64_t>(i), is_alike)) continue;
-    std::vector<std::vector<Phase>> all;  // of each phase its shapes
+    std::vector<std::vector<Phase>> all;  // [phase][tile shape]
     for (const Phase& phase : phases)
-      if (is_alike(phase)) all.push_back(in_every_shape(phase, dtype, device));
+      if (is_alike(phase)) all.push_back(in_every_tile_shape(phase, dtype, device));
     for (size_t shape = 0; shape < all[0].size(); shape++) {
       std::vector<Phase> same;
       for (const std::vector<Phase>& shapes : all) same.push_back(shapes[shape]);

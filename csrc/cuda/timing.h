@@ -1,23 +1,23 @@
-// How long the phases of a chain take, each by itself: what plan.cpp estimates, measured.
+// Measures each phase of a chain by itself, which plan.cpp only estimates.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "network.h"
+#include "plan.h"
 
 namespace hydravit::cuda {
 
 struct PhaseTime {
-  std::string name, tile;  // the tile of a product, "32x64"
-  int count;               // phases of a call that are alike
-  bool planned;            // whether the plan has this tile
+  std::string name, tile;  // tile: "32x64" of a product, otherwise ""
+  int count;               // so many phases of the call are alike
+  bool planned;            // whether the plan chose this tile
   int blocks;
   double microseconds;  // the mean of these phases
 };
 
-// Of all phases, in every shape that their tiles can have, `repeats` times one behind the other. What they write is
-// worthless. Waits for the stream.
+// Times every phase with every possible tile shape, `repeats` times in a row, and waits for the stream. The outputs
+// that the phases write are meaningless.
 int time_phases(const std::vector<Phase>& phases, Dtype dtype, const Device& device, int repeats, void* stream,
                 std::vector<PhaseTime>& times);
 

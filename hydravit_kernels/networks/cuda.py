@@ -89,7 +89,7 @@ class CudaNetwork:
         self._index = {subnetwork: i for i, subnetwork in enumerate(subnetworks)}
         self._streams: set[torch.cuda.Stream] = set()
         with self._current():
-            self._network = _cuda.Network(sizes, _name(dtype), max_batch, self.device.index or 0, loader)
+            self._network = _cuda.CudaNetwork(sizes, _name(dtype), max_batch, self.device.index or 0, loader)
             for subnetwork in self._index:
                 self._network.add_subnetwork(*subnetwork.flat(), subnetwork.eps)
             bytes_wanted = (self._network.packed_bytes, self._network.workspace_bytes)

@@ -1,4 +1,4 @@
-// How the tests of the CUDA kernels report.
+// Tests of the CUDA kernels report by these functions.
 #pragma once
 
 #include <string>
@@ -13,6 +13,5 @@ void test_instructions();
 void test_networks();
 void test_plans();
 void test_products();
-void test_schedules();
 
 }  // namespace hydravit::cuda::tests

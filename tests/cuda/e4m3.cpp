@@ -1,10 +1,10 @@
-// E4m3 weights: how packing rounds and places them, and how products read them back.
+// E4m3 weights: packing rounds them and puts them in their places, and products read them back.
 #include <algorithm>
 #include <cfloat>
 #include <set>
 
 #include "check.h"
-#include "network.h"
+#include "plan.h"
 #include "reference.h"
 #include "tile.cuh"
 
@@ -18,9 +18,10 @@ void test_places() {
   std::set<int64_t> places;
   for (int row = 0; row < kRows; row++)
     for (int column = 0; column < kColumns; column++) {
-      const int64_t at = e4m3_index(kRows, row, column), first = (column / kPanel * kRows + row / 8 * 8) * kPanel;
+      const int64_t at = e4m3_index(kRows, row, column),
+                    first = (column / kPanelChannels * kRows + row / 8 * 8) * kPanelChannels;
       places.insert(at);
-      expect(at >= first && at < first + 8 * kPanel, "8 rows of a panel are contiguous");
+      expect(at >= first && at < first + 8 * kPanelChannels, "8 rows of a panel are contiguous");
     }
   expect(places.size() == kRows * kColumns && *places.rbegin() == kRows * kColumns - 1, "each place is used once");
 }
@@ -38,7 +39,7 @@ void test_conversions() {
       }
 }
 
-// A matrix with every rounding that there is.
+// A matrix that needs every kind of rounding.
 Matrix difficult(int rows, int columns) {
   Matrix p{rows, columns, std::vector<float>(static_cast<size_t>(rows) * columns)};
   std::mt19937 random(1);
@@ -48,7 +49,7 @@ Matrix difficult(int rows, int columns) {
   std::fill_n(row(0), columns, 0.0f);
   row(1)[3] = NAN, row(1)[5] = INFINITY, row(1)[columns - 1] = -INFINITY;
   for (int j = 0; j < columns; j++) row(2)[j] *= 1e-37f, row(3)[j] *= 1e-42f, row(4)[j] *= 1e38f / 8;
-  // In the others of scale 1: values, halfway points and what is beside these.
+  // The other rows have the scale 1 and hold all values, the points halfway between them, and the neighbours of these.
   std::vector<float> values;
   for (int code = 0; code < 127; code++) {
     const auto value = static_cast<float>(e4m3_value(static_cast<uint8_t>(code)));
@@ -68,11 +69,11 @@ void test_packing() {
   begin("packing to e4m3");
   const Model model{1, 192, 256, 10, 3, 4, 4, 4, 4, 1, 0, true, 0, 1};
   const Layout layout(model, Dtype::kE4m3);
-  Width width{0, model.embed, {}, {}, 0, model.classes, 1e-6f};
-  width.attention.assign(1, {0, model.embed, 2 * model.embed, 0, 3, 0.125f});
-  width.mlp.assign(1, {0, model.hidden});
+  Subnetwork subnetwork{0, model.embed, {}, {}, 0, model.classes, 1e-6f};
+  subnetwork.attention.assign(1, {0, model.embed, 2 * model.embed, 0, 3, 0.125f});
+  subnetwork.mlp.assign(1, {0, model.hidden});
   std::mt19937 random(7);
-  std::vector<Matrix> matrices = random_parameters(model, width, true, random);
+  std::vector<Matrix> matrices = random_parameters(model, subnetwork, true, random);
   matrices[5 + 9] = difficult(model.hidden, model.embed);
   std::vector<Parameter> parameters;
   for (const Matrix& p : matrices) {

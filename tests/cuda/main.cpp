@@ -1,5 +1,5 @@
-// The CUDA kernels on the emulator, which runs them as the PTX ISA says on any CPU: correct here is necessary for being
-// correct on a GPU, and no more.
+// Tests the CUDA kernels on the emulator, which runs them on any CPU as the PTX ISA says. A kernel that fails here is
+// wrong on a GPU, too; a kernel that passes may still fail there.
 #include <cstdio>
 
 #include "check.h"
@@ -34,7 +34,6 @@ int main() {
   test_e4m3();
   test_products();
   test_plans();
-  test_schedules();
   test_networks();
   std::printf("%d tests, %d failures\n", tests, failures);
   return failures == 0 ? 0 : 1;

@@ -1,16 +1,18 @@
-// What is planned for a chain of kernels, without running it: every phase fits the device and its memory, reads what an
-// earlier one has written, and takes large tiles where there are many rows.
+// Checks plans without running them: every phase fits the device and its buffers, reads only what an earlier phase
+// wrote, and takes large tiles where there are many rows.
+#include "plan.h"
+
 #include <algorithm>
 #include <map>
 
 #include "check.h"
-#include "network.h"
 
 namespace hydravit::cuda::tests {
 
 namespace {
 
-struct Buffer {  // as it was last written
+// The last write to a buffer.
+struct Buffer {
   int64_t stride;
   int rows, columns;
 };
@@ -21,7 +23,7 @@ class Checker {
 
   void check(const Phase& phase) {
     const Product& p = phase.product;
-    const bool large = by_warpgroups(phase.shape);
+    const bool large = uses_wgmma(phase.shape);
     expect(phase.shared_bytes <= device_.shared_bytes, std::string(phase.name) + " fits");
     if (phase.kind == Kind::kAttention) {
       const Attention& a = phase.attention;
@@ -29,26 +31,27 @@ class Checker {
       written_[a.out] = {a.out_stride, a.images * a.out_image_rows, a.heads * kHeadDim};
       return;
     }
-    if (p.source != Source::kPatches)
-      reads(phase.name, p.a, p.a_stride, (p.rows - 1) * p.a_image_rows + p.a_first + p.pooled, p.depth);
-    if (phase.kind == Kind::kInput) {
-      expect(p.source != Source::kPanels, "an input is made of something else");
-      expect(phase.blocks * kInputRows >= p.rows && phase.blocks * kInputRows * kPanel <= p.c_stride,
+    if (p.prologue != Prologue::kPatches)
+      reads(phase.name, p.a, p.a_stride, (p.rows - 1) * p.a_image_rows + p.a_first + p.pooled, p.k);
+    if (phase.kind == Kind::kPrologue) {
+      expect(p.prologue != Prologue::kPanels, "a prologue phase has a prologue to run");
+      expect(phase.blocks * kPrologueRows >= p.rows && phase.blocks * kPrologueRows * kPanelChannels <= p.c_stride,
              "all rows are made");
-      written_[p.c] = {p.c_stride, p.rows, p.depth};
+      written_[p.c] = {p.c_stride, p.rows, p.k};
       return;
     }
-    const ShapeSize size = size_of(phase.shape);
-    const int64_t end = (p.rows + size.rows - 1) / size.rows * size.rows * kPanel;
-    const bool from_panels = p.source == Source::kPanels, to_panels = p.sink == Sink::kPanels || p.sink == Sink::kGelu;
+    const TileSize size = size_of(phase.shape);
+    const int64_t end = (p.rows + size.rows - 1) / size.rows * size.rows * kPanelChannels;
+    const bool from_panels = p.prologue == Prologue::kPanels,
+               to_panels = p.epilogue == Epilogue::kPanels || p.epilogue == Epilogue::kGelu;
     expect((!from_panels || end <= p.a_stride) && (!to_panels || end <= p.c_stride), "tiles end inside of the panels");
     expect(phase.threads == threads_of(phase.shape), "threads");
     expect(phase.blocks == (large ? std::min(tiles_of(p, phase.shape), device_.processors) : tiles_of(p, phase.shape)),
            "blocks");
-    expect(!large || (device_.loader == Loader::kBulk && device_.warpgroups && p.source == Source::kPanels),
-           "warpgroups where they are, and of panels");
-    expect(p.segment % kPanel == 0 && p.columns % p.segment == 0, "runs of 64 rows of W lie in one segment");
-    if (p.sink != Sink::kLogits) written_[p.c] = {p.c_stride, p.rows, p.columns};
+    expect(!large || (device_.loader == Loader::kBulk && device_.has_wgmma && p.prologue == Prologue::kPanels),
+           "wgmma only where the device has it, with A in panels");
+    expect(p.segment % kPanelChannels == 0 && p.columns % p.segment == 0, "runs of 64 rows of W lie in one segment");
+    if (p.epilogue != Epilogue::kLogits) written_[p.c] = {p.c_stride, p.rows, p.columns};
   }
 
  private:
@@ -68,7 +71,7 @@ class Checker {
 void test_plans() {
   const Model base{3, 768, 3072, 1000, 3, 14, 14, 16, 16, 1, 0, true, 0, 1};
   Model average = base;
-  average.first_pooled = 1, average.last_pooled = 197;
+  average.pool_start = 1, average.pool_stop = 197;
   const Device devices[] = {{132, 232448, Loader::kBulk, 0, true},
                             {148, 232448, Loader::kBulk, 0, false},
                             {132, 232448, Loader::kAsync, 0, true},
@@ -78,27 +81,27 @@ void test_plans() {
     for (const Model& model : {base, average})
       for (const Device& device : devices)
         for (int heads = 1; heads <= 12; heads++) {
-          Width width{0, heads * kHeadDim, {}, {}, 0, model.classes, 1e-6f};
-          width.attention.assign(model.depth, {0, model.embed, 2 * model.embed, 0, heads, 0.125f});
-          width.mlp.assign(model.depth, {0, 4 * heads * kHeadDim});
+          Subnetwork subnetwork{0, heads * kHeadDim, {}, {}, 0, model.classes, 1e-6f};
+          subnetwork.attention.assign(model.depth, {0, model.embed, 2 * model.embed, 0, heads, 0.125f});
+          subnetwork.mlp.assign(model.depth, {0, 4 * heads * kHeadDim});
           const Workspace workspace(model, images);
           uint8_t* const nowhere = nullptr;
           const Call call{nowhere + (int64_t{1} << 40), nowhere + (int64_t{1} << 41), images};
           const auto planned = [&](Dtype weights) {
-            return plan(model, Layout(model, weights), width, workspace, device, call);
+            return plan(model, Layout(model, weights), subnetwork, workspace, device, call);
           };
           const auto phases = planned(Dtype::kBf16);
           Checker checker(device);
           for (const Phase& phase : phases) checker.check(phase);
           const auto count = [&](const auto& which) { return std::count_if(phases.begin(), phases.end(), which); };
-          const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && by_warpgroups(p.shape); });
-          const auto inputs = count([](const Phase& p) { return p.kind == Kind::kInput; });
-          if (images == 1 && heads <= 6) expect(inputs == 0, "one image's rows are normed by the tiles");
-          if (images >= 8 && heads >= 6) expect(inputs >= 2 * model.depth - 1, "many rows are normed once");
+          const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && uses_wgmma(p.shape); });
+          const auto prologues = count([](const Phase& p) { return p.kind == Kind::kPrologue; });
+          if (images == 1 && heads <= 6) expect(prologues == 0, "with one image the tiles run the prologues");
+          if (images >= 8 && heads >= 6) expect(prologues >= 2 * model.depth - 1, "prologue phases norm many rows");
           if (&device == &devices[0] && images == 64 && heads >= 3)
-            expect(large >= 2 * (model.depth - 1), "many rows are multiplied by warpgroups");
+            expect(large >= 2 * (model.depth - 1), "wgmma multiplies many rows");
           for (const Phase& phase : planned(Dtype::kE4m3))
-            expect(!by_warpgroups(phase.shape), "8-bit weights are not multiplied by warpgroups");
+            expect(!uses_wgmma(phase.shape), "mma multiplies 8-bit weights");
         }
   }
 }

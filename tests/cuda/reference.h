@@ -1,5 +1,5 @@
-// The network in plain loops over the full parameters, in double; `Round` after every operation makes it what eager
-// PyTorch computes in a 16-bit dtype, and sets the kernels' error budget.
+// The network in plain loops over the full parameters, in double. With a `Round` that rounds to a 16-bit dtype after
+// every operation it computes what eager PyTorch does, which sets the error budget of the kernels.
 #pragma once
 
 #include <algorithm>
@@ -9,12 +9,12 @@
 #include <random>
 #include <vector>
 
-#include "network.h"
+#include "plan.h"
 
 namespace hydravit::cuda::tests {
 
 struct Matrix {
-  int rows = 0, columns = 0;  // none: absent
+  int rows = 0, columns = 0;  // 0: the model lacks this parameter
   std::vector<float> values;
 
   bool present() const { return rows > 0; }
@@ -28,7 +28,8 @@ inline double e4m3_value(uint8_t code) {
   const double magnitude = exponent > 0 ? std::ldexp(1 + fraction / 8.0, exponent - 7) : std::ldexp(fraction / 8.0, -6);
   return std::copysign((code & 0x7f) == 0x7f ? NAN : magnitude, code & 0x80 ? -1.0 : 1.0);
 }
-// Ties to even. Above 464, halfway to what would be the next, is NaN.
+// Ties go to even. 464 is halfway between the largest number and the next one, if there were one; more than that is
+// NaN.
 inline uint8_t nearest_e4m3(double value) {
   int nearest = 0x7f;
   double least = INFINITY;
@@ -38,7 +39,7 @@ inline uint8_t nearest_e4m3(double value) {
   }
   return static_cast<uint8_t>(nearest | (std::signbit(value) ? 0x80 : 0));
 }
-// Of finite weights the largest becomes 448.
+// The largest finite weight of the row becomes 448.
 inline float e4m3_scale(const Matrix& p, int row) {
   float largest = 0;
   for (int j = 0; j < p.columns; j++)
@@ -46,7 +47,7 @@ inline float e4m3_scale(const Matrix& p, int row) {
       largest = std::max(largest, std::fabs(v));
   return std::max(largest / 448, FLT_MIN);
 }
-// The parameters as an engine of E4m3 weights has them.
+// The parameters as a network with E4m3 weights uses them.
 inline std::vector<Matrix> quantised(std::vector<Matrix> parameters) {
   const size_t head = parameters.size() - 4;
   for (size_t i = 0; i < parameters.size(); i++) {
@@ -68,19 +69,19 @@ inline std::vector<Matrix> quantised(std::vector<Matrix> parameters) {
 using Round = std::function<double(double)>;
 using Rows = std::vector<std::vector<double>>;
 
-// Parameters in the order of network.h.
+// Takes the parameters in the order that model.h names.
 class Reference {
  public:
-  Reference(const Model& model, const Width& width, const std::vector<Matrix>& parameters, const Round& round)
-      : model_(model), width_(width), parameters_(parameters), round_(round) {}
+  Reference(const Model& model, const Subnetwork& subnetwork, const std::vector<Matrix>& parameters, const Round& round)
+      : model_(model), subnetwork_(subnetwork), parameters_(parameters), round_(round) {}
 
-  // One image (channels, height, width) to its logits.
+  // Computes the logits of one image (channels, height, width).
   std::vector<double> run(const float* image) const {
     Rows x = stem(image);
     for (int i = 0; i < model_.depth; i++) {
       const Matrix* p = &parameters_[5 + 14 * i];
-      if (width_.attention[i].heads > 0) attention_block(x, p, width_.attention[i]);
-      if (width_.mlp[i].hidden > 0) mlp_block(x, p + 7, width_.mlp[i]);
+      if (subnetwork_.attention[i].heads > 0) attention_block(x, p, subnetwork_.attention[i]);
+      if (subnetwork_.mlp[i].hidden > 0) mlp_block(x, p + 7, subnetwork_.mlp[i]);
     }
     return head(x, &parameters_[5 + 14 * model_.depth]);
   }
@@ -108,9 +109,9 @@ class Reference {
       double mean = 0, variance = 0;
       for (const double v : row) mean += v / double(row.size());
       for (const double v : row) variance += (v - mean) * (v - mean) / double(row.size());
-      const double scale = 1 / std::sqrt(variance + width_.eps);
+      const double scale = 1 / std::sqrt(variance + subnetwork_.eps);
       for (size_t j = 0; j < row.size(); j++) {
-        const int channel = width_.embed_offset + int(j);
+        const int channel = subnetwork_.embed_offset + int(j);
         row[j] = round_((row[j] - mean) * scale * parameter(p[0], 0, channel, 1) + parameter(p[1], 0, channel, 0));
       }
     }
@@ -120,7 +121,7 @@ class Reference {
   void add_branch(Rows& x, const Rows& branch, const Matrix& layer_scale) const {
     for (size_t i = 0; i < x.size(); i++)
       for (size_t j = 0; j < x[i].size(); j++) {
-        const double scale = parameter(layer_scale, 0, width_.embed_offset + int(j), 1);
+        const double scale = parameter(layer_scale, 0, subnetwork_.embed_offset + int(j), 1);
         x[i][j] = round_(x[i][j] + round_(scale * branch[i][j]));
       }
   }
@@ -138,11 +139,12 @@ class Reference {
               patches.back().push_back(
                   round_(image[(c * height + y * model_.patch_height + i) * width + x * model_.patch_width + j]));
       }
-    Rows rows = linear(patches, p[0], width_.embed_offset, 0, width_.embed, p[1], width_.embed_offset), x;
+    Rows rows = linear(patches, p[0], subnetwork_.embed_offset, 0, subnetwork_.embed, p[1], subnetwork_.embed_offset),
+         x;
     for (int token = 0; token < model_.tokens(); token++) {
       x.emplace_back();
-      for (int j = 0; j < width_.embed; j++) {
-        const int channel = width_.embed_offset + j, unplaced = model_.pos_on_prefix ? 0 : model_.prefix_tokens();
+      for (int j = 0; j < subnetwork_.embed; j++) {
+        const int channel = subnetwork_.embed_offset + j, unplaced = model_.pos_on_prefix ? 0 : model_.prefix_tokens();
         const double value = token < model_.cls_tokens        ? parameter(p[2], token, channel, 0)
                              : token < model_.prefix_tokens() ? parameter(p[3], token - model_.cls_tokens, channel, 0)
                                                               : rows[token - model_.prefix_tokens()][j];
@@ -155,7 +157,7 @@ class Reference {
   void attention_block(Rows& x, const Matrix* p, const AttentionSlice& s) const {
     const Rows normed = norm(x, p);
     const int columns = s.heads * kHeadDim;
-    const auto role = [&](int row) { return linear(normed, p[2], row, width_.embed_offset, columns, p[3], row); };
+    const auto role = [&](int row) { return linear(normed, p[2], row, subnetwork_.embed_offset, columns, p[3], row); };
     const Rows q = role(s.query_row), k = role(s.key_row), v = role(s.value_row);
     Rows attended(x.size(), std::vector<double>(columns));
     for (int head = 0; head < s.heads; head++)
@@ -173,37 +175,39 @@ class Reference {
           attended[i][c] = round_(attended[i][c]);
         }
       }
-    const int first = width_.embed_offset;
-    add_branch(x, linear(attended, p[4], first, s.proj_column, width_.embed, p[5], first), p[6]);
+    const int first = subnetwork_.embed_offset;
+    add_branch(x, linear(attended, p[4], first, s.proj_column, subnetwork_.embed, p[5], first), p[6]);
   }
 
   void mlp_block(Rows& x, const Matrix* p, const MlpSlice& s) const {
-    const int first = width_.embed_offset;
+    const int first = subnetwork_.embed_offset;
     Rows hidden = linear(norm(x, p), p[2], s.hidden_offset, first, s.hidden, p[3], s.hidden_offset);
     for (auto& row : hidden)
       for (double& v : row) v = round_(v / 2 * (1 + std::erf(v * std::sqrt(0.5))));
-    add_branch(x, linear(hidden, p[4], first, s.hidden_offset, width_.embed, p[5], first), p[6]);
+    add_branch(x, linear(hidden, p[4], first, s.hidden_offset, subnetwork_.embed, p[5], first), p[6]);
   }
 
   std::vector<double> head(const Rows& x, const Matrix* p) const {
-    Rows pooled(1, std::vector<double>(width_.embed));
-    const int count = model_.last_pooled - model_.first_pooled;
-    for (int j = 0; j < width_.embed; j++) {
-      for (int token = model_.first_pooled; token < model_.last_pooled; token++) pooled[0][j] += x[token][j] / count;
+    Rows pooled(1, std::vector<double>(subnetwork_.embed));
+    const int count = model_.pool_stop - model_.pool_start;
+    for (int j = 0; j < subnetwork_.embed; j++) {
+      for (int token = model_.pool_start; token < model_.pool_stop; token++) pooled[0][j] += x[token][j] / count;
       pooled[0][j] = round_(pooled[0][j]);
     }
-    return linear(norm(pooled, p), p[2], width_.class_offset, width_.embed_offset, width_.classes, p[3],
-                  width_.class_offset)[0];
+    return linear(norm(pooled, p), p[2], subnetwork_.class_offset, subnetwork_.embed_offset, subnetwork_.classes, p[3],
+                  subnetwork_.class_offset)[0];
   }
 
   const Model& model_;
-  const Width& width_;
+  const Subnetwork& subnetwork_;
   const std::vector<Matrix>& parameters_;
   const Round& round_;
 };
 
-// Full parameters, random inside the slice of `width` and NaN outside, by the shapes of the model.
-inline std::vector<Matrix> random_parameters(const Model& m, const Width& w, bool with_optional, std::mt19937& random) {
+// Full parameters of the model: random inside the slices of the subnetwork and NaN outside, so that a kernel that reads
+// too much is found.
+inline std::vector<Matrix> random_parameters(const Model& m, const Subnetwork& w, bool with_optional,
+                                             std::mt19937& random) {
   using Runs = std::vector<std::pair<int, int>>;  // (offset, length)
   const auto make = [&](int rows, int columns, const Runs& row_runs, const Runs& column_runs, float mean = 0) {
     int terms = 0;

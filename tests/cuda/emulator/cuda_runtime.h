@@ -1,11 +1,10 @@
-// What of CUDA the kernels and launchers use, for a C++ compiler; see emulator.h.
+// The part of CUDA that the kernels and launchers use, for a C++ compiler: see emulator.h.
 #pragma once
 
 #include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 
 #define __global__
@@ -34,7 +33,7 @@ struct dim3 {
 
 #include "emulator.h"
 
-// Objects rather than macros: members of launch configurations have the same names.
+// These are objects and no macros, because members of launch configurations have the same names.
 struct BuiltIn {
   unsigned (*value)();
   operator unsigned() const { return value(); }
@@ -55,7 +54,7 @@ inline void __syncwarp() {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-// ---- The runtime's part that launchers use ----
+// ---- The runtime functions that launchers use ----
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
@@ -79,21 +78,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return cudaSuccess; }
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice };
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
 inline cudaError_t cudaDeviceSynchronize() {
   hydravit::emulator::synchronize();
   return cudaSuccess;
 }
 
-// Events tell the time of the emulation, which is that of nothing else.
+// Events measure the time of the emulation, which says nothing about a GPU.
 struct CUevent_st {
   std::chrono::steady_clock::time_point time;
 };
@@ -124,11 +114,11 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    int programmaticStreamSerializationAllowed, cooperative;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -142,11 +132,9 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  hydravit::emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, false, false};
-  for (unsigned i = 0; i < config->numAttrs; i++) {
+  hydravit::emulator::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes, false};
+  for (unsigned i = 0; i < config->numAttrs; i++)
     launch.early |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization;
-    launch.together |= config->attrs[i].id == cudaLaunchAttributeCooperative;
-  }
   hydravit::emulator::launch(launch, [=] { kernel(arguments...); });
   return cudaSuccess;
 }

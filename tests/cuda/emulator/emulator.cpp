@@ -20,7 +20,7 @@ struct Grid {
   Launch how;
   std::function<void()> body;
   std::vector<std::unique_ptr<Block>> blocks;
-  uint32_t released = 0;  // whether the kernel in front has ended
+  uint32_t released = 0;  // 1 when the preceding kernel has ended
 };
 
 namespace {
@@ -101,7 +101,7 @@ std::vector<unsigned> order_of(unsigned count) {
   return order;
 }
 
-// Lets the threads of a warp that can run do so; returns whether one could.
+// Runs the threads of a warp that can go on; returns whether one could.
 bool advance(Block& block, size_t warp) {
   bool any = false;
   for (size_t i = 32 * warp; i < 32 * (warp + 1); i++) {
@@ -114,7 +114,7 @@ bool advance(Block& block, size_t warp) {
   return any;
 }
 
-// All warps by turns, or each as far as it gets before the next: the two ends of what a GPU may do.
+// Runs all warps in turn, or each as far as it can before the next: a GPU may do either, and everything between.
 bool advance(Block& block) {
   bool any = false;
   for (const unsigned warp : order_of(static_cast<unsigned>(block.warps.size())))
@@ -151,7 +151,7 @@ void make_all(Grid& grid) {
   for (unsigned i : order_of(grid.how.grid.x)) grid.blocks.push_back(make_block(grid, i));
 }
 
-// All blocks side by side, until all have ended or, before the grid is released, none can go on.
+// Runs all blocks concurrently until all have ended. Before the grid is released, it stops when none can go on.
 void run_together(Grid& grid) {
   for (bool any = true; any;) {
     any = false;
@@ -214,20 +214,14 @@ void launch(const Launch& how, std::function<void()> body) {
   grid->body = std::move(body);
   if (how.early && settings().early) {
     make_all(*grid);
-    run_together(*grid);  // as far as it gets without the kernel in front
+    run_together(*grid);  // as far as the kernel gets before the preceding one has run
     flush();
     pending = std::move(grid);
     return;
   }
   flush();
   grid->released = 1;
-  if (how.together) {
-    if (how.grid.x > static_cast<unsigned>(settings().processors)) fail("a cooperative launch that does not fit");
-    make_all(*grid);
-    run_together(*grid);
-  } else {
-    run_one_by_one(*grid);
-  }
+  run_one_by_one(*grid);
 }
 
 void synchronize() { flush(); }
@@ -252,7 +246,7 @@ void block_barrier() {
   wait_while(&block.generation, generation, "__syncthreads");
 }
 
-void wait_for_previous() { wait_while(&running->block->grid->released, 0, "the kernel in front"); }
+void wait_for_previous() { wait_while(&running->block->grid->released, 0, "the preceding kernel"); }
 
 void collective(const char* instruction, void* slot, void (*execute)(void** slots)) {
   Warp& warp = emulator::warp();

@@ -1,4 +1,4 @@
-// csrc/cuda/graph.cu without graphs.
+// Replaces csrc/cuda/graph.cu: a launch of a graph launches its kernels one by one.
 #include "graph.h"
 
 #include <utility>
@@ -10,8 +10,8 @@ Graph::Graph(std::vector<Phase> phases, Dtype dtype, Loader loader)
 
 Graph::~Graph() = default;
 
-int Graph::launch(const Ends& ends, void* stream) {
-  ends.set(phases_);
+int Graph::launch(const CallBuffers& buffers, void* stream) {
+  buffers.set(phases_);
   for (const Phase& phase : phases_)
     if (const int status = cuda::launch(phase, dtype_, loader_, stream)) return status;
   return 0;

@@ -67,8 +67,8 @@ void execute_multiply_add(void** slots) {
   }
 }
 
-// Row `row` of a matrix in shared memory, 16 channels, as a descriptor without offset names it: 128-byte rows in groups
-// of 8, of whose addresses bits 4 to 6 are XORed with bits 7 to 9.
+// Reads 16 channels of row `row` of the matrix in shared memory that a descriptor without offset describes: its
+// 128-byte rows form groups of 8, and bits 4 to 6 of an address are XORed with bits 7 to 9.
 void read_row(uint64_t descriptor, int row, float (*value)(uint16_t), float (&result)[16]) {
   const auto field = [&](int from, int bits) {
     return static_cast<uint32_t>(descriptor >> from & ((uint64_t{1} << bits) - 1));
@@ -221,9 +221,9 @@ void from_float(float value, Fp16& result) {
   } else {
     int exponent = 0;
     std::frexp(magnitude, &exponent);
-    const int unit = std::max(exponent - 11, -24);  // the last place's power of two
+    const int unit = std::max(exponent - 11, -24);  // the last place is worth 2^unit
     const auto places = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, -unit)));
-    // A carry out of the fraction moves into the exponent, as it should.
+    // A carry out of the fraction correctly moves into the exponent.
     result.bits = static_cast<uint16_t>(sign | (unit == -24 ? places : ((unit + 24) << 10) + places));
   }
 }
@@ -310,20 +310,6 @@ void warpgroup_wait_for(size_t pending) { collective("wgmma.wait_group", &pendin
 void begin_warpgroup_product(float* sums, int columns, uint64_t a, uint64_t b, float (*value)(uint16_t)) {
   WarpgroupProduct slot{{sums}, columns, a, b, value};
   collective("wgmma", &slot, execute_warpgroup_product);
-}
-
-void count(uint32_t* counter) {
-  check_global(counter, 4, 4);
-  ++*counter;
-}
-bool count_round(uint32_t* counter, int round) {
-  check_global(counter, 4, 4);
-  *counter = (*counter + 1) % static_cast<uint32_t>(round);
-  return *counter == 0;
-}
-void wait_for_count(const uint32_t* counter, uint32_t target) {
-  check_global(counter, 4, 4);
-  while (static_cast<int32_t>(*counter - target) < 0) wait_while(counter, *counter, "a counter");
 }
 
 }  // namespace hydravit::cuda

@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/ptx.cuh as the PTX ISA describes their instructions, on the emulator.
+// The functions of csrc/cuda/ptx.cuh on the emulator: they do what the PTX ISA says of their instructions.
 #pragma once
 
 #include <bit>
@@ -76,7 +76,6 @@ void barrier_expect(uint32_t barrier, uint32_t bytes);
 void barrier_arrive(uint32_t barrier);
 void barrier_wait(uint32_t barrier, uint32_t parity);
 void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
-inline void copy_bulk_fence() {}
 
 // ---- Warpgroups ----
 
@@ -102,11 +101,5 @@ void warpgroup_multiply_add(float (&sums)[count], uint64_t a, uint64_t b) {
 
 inline void wait_for_previous_kernel() { emulator::wait_for_previous(); }
 inline void let_next_kernel_start() {}
-
-// ---- Between blocks of one kernel ----
-
-void count(uint32_t* counter);
-bool count_round(uint32_t* counter, int round);
-void wait_for_count(const uint32_t* counter, uint32_t target);
 
 }  // namespace hydravit::cuda

@@ -1,0 +1,102 @@
+// Where weights and activations lie in memory, and which phases a call consists of. plan.cpp is plain C++ and decides
+// all of this on the host; pack.cu and phases.cu work on the device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "model.h"
+#include "phase.h"
+
+namespace hydravit::cuda {
+
+// ---- The packed weights: one copy serves all subnetworks ----
+
+struct Packed {
+  int64_t offset;     // bytes
+  int rows, columns;  // of a matrix in panels (rows are a multiple of 64), or of a float matrix
+  int64_t scales;     // byte offset of the row scales of an E4m3 matrix
+};
+struct Layout {
+  struct Block {
+    Packed norm1_weight, norm1_bias, qkv, qkv_bias, proj, proj_bias, scale1;
+    Packed norm2_weight, norm2_bias, fc1, fc1_bias, fc2, fc2_bias, scale2;
+  };
+  Packed stem, positions;
+  std::vector<Block> blocks;
+  Packed norm_weight, norm_bias, head, head_bias;
+  int64_t bytes = 0;
+  Dtype dtype;  // of the matrices
+
+  Layout(const Model& model, Dtype dtype);
+};
+
+// Packs all parameters. An absent bias becomes zeros, an absent layer scale ones.
+int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
+         void* stream);
+
+// ---- The workspace: activations of at most `images` images in any subnetwork ----
+
+struct Workspace {
+  // All rows and the pooled rows have buffers of their own. They number an image's rows differently, so in a shared
+  // buffer the tile of one image would overwrite residual rows that the tile of another image still reads.
+  struct Rows {
+    int64_t rows, residual, attended, hidden;  // byte offsets, but for `rows`
+  };
+  int64_t image_rows;
+  Rows all, pooled;
+  int64_t qkv;
+  int64_t prologue;  // rows that a prologue phase makes for the next product
+  int64_t bytes;
+
+  Workspace(const Model& model, int images);
+};
+
+// ---- The phases of a call ----
+
+struct Device {
+  int processors;    // SMs
+  int shared_bytes;  // that one block may have
+  Loader loader;
+  int index;
+  bool has_wgmma = false;  // sm_90a has it; the kernels use it together with bulk copies only
+};
+
+struct Call {
+  const uint8_t* packed;
+  uint8_t* workspace;
+  int images;
+  bool pooled_only = true;  // the last layer computes only the tokens that are pooled: the same bits for less work
+};
+
+// The first phase still lacks its images and the last one its logits: see CallBuffers.
+std::vector<Phase> plan(const Model& model, const Layout& layout, const Subnetwork& subnetwork,
+                        const Workspace& workspace, const Device& device, const Call& call);
+
+// The pointers that differ between calls with the same plan.
+struct CallBuffers {
+  const void* pixels;
+  Dtype pixel_dtype;
+  float* logits;
+
+  bool operator==(const CallBuffers&) const = default;
+  void set(std::vector<Phase>& phases) const {
+    phases.front().product.a = pixels;
+    phases.front().product.image_dtype = pixel_dtype;
+    phases.back().product.c = logits;
+  }
+};
+
+// The same phase once with every tile shape that can compute it.
+std::vector<Phase> in_every_tile_shape(const Phase& phase, Dtype weights, const Device& device);
+
+// ---- Kernels ----
+
+// Must run once before the first launch on a device: grants the kernels all shared memory that there is.
+int prepare(Dtype dtype, const Device& device);
+// Launches the kernel of one phase on the stream.
+int launch(const Phase& phase, Dtype dtype, Loader loader, void* stream);
+// The kernel of the phase as CUDA knows it.
+const void* kernel_of(const Phase& phase, Dtype dtype, Loader loader);
+
+}  // namespace hydravit::cuda
