@@ -14,7 +14,6 @@ from hydravit.config import HydraViTConfig
 _MODULE = nn.modules.module  # where hooks on all modules are kept
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
 Parameters = TypeVar("Parameters", bound=tuple)
 
 

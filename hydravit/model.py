@@ -206,7 +206,8 @@ class HydraViT(nn.Module):
         """
         images, widths = self._enter(images, heads)
         if self.packed_inference is not None:
-            if (logits := self.packed_inference.run(self, images, widths)) is not None:
+            logits = self.packed_inference.run(self, images, widths)
+            if logits is not None:
                 return logits
         x = self._trunk(images, widths, pooled_only=self.config.pool == "token")
         return self._head(x, self.head_parameters(), widths)
@@ -314,13 +315,13 @@ class HydraViT(nn.Module):
         """All tokens; or those that the head pools, if nothing can see that the last block computes no others."""
         x, last = self._stem(images, widths), self.blocks[-1]
         for i, block in enumerate(self.blocks):
-            alone = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
-            x = self._block(i, x, widths, *((self.config.pool_range,) if alone else ()))
+            unseen = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
+            x = self._block(i, x, widths, pool=self.config.pool_range if unseen else None)
         return x
 
-    def _block(self, i: int, x: Tensor, widths: Widths, *pool: tuple[int, int]) -> Tensor:
+    def _block(self, i: int, x: Tensor, widths: Widths, pool: tuple[int, int] | None = None) -> Tensor:
         slices = widths.attention(i), widths.mlp(i)
-        return self.blocks[i](x, *slices, widths.eps, widths.subnet, self.backend, self.slice_gradients, *pool)
+        return self.blocks[i](x, *slices, widths.eps, widths.subnet, self.backend, self.slice_gradients, pool)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, widths: Widths) -> Tensor:
         pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # the others are gone

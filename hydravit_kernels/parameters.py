@@ -59,7 +59,7 @@ class MlpParameters(NamedTuple):
 class HeadParameters(NamedTuple):
     """Norm ``(D,)``, classifier ``weight (classes, D)`` and ``bias (classes,)``. Each pair may be None.
 
-    Without a norm there is none; without ``weight`` the result is the pooled features.
+    Without the norm's pair the pooled tokens are not normalised; without ``weight`` they are the result.
     """
 
     norm_weight: Any

@@ -15,7 +15,6 @@ from typing import NamedTuple, TypeVar
 # A set of channels along one axis of a weight: disjoint (offset, length) intervals in the subnetwork's own order.
 Intervals = tuple[tuple[int, int], ...]
 
-
 Slice = TypeVar("Slice", "EmbedSlice", "AttentionSlice", "MlpSlice", "HeadSlice")
 
 

@@ -24,9 +24,7 @@ class Structure:
         modules = list(model.modules())
         self._parameters = [module._parameters for module in modules]
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        # A network calls no module: a block with hooks or another forward must not be passed over.
-        self._foreign = not all(map(is_ours, model.blocks))
-        self._attributes = [block.__dict__ for block in model.blocks]
+        self._blocks = list(model.blocks)
         tables = {id(hooks): hooks for block in model.blocks for hooks in hooks_of(block)}
         self._hooks = list(tables.values())
 
@@ -35,8 +33,8 @@ class Structure:
         return all(list(now.values()) == then for now, then in self._children)
 
     def seen_from_outside(self) -> bool:
-        """Whether a hook or a foreign block would miss its call."""
-        return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
+        """Whether a hook or a foreign block would miss its call, because a network calls no module."""
+        return any(self._hooks) or not all(map(is_ours, self._blocks))
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]

@@ -6,6 +6,7 @@ slice of a narrower width is the beginning of some panels, so one copy serves ev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ from hydravit_kernels.subnetwork import Subnetwork
 
 PANEL = 32  # kPanel of csrc/hydravit.h
 
-# How many subnetworks keep their plan. A model has a dozen widths, but a call may bring any subnetwork.
-_MOST_PLANS = 256
+# What is resolved once per subnetwork is kept for so many. A model has a dozen, but a call may bring any other.
+_MOST_KEPT = 256
 
 
 class _Packed(NamedTuple):
@@ -38,7 +39,7 @@ class CpuNetwork:
     """A network in float32 by the native kernels. Several threads may use it; workspaces belong to the threads.
 
     Args:
-        parameters: float32 tensors on the CPU, which are copied.
+        parameters: tensors on the CPU, which are copied; weights of products in float32.
         sizes: of the full network.
     Raises:
         RuntimeError: the native kernels cannot run here, or a parameter has another shape than ``sizes`` say.
@@ -51,6 +52,7 @@ class CpuNetwork:
         self.pack(parameters)
 
     @staticmethod
+    @functools.lru_cache(_MOST_KEPT)
     def why_not(subnetwork: Subnetwork) -> str:
         """Why packed weights cannot serve the subnetwork, or "".
 
@@ -101,7 +103,7 @@ class CpuNetwork:
     def _plan(self, packed: _Packed, subnetwork: Subnetwork) -> Tensor:
         plan = packed.plans.get(subnetwork)
         if plan is None:
-            if len(packed.plans) >= _MOST_PLANS:
+            if len(packed.plans) >= _MOST_KEPT:
                 packed.plans.clear()
             plan = torch.ops.hydravit.plan_network_native(
                 packed.weights, packed.offsets, self.sizes, *subnetwork.flat(), subnetwork.eps
