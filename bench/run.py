@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Plan:
-    """What the arguments ask for, and where the results go.
+    """The run that the arguments ask for, and the folder of its results.
 
     Raises ``ValueError`` for arguments that make no sense, ``OSError`` for a folder that cannot be written.
     """
@@ -139,7 +139,7 @@ def _share(row: dict, machine: Machine) -> dict:
 
 
 def _faults(rows: Sequence[dict]) -> list[str]:
-    """What makes the results worthless."""
+    """Reasons why the results are worthless."""
     faults = []
     for row in rows:
         about = f"{row['peer']}, {row['task']} k={row['heads']} batch {row['batch']} {row['dtype']}"

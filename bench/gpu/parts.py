@@ -36,7 +36,7 @@ def closing_seconds(minutes: float) -> float:
 
 
 def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> list[list[str]]:
-    """What a part runs, one after the other until one fails. Raises ``FileNotFoundError`` for a missing program."""
+    """The commands of a part; they run in order until one fails. Raises ``FileNotFoundError`` for a missing program."""
     python = [sys.executable, "-u", "-m"]
     # A test file that cannot be imported is an error, but no reason to run none of the others.
     tests = [*python, "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu and not long"]
