@@ -19,7 +19,7 @@ from bench.measuring.machine import Machine, keep_freed_memory
 from bench.measuring.measure import make_row, measure
 from bench.measuring.timer import Effort, Timer, Witness
 from bench.measuring.workloads import PARTS, default_heads, workloads
-from bench.peers import every_peer
+from bench.peers.registry import EVERY_PEER
 from bench.report.page import page
 from bench.report.summary import line, summary
 from bench.rows import write_results
@@ -86,9 +86,8 @@ class _Plan:
         if not all(part.isdecimal() and int(part) > 0 for part in batches.split(",")):
             raise ValueError(f"--batch {batches!r}: expected numbers of images such as 1,8")
         dtypes = _choose("--dtype", args.dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
-        known = every_peer()
-        chosen = _choose("--peers", args.peers, tuple(peer.name for peer in known))
-        self.peers = [peer for peer in known if peer.name in chosen]
+        chosen = _choose("--peers", args.peers, tuple(peer.name for peer in EVERY_PEER))
+        self.peers = [peer for peer in EVERY_PEER if peer.name in chosen]
         self.workloads = workloads(parts, heads, [int(part) for part in batches.split(",")], dtypes, args.config)
         deadline = SYSTEM.now() + 60 * args.minutes if args.minutes else float("inf")
         effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline=deadline)
@@ -162,7 +161,7 @@ def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in every_peer())
+    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in EVERY_PEER)
     parts = "\n".join(f"  {name:16} {part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",

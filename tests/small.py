@@ -19,8 +19,8 @@ def shake(model):
     return model
 
 
-def make(config=SMALL, **overrides):
-    return shake(HydraViT(resolve_config(config, **overrides), backend="reference").eval())
+def make(config=SMALL, backend="reference", **overrides):
+    return shake(HydraViT(resolve_config(config, **overrides), backend=backend).eval())
 
 
 def images(config, batch=2):
