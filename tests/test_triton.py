@@ -65,7 +65,7 @@ def test_op_is_the_reference(on, name, seed):
     """Any offsets, lengths and pitches, one width or a width per image, with and without every optional argument."""
     case = Case(f"triton {name} {seed}", tokens=20)
     try:
-        check_op(name, case, on=on)
+        check_op(name, case, draws=5 if GPU else 1, on=on)  # more for 16 bits, where eager may be lucky in all orders
     except Exception as error:
         raise AssertionError(f"{error}\nin the case {case}") from error
 
