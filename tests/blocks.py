@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from budget import Eager, assert_within_budget
+from budget import Draws, assert_within_budget
 
 from hydravit_kernels import ops  # noqa: F401  (defines the ops)
 from hydravit_kernels.slices import flatten
@@ -133,11 +133,15 @@ class Block:
     def zeros(self):
         return [None if p is None else torch.zeros_like(p) for p in self.parameters]
 
-    def oracle(self, grad, dtype=None):
-        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are."""
+    def oracle(self, grad, dtype=None, near=list):
+        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are.
+
+        ``near``: see ``Draws``.
+        """
         where = self.x.device if dtype is None else "cpu"
         leaves = [
-            None if t is None else t.detach().to(where, dtype).requires_grad_() for t in (self.x, *self.parameters)
+            None if t is None else t.detach().to(where, dtype).requires_grad_()
+            for t in near([self.x, *self.parameters])
         ]
         x = leaves[0]
         y = self.plain(x, [None if p is None else p.to(x.dtype) for p in leaves[1:]])
@@ -152,10 +156,9 @@ class Block:
         grad = torch.randn(y.shape).to(y)
         buffers = self.zeros()
         gradients = [self.backward(grad, buffers, saved=saved), *(b for b in buffers if b is not None)]
-        exact, eager = self.oracle(grad, torch.float64), Eager(lambda: self.oracle(grad))
-        for i, (actual, expected) in enumerate(zip([y, *gradients], exact, strict=True)):
-            name = f"{self.name} {f'gradient {i - 1}' if i else 'output'}"
-            assert_within_budget(actual.cpu(), (results[i].cpu() for results in eager), expected, name)
+        draws = Draws(lambda near: (self.oracle(grad, near=near), self.oracle(grad, torch.float64, near)), y.dtype)
+        for i, actual in enumerate([y, *gradients]):
+            assert_within_budget(actual, draws[i], f"{self.name} {f'gradient {i - 1}' if i else 'output'}")
         for parameter, buffer in zip(self.parameters, buffers, strict=True):
             assert parameter is None or not buffer[parameter.isnan()].any(), "gradient outside the slice"
 

@@ -1,6 +1,7 @@
 """A small model whose every parameter matters, for the tests that compare weights."""
 
 import torch
+from budget import Draws
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
@@ -37,3 +38,20 @@ def poison(model, geometries):
         with torch.no_grad():
             parameter[~read] = float("nan")
     return model
+
+
+def draws_of_logits(model, x, dtype, device="cpu", **options):
+    """For the error budget: the reference's logits for the weights of ``model``, eager's in ``dtype`` on the device."""
+
+    @torch.no_grad()
+    def compute(near):
+        images, *weights = near([x, *model.state_dict().values()])
+
+        def logits(where, precision):
+            reference = HydraViT(model.config, backend="reference").eval()
+            reference.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+            return [reference.to(where, precision)(images.to(where, precision), **options)]
+
+        return logits(device, dtype), logits("cpu", torch.float64)
+
+    return Draws(compute, dtype)

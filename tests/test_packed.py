@@ -16,12 +16,11 @@ import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig, geometry, inference, layers
 from hydravit.config import resolve_config
 from hydravit.geometry import GEOMETRIES
-from hydravit_kernels import _native
 from hydravit_kernels.packed import PANEL
 from hydravit_kernels.parameters import NetworkSizes
 
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
