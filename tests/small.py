@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from budget import Draws
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
@@ -55,3 +56,20 @@ def same(a, b):
 
 def without(name):
     return lambda state: {key: tensor for key, tensor in state.items() if key != name}
+
+
+def draws_of_logits(model, x, dtype, device="cpu", **options):
+    """For the error budget: the reference's logits for the weights of ``model``, eager's in ``dtype`` on the device."""
+
+    @torch.no_grad()
+    def compute(near):
+        images, *weights = near([x, *model.state_dict().values()])
+
+        def logits(where, precision):
+            reference = HydraViT(model.config, backend="reference").eval()
+            reference.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+            return [reference.to(where, precision)(images.to(where, precision), **options)]
+
+        return logits(device, dtype), logits("cpu", torch.float64)
+
+    return Draws(compute, dtype)

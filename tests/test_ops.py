@@ -14,9 +14,9 @@ import hydravit
 from hydravit import HydraViTConfig
 from hydravit.config import resolve_config
 from hydravit.training import SliceGradients
-from hydravit_kernels import backends, ops
+from hydravit_kernels import ops
 
-native = pytest.mark.skipif(backends.report()["native"] != "available", reason=backends.report()["native"])
+native = pytest.mark.needs("native")
 
 TWELVE = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=12, head_dim=8, num_classes=10)
 
