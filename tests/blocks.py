@@ -1,106 +1,126 @@
-"""One call of an op with NaN outside the slice of every parameter, and plain PyTorch to compare it with."""
+"""One call of an op with NaN in every parameter outside the slices, and its comparison with the reference."""
 
 import math
 
 import torch
-import torch.nn.functional as F
 from budget import Draws, assert_within_budget
 
-from hydravit_kernels import ops  # noqa: F401  (defines the ops)
+from hydravit_kernels import (
+    AttentionParameters,
+    HeadParameters,
+    MlpParameters,
+    StemParameters,
+    ops,  # noqa: F401  (defines the ops)
+    reference,
+)
 from hydravit_kernels.subnetwork import flatten
 
 hydravit = torch.ops.hydravit
 EPS = 1e-6
 
 
-# ---- Parameters with NaN outside the slice, and the oracle: plain PyTorch on views ----
+# ---- Parameters with NaN wherever none of the slices reads ----
 
 
 def interval(offset, length):
-    return torch.arange(offset, offset + length)
+    return range(offset, offset + length)
 
 
-def head_rows(start, length, s):
-    return torch.cat([interval(start + h * s.pitch, length) for h in range(s.heads)] or [interval(0, 0)])
+def embed_of(s):
+    return interval(s.embed_offset, s.embed)
 
 
-def poisoned(shape, *live, scale=None):
-    """Random where every axis is in its list (None: all of it), NaN elsewhere; a product keeps the variance."""
-    parameter = torch.full(shape, float("nan"))
-    lists = [torch.arange(n) if keep is None else keep for n, keep in zip(shape, live, strict=True)]
-    if scale is None:
-        scale = 0.3 if len(shape) == 1 else max(1, math.prod(len(keep) for keep in lists[1:])) ** -0.5
-    values = torch.randn([len(keep) for keep in lists]) * scale
-    parameter[torch.meshgrid(*lists, indexing="ij")] = values
-    return parameter
+def poisoned(shape, reads, around=0.0):
+    """Random where a slice reads, NaN elsewhere; ``reads``: of every slice a sequence of indices for each axis.
+
+    The deviation is such that a product keeps the variance.
+    """
+    read = torch.zeros(shape, dtype=torch.bool)
+    for axes in reads:
+        read[torch.meshgrid(*(torch.tensor(axis, dtype=torch.int64) for axis in axes), indexing="ij")] = True
+    inputs = min((math.prod(map(len, axes[1:])) for axes in reads), default=1)
+    deviation = 0.3 if len(shape) == 1 else max(1, inputs) ** -0.5
+    return torch.where(read, around + deviation * torch.randn(shape), float("nan"))
 
 
-def add_branch(x, branch, layer_scale, branch_scale, e):
-    if layer_scale is not None:
-        branch = branch * layer_scale[e]
-    return x + (branch if branch_scale is None else branch * branch_scale[:, None, None])
+def stem_parameters(slices, full, channels, patch, *, bias=True, cls=1, reg=0, positions=0):
+    live = [embed_of(s) for s in slices]
+
+    def tokens(count):
+        return poisoned((1, count, full), [(range(1), range(count), e) for e in live]) if count else None
+
+    return StemParameters(
+        weight=poisoned((full, channels, *patch), [(e, range(channels), *map(range, patch)) for e in live]),
+        bias=poisoned((full,), [(e,) for e in live]) if bias else None,
+        cls_token=tokens(cls),
+        reg_token=tokens(reg),
+        pos_embed=tokens(positions),
+    )
 
 
-def optional(parameter, index):
-    return None if parameter is None else parameter[index]
+def attention_parameters(slices, full, rows, columns, *, qkv_bias=True, proj_bias=True, layer_scale=True):
+    """``rows``, ``columns``: of the full qkv and proj weights."""
+    live = [s for s in slices if s.heads]
+
+    def of_heads(s, start, length):
+        return [start + head * s.pitch + i for head in range(s.heads) for i in range(length)]
+
+    def of_roles(s):
+        roles = (s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim)
+        return [row for role in roles for row in of_heads(s, *role)]
+
+    def vector(around=0.0):
+        return poisoned((full,), [(embed_of(s),) for s in live], around)
+
+    proj = [(embed_of(s), of_heads(s, s.proj_column, s.value_dim)) for s in live]
+    return AttentionParameters(
+        norm_weight=vector(1.0),
+        norm_bias=vector(),
+        qkv_weight=poisoned((rows, full), [(of_roles(s), embed_of(s)) for s in live]),
+        qkv_bias=poisoned((rows,), [(of_roles(s),) for s in live]) if qkv_bias else None,
+        proj_weight=poisoned((full, columns), proj),
+        proj_bias=vector() if proj_bias else None,
+        layer_scale=vector() if layer_scale else None,
+    )
 
 
-def plain_attention(x, p, branch_scale, s, queries):
-    if s.heads == 0:
-        return x[:, :queries].clone()
-    norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale = p
-    e = slice(s.embed_offset, s.embed_offset + s.embed)
-    y = F.layer_norm(x, (s.embed,), norm_weight[e], norm_bias[e], EPS)
-    roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
-    rows = [head_rows(start, length, s) for start, length in roles]
-    q, k, v = (F.linear(y, qkv_weight[r][:, e], optional(qkv_bias, r)).unflatten(-1, (s.heads, -1)) for r in rows)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    q = q[:, :, :queries]
-    y = ((q @ k.mT * s.scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
-    columns = head_rows(s.proj_column, s.value_dim, s)
-    branch = F.linear(y, proj_weight[e][:, columns], optional(proj_bias, e))
-    return add_branch(x[:, :queries], branch, layer_scale, branch_scale, e)
+def mlp_parameters(slices, full, hidden, *, fc1_bias=True, fc2_bias=True, layer_scale=True):
+    live = [s for s in slices if s.hidden]
+    places = [(interval(s.hidden_offset, s.hidden), embed_of(s)) for s in live]
+
+    def vector(around=0.0):
+        return poisoned((full,), [(e,) for _, e in places], around)
+
+    return MlpParameters(
+        norm_weight=vector(1.0),
+        norm_bias=vector(),
+        fc1_weight=poisoned((hidden, full), places),
+        fc1_bias=poisoned((hidden,), [(h,) for h, _ in places]) if fc1_bias else None,
+        fc2_weight=poisoned((full, hidden), [(e, h) for h, e in places]),
+        fc2_bias=vector() if fc2_bias else None,
+        layer_scale=vector() if layer_scale else None,
+    )
 
 
-def plain_mlp(x, p, branch_scale, s):
-    if s.hidden == 0:
-        return x.clone()
-    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale = p
-    e = slice(s.embed_offset, s.embed_offset + s.embed)
-    h = slice(s.hidden_offset, s.hidden_offset + s.hidden)
-    y = F.layer_norm(x, (s.embed,), norm_weight[e], norm_bias[e], EPS)
-    y = F.linear(F.gelu(F.linear(y, fc1_weight[h, e], optional(fc1_bias, h))), fc2_weight[e, h], optional(fc2_bias, e))
-    return add_branch(x, y, layer_scale, branch_scale, e)
+def head_parameters(slices, full, rows, *, norm=True, classify=True, bias=True):
+    places = [(interval(s.class_offset, s.classes), embed_of(s)) for s in slices]
+    return HeadParameters(
+        norm_weight=poisoned((full,), [(e,) for _, e in places], 1.0) if norm else None,
+        norm_bias=poisoned((full,), [(e,) for _, e in places]) if norm else None,
+        weight=poisoned((rows, full), places) if classify else None,
+        bias=poisoned((rows,), [(c,) for c, _ in places]) if classify and bias else None,
+    )
 
 
-def plain_stem(images, p, s):
-    weight, bias, cls_token, reg_token, pos_embed = p
-    e = slice(s.embed_offset, s.embed_offset + s.embed)
-    patches = F.conv2d(images, weight[e], optional(bias, e), stride=weight.shape[2:]).flatten(2).mT
-    prefix = [t[:, :, e].expand(len(images), -1, -1) for t in (cls_token, reg_token) if t is not None]
-    if pos_embed is not None and pos_embed.shape[1] == patches.shape[1]:
-        return torch.cat([*prefix, patches + pos_embed[:, :, e]], 1)
-    tokens = torch.cat([*prefix, patches], 1)
-    return tokens if pos_embed is None else tokens + pos_embed[:, :, e]
-
-
-def plain_head(x, p, pool, s):
-    norm_weight, norm_bias, weight, bias = p
-    e, rows = slice(s.embed_offset, s.embed_offset + s.embed), slice(s.class_offset, s.class_offset + s.classes)
-    y = x[:, pool[0] : pool[1]].mean(1)
-    if norm_weight is not None:
-        y = F.layer_norm(y, (s.embed,), norm_weight[e], norm_bias[e], EPS)
-    return y if weight is None else F.linear(y, weight[rows, e], optional(bias, rows))
-
-
-# ---- One op call, and its comparison with the oracle ----
+# ---- One op call, and its comparison with the reference ----
 
 
 class Block:
-    """Everything to call one op: its input, parameters and constants, and the plain function of (input, parameters)."""
+    """Everything to call one op: its input, parameters and constants, and the reference of (input, parameters)."""
 
-    def __init__(self, name, x, parameters, constants, plain):
-        self.name, self.x, self.parameters, self.constants, self.plain = name, x, parameters, constants, plain
+    def __init__(self, name, x, parameters, constants, reference):
+        self.name, self.x, self.parameters, self.constants = name, x, list(parameters), constants
+        self.reference = reference
         self.saves = name in ("attention_block", "mlp_block")
         self.backend = "native"
 
@@ -134,7 +154,7 @@ class Block:
         return [None if p is None else torch.zeros_like(p) for p in self.parameters]
 
     def oracle(self, grad, dtype=None, near=list):
-        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are.
+        """Result and gradients of the reference, all on the CPU in ``dtype``; None: where and as they are.
 
         ``near``: see ``Draws``.
         """
@@ -144,7 +164,7 @@ class Block:
             for t in near([self.x, *self.parameters])
         ]
         x = leaves[0]
-        y = self.plain(x, [None if p is None else p.to(x.dtype) for p in leaves[1:]])
+        y = self.reference(x, [None if p is None else p.to(x.dtype) for p in leaves[1:]])
         inputs = [t for t in leaves if t is not None]
         gradients = torch.autograd.grad(y, inputs, grad.to(x), allow_unused=True)
         return [y, *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True))]
@@ -201,73 +221,74 @@ class Block:
             assert a is None or torch.equal(a, b)
 
 
+# Each with one slice or several; ``subnet``: which of them an image uses.
+
+
+def beside(x, tensor):
+    """On the device of ``x`` and, unless it is an index, in its dtype."""
+    return None if tensor is None else tensor.to(x.device, x.dtype if tensor.is_floating_point() else None)
+
+
+def stem_block(images, parameters, slices, subnet=None):
+    def exact(x, p):
+        return reference.stem(x, StemParameters(*p), slices, beside(x, subnet))
+
+    return Block("stem", images, parameters, (flatten(slices), subnet), exact)
+
+
+def attention_block(x, parameters, branch_scale, slices, subnet=None, queries=None):
+    queries = x.shape[1] if queries is None else queries
+
+    def exact(x, p):
+        scale, which = beside(x, branch_scale), beside(x, subnet)
+        return reference.attention_block(x, AttentionParameters(*p), scale, slices, EPS, which, queries)
+
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet, queries)
+    return Block("attention_block", x, parameters, constants, exact)
+
+
+def mlp_block(x, parameters, branch_scale, slices, subnet=None):
+    def exact(x, p):
+        return reference.mlp_block(x, MlpParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet))
+
+    return Block("mlp_block", x, parameters, (branch_scale, flatten(slices), EPS, subnet), exact)
+
+
+def head_block(x, parameters, pool, slices, subnet=None):
+    def exact(x, p):
+        return reference.head(x, HeadParameters(*p), *pool, slices, EPS, beside(x, subnet))
+
+    return Block("head", x, parameters, (*pool, flatten(slices), EPS, subnet), exact)
+
+
+# ---- Calls with one slice, of sizes that most tests share ----
+
+
 def attention(s, batch, tokens, full=192, rows=576, plenty=True, x=None, queries=None):
-    e = interval(s.embed_offset, s.embed)
-    roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
-    qkv_rows = torch.cat([head_rows(start, length, s) for start, length in roles])
-    proj_columns = head_rows(s.proj_column, s.value_dim, s)
-    e_or_none = e if s.heads else interval(0, 0)
-    parameters = [
-        poisoned((full,), e_or_none, scale=1),
-        poisoned((full,), e_or_none),
-        poisoned((rows, full), qkv_rows, e),
-        poisoned((rows,), qkv_rows) if plenty else None,
-        poisoned((full, full), e, proj_columns),
-        poisoned((full,), e_or_none) if plenty else None,
-        poisoned((full,), e_or_none) if plenty else None,
-    ]
+    """``plenty``: with every parameter that is optional."""
+    optional = dict.fromkeys(("qkv_bias", "proj_bias", "layer_scale"), plenty)
+    parameters = attention_parameters([s], full, rows, full, **optional)
     branch_scale = torch.rand(batch) * 2 if plenty else None
     x = torch.randn(batch, tokens, s.embed) if x is None else x
-    queries = tokens if queries is None else queries
-
-    def plain(x, p):
-        return plain_attention(x, p, None if branch_scale is None else branch_scale.to(x), s, queries)
-
-    constants = (branch_scale, flatten([s]), [s.scale], EPS, None, queries)
-    return Block("attention_block", x, parameters, constants, plain)
+    return attention_block(x, parameters, branch_scale, [s], queries=queries)
 
 
 def mlp(s, batch, tokens, full=192, hidden=400, plenty=True):
-    e = interval(s.embed_offset, s.embed) if s.hidden else interval(0, 0)
-    h = interval(s.hidden_offset, s.hidden)
-    parameters = [
-        poisoned((full,), e, scale=1),
-        poisoned((full,), e),
-        poisoned((hidden, full), h, e),
-        poisoned((hidden,), h) if plenty else None,
-        poisoned((full, hidden), e, h),
-        poisoned((full,), e) if plenty else None,
-        poisoned((full,), e) if plenty else None,
-    ]
+    """``plenty``: with every parameter that is optional."""
+    optional = dict.fromkeys(("fc1_bias", "fc2_bias", "layer_scale"), plenty)
+    parameters = mlp_parameters([s], full, hidden, **optional)
     branch_scale = torch.rand(batch) * 2 if plenty else None
-    constants = (branch_scale, flatten([s]), EPS, None)
-    plain = lambda x, p: plain_mlp(x, p, None if branch_scale is None else branch_scale.to(x), s)  # noqa: E731
-    return Block("mlp_block", torch.randn(batch, tokens, s.embed), parameters, constants, plain)
+    return mlp_block(torch.randn(batch, tokens, s.embed), parameters, branch_scale, [s])
 
 
 def stem(s, images, patch=(8, 8), full=80, cls=1, reg=0, positions="all"):
-    e = interval(s.embed_offset, s.embed)
+    """``positions``: of all tokens, of the patches, or None."""
     patches = images.shape[2] // patch[0] * (images.shape[3] // patch[1])
-    count = patches + cls + reg if positions == "all" else patches
-    parameters = [
-        poisoned((full, images.shape[1], *patch), e, None, None, None),
-        poisoned((full,), e) if cls else None,
-        poisoned((1, cls, full), None, None, e) if cls else None,
-        poisoned((1, reg, full), None, None, e) if reg else None,
-        poisoned((1, count, full), None, None, e) if positions else None,
-    ]
-    return Block("stem", images, parameters, (flatten([s]), None), lambda x, p: plain_stem(x, p, s))
+    count = {"all": patches + cls + reg, "patches": patches, None: 0}[positions]
+    sizes = {"bias": bool(cls), "cls": cls, "reg": reg, "positions": count}
+    return stem_block(images, stem_parameters([s], full, images.shape[1], patch, **sizes), [s])
 
 
 def head(s, batch, tokens, pool, full=192, rows=30, norm=True, classify=True, bias=True):
-    e, c = interval(s.embed_offset, s.embed), interval(s.class_offset, s.classes)
-    parameters = [
-        poisoned((full,), e, scale=1) if norm else None,
-        poisoned((full,), e) if norm else None,
-        poisoned((rows, full), c, e) if classify else None,
-        poisoned((rows,), c) if classify and bias else None,
-    ]
-    constants = (*pool, flatten([s]), EPS, None)
-    return Block(
-        "head", torch.randn(batch, tokens, s.embed), parameters, constants, lambda x, p: plain_head(x, p, pool, s)
-    )
+    parameters = head_parameters([s], full, rows, norm=norm, classify=classify, bias=bias)
+    return head_block(torch.randn(batch, tokens, s.embed), parameters, pool, [s])

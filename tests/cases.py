@@ -7,21 +7,18 @@ import math
 import random
 
 import torch
-from blocks import EPS, Block
-
-from hydravit_kernels import (
-    AttentionParameters,
-    AttentionSlice,
-    EmbedSlice,
-    HeadParameters,
-    HeadSlice,
-    MlpParameters,
-    MlpSlice,
-    StemParameters,
-    reference,
-    widest,
+from blocks import (
+    attention_block,
+    attention_parameters,
+    head_block,
+    head_parameters,
+    mlp_block,
+    mlp_parameters,
+    stem_block,
+    stem_parameters,
 )
-from hydravit_kernels.subnetwork import flatten
+
+from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, widest
 
 
 class Case:
@@ -64,25 +61,7 @@ class Case:
         return torch.randn(shape).to(memory_format=getattr(torch, f"{kind}_format" if kind == "contiguous" else kind))
 
 
-def interval(offset, length):
-    return range(offset, offset + length)
-
-
-def of_stream(s):
-    return interval(s.embed_offset, s.embed)
-
-
-def poisoned(shape, reads, around=0.0):
-    """Random where a width reads, NaN elsewhere; ``reads``: of every width a list of indices for each axis."""
-    read = torch.zeros(shape, dtype=torch.bool)
-    for axes in reads:
-        read[torch.meshgrid(*(torch.tensor(axis, dtype=torch.int64) for axis in axes), indexing="ij")] = True
-    inputs = min((math.prod(map(len, axes[1:])) for axes in reads), default=1)
-    scale = 0.3 if len(shape) == 1 else max(1, inputs) ** -0.5
-    return torch.where(read, around + scale * torch.randn(shape), float("nan"))
-
-
-def stream(case, slices, batch, subnet):
+def residual(case, slices, batch, subnet):
     """``x`` with NaN in the channels beyond an image's own."""
     x = torch.randn(batch, case.between("tokens", 1, case.most_tokens), widest(slices))
     for image in range(batch):
@@ -95,38 +74,18 @@ def embed_slices(case, full):
     return [EmbedSlice(case.place(length, full), length) for length in lengths]
 
 
-def beside(x, tensor):
-    """On the device of ``x`` and, unless it is an index, in its dtype."""
-    return None if tensor is None else tensor.to(x.device, x.dtype if tensor.is_floating_point() else None)
-
-
 def stem_case(case):
     full, batch = case.between("full", 16, 80), case.between("batch", 1, 4)
     channels, patch = case.between("channels", 1, 4), (case.between("height", 1, 6), case.between("width", 1, 6))
     grid = case.between("down", 1, 5), case.between("across", 1, 5)
     slices = case.keep("slices", embed_slices(case, full))
-    subnet, live = case.subnet(batch, len(slices)), [of_stream(s) for s in slices]
-
-    def tokens(count):
-        return poisoned((1, count, full), [(range(1), range(count), e) for e in live]) if count else None
-
+    subnet = case.subnet(batch, len(slices))
     cls, reg = case.between("class tokens", 0, 2), case.between("registers", 0, 3)
     positions = math.prod(grid) + case.one_of("positions on the prefix", 0, cls + reg)
-    parameters = [
-        poisoned((full, channels, *patch), [(e, range(channels), *map(range, patch)) for e in live]),
-        poisoned((full,), [(e,) for e in live]) if case.coin("bias") else None,
-        tokens(cls),
-        tokens(reg),
-        tokens(positions) if case.coin("position embedding", 0.8) else None,
-    ]
-    images = case.images(batch, channels, grid[0] * patch[0], grid[1] * patch[1])
-    return Block(
-        "stem",
-        images,
-        parameters,
-        (flatten(slices), subnet),
-        lambda x, p: reference.stem(x, StemParameters(*p), slices, beside(x, subnet)),
-    )
+    bias, embedded = case.coin("bias"), case.coin("position embedding", 0.8)
+    sizes = {"bias": bias, "cls": cls, "reg": reg, "positions": positions if embedded else 0}
+    parameters = stem_parameters(slices, full, channels, patch, **sizes)
+    return stem_block(case.images(batch, channels, grid[0] * patch[0], grid[1] * patch[1]), parameters, slices, subnet)
 
 
 def attention_case(case):
@@ -145,42 +104,13 @@ def attention_case(case):
         starts = [case.place(length, size) for length, size in zip(reach, sizes, strict=True)]
         scale = case.one_of(f"scale {i}", head_dim**-0.5, 0.1, 1.0)
         slices.append(AttentionSlice(*embed, *starts, heads, head_dim, value_dim, pitch, scale))
-    case.keep("slices", slices)
-    subnet, live = case.subnet(batch, len(slices)), [s for s in slices if s.heads]
-
-    def of_heads(s, start, length):
-        return [start + head * s.pitch + i for head in range(s.heads) for i in range(length)]
-
-    def of_roles(s):
-        roles = (s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim)
-        return [row for role in roles for row in of_heads(s, *role)]
-
-    def vector(around=0.0):
-        return poisoned((full,), [(of_stream(s),) for s in live], around)
-
-    qkv = poisoned((rows, full), [(of_roles(s), of_stream(s)) for s in live])
-    proj = poisoned((full, columns), [(of_stream(s), of_heads(s, s.proj_column, s.value_dim)) for s in live])
-    parameters = [
-        vector(1.0),
-        vector(),
-        qkv,
-        poisoned((rows,), [(of_roles(s),) for s in live]) if case.coin("qkv_bias") else None,
-        proj,
-        vector() if case.coin("proj_bias") else None,
-        vector() if case.coin("layer_scale") else None,
-    ]
+    subnet = case.subnet(batch, len(case.keep("slices", slices)))
+    optional = {name: case.coin(name) for name in ("qkv_bias", "proj_bias", "layer_scale")}
+    parameters = attention_parameters(slices, full, rows, columns, **optional)
     branch_scale = torch.rand(batch) * 2 if case.coin("branch_scale") else None
-    x = stream(case, slices, batch, subnet)
-    queries = case.between("queries", 1, x.shape[1]) if case.coin("few queries", 0.3) else x.shape[1]
-    return Block(
-        "attention_block",
-        x,
-        parameters,
-        (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet, queries),
-        lambda x, p: reference.attention_block(
-            x, AttentionParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet), queries
-        ),
-    )
+    x = residual(case, slices, batch, subnet)
+    queries = case.between("queries", 1, x.shape[1]) if case.coin("few queries", 0.3) else None
+    return attention_block(x, parameters, branch_scale, slices, subnet, queries)
 
 
 def mlp_case(case):
@@ -189,30 +119,11 @@ def mlp_case(case):
     for i, embed in enumerate(embed_slices(case, full)):
         length = 0 if case.coin(f"skipped {i}", 0.1) else case.between(f"hidden {i}", 1, hidden)
         slices.append(MlpSlice(*embed, case.place(length, hidden), length))
-    case.keep("slices", slices)
-    subnet, live = case.subnet(batch, len(slices)), [s for s in slices if s.hidden]
-    rows = [interval(s.hidden_offset, s.hidden) for s in live]
-
-    def vector(around=0.0):
-        return poisoned((full,), [(of_stream(s),) for s in live], around)
-
-    parameters = [
-        vector(1.0),
-        vector(),
-        poisoned((hidden, full), [(h, of_stream(s)) for h, s in zip(rows, live, strict=True)]),
-        poisoned((hidden,), [(h,) for h in rows]) if case.coin("fc1_bias") else None,
-        poisoned((full, hidden), [(of_stream(s), h) for h, s in zip(rows, live, strict=True)]),
-        vector() if case.coin("fc2_bias") else None,
-        vector() if case.coin("layer_scale") else None,
-    ]
+    subnet = case.subnet(batch, len(case.keep("slices", slices)))
+    optional = {name: case.coin(name) for name in ("fc1_bias", "fc2_bias", "layer_scale")}
+    parameters = mlp_parameters(slices, full, hidden, **optional)
     branch_scale = torch.rand(batch) * 2 if case.coin("branch_scale") else None
-    return Block(
-        "mlp_block",
-        stream(case, slices, batch, subnet),
-        parameters,
-        (branch_scale, flatten(slices), EPS, subnet),
-        lambda x, p: reference.mlp_block(x, MlpParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet)),
-    )
+    return mlp_block(residual(case, slices, batch, subnet), parameters, branch_scale, slices, subnet)
 
 
 def head_case(case):
@@ -221,24 +132,12 @@ def head_case(case):
     classes = case.between("classes", 1, rows)
     slices = [HeadSlice(*embed, case.place(classes, rows), classes) for embed in embed_slices(case, full)]
     subnet = case.subnet(batch, len(case.keep("slices", slices)))
-    live = [(interval(s.class_offset, classes), of_stream(s)) for s in slices]
-    norm, classify = case.coin("norm", 0.8), case.coin("classify", 0.8)
-    parameters = [
-        poisoned((full,), [(e,) for _, e in live], 1.0) if norm else None,
-        poisoned((full,), [(e,) for _, e in live]) if norm else None,
-        poisoned((rows, full), live) if classify else None,
-        poisoned((rows,), [(c,) for c, _ in live]) if classify and case.coin("bias") else None,
-    ]
-    x = stream(case, slices, batch, subnet)
+    optional = {"norm": case.coin("norm", 0.8), "classify": case.coin("classify", 0.8), "bias": case.coin("bias")}
+    parameters = head_parameters(slices, full, rows, **optional)
+    x = residual(case, slices, batch, subnet)
     start = case.between("pool_start", 0, x.shape[1] - 1)
     pool = start, case.between("pool_stop", start + 1, x.shape[1])
-    return Block(
-        "head",
-        x,
-        parameters,
-        (*pool, flatten(slices), EPS, subnet),
-        lambda x, p: reference.head(x, HeadParameters(*p), *pool, slices, EPS, beside(x, subnet)),
-    )
+    return head_block(x, parameters, pool, slices, subnet)
 
 
 OPS = {"stem": stem_case, "attention_block": attention_case, "mlp_block": mlp_case, "head": head_case}

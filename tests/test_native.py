@@ -1,4 +1,4 @@
-"""The native CPU ops against plain PyTorch in float64, forward and backward, on every instruction set that runs here.
+"""The native CPU ops against the reference in float64, forward and backward, on every instruction set that runs here.
 
 Every parameter holds NaN outside the slice, so a finite result proves that nothing else was read.
 """
