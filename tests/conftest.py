@@ -1,12 +1,20 @@
 """Fixtures that every test shares, and what is left out on this machine (see machine.py)."""
 
 import collections
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from machine import ISAS, why_not
 
-from hydravit_kernels import backends
+from hydravit.inference import DTYPES
+from hydravit_kernels import CudaNetwork, backends
+from hydravit_kernels.networks import cuda
+
+ROOT = Path(__file__).parent.parent
 
 LEFT_OUT = pytest.StashKey()
 
@@ -66,3 +74,28 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The module of the CUDA network, compiled for this CPU: the emulator of tests/cuda computes what a GPU would."""
+    folder = tmp_path_factory.mktemp("emulated")
+    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}")
+    for command in (
+        ("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHYDRAVIT_EMULATOR=ON", *options),
+        ("cmake", "--build", folder, "--target", "_cuda"),
+    ):
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert result.returncode == 0, result.stdout
+    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cuda_on_the_cpu(emulated, monkeypatch):
+    """Models on the CPU have the CUDA network, on the emulator, and its dtypes."""
+    monkeypatch.setattr(cuda, "_cuda", emulated)
+    monkeypatch.setattr(CudaNetwork, "why_not", staticmethod(lambda device: ""))
+    monkeypatch.setitem(DTYPES, "cpu", DTYPES["cuda"])

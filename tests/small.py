@@ -11,6 +11,9 @@ from hydravit.geometry import parameter_slices
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
 
+# Heads of 64 channels, as the CUDA kernels need them; 17 tokens.
+SMALL_CUDA = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10, mlp_ratio=1.0)
+
 
 def shake(model):
     """No parameter is left at zero or one, so that a wrong place shows."""

@@ -1,4 +1,4 @@
-"""The CUDA engine on a CUDA device: what tests/test_engine.py asks of the emulator, and what only a device can show."""
+"""The CUDA engine on a CUDA device: what test_engine.py asks of the emulator, and what only a device can show."""
 
 import functools
 import random
@@ -92,11 +92,11 @@ def test_products_of_one_family_have_the_same_bits_at_any_batch():
     model, x = make(BASE), images(BASE, 64).to(DEVICE)
     network = make_network(model, torch.bfloat16, 64)
     for heads in (3, 12):
-        width, logits = model.allowed_heads.index(heads), {}
+        subnetwork, logits = model.subnetwork(heads), {}
         for batch in (1, 2, 4, 8, 16, 32, 48, 64):
-            phases = network.time_phases(x[:batch], width, repeats=1)
+            phases = network.time_phases(x[:batch], subnetwork, repeats=1)
             by_wgmma = tuple((phase.name, phase.tile == "128x128") for phase in phases if phase.planned and phase.tile)
-            found = network.run(x[:batch], width)
+            found = network.run(x[:batch], (subnetwork,))
             expected = logits.setdefault(by_wgmma, found)
             assert torch.equal(found[: len(expected)], expected)
 
