@@ -11,10 +11,10 @@ from torch import nn
 
 from hydravit import HydraViTConfig, geometry, layers
 from hydravit.config import resolve_config
-from hydravit_kernels import CpuNetwork, _native
+from hydravit_kernels import CpuNetwork
 
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

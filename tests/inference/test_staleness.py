@@ -9,10 +9,9 @@ from small import images, shake
 from torch import nn
 
 from hydravit import HydraViT
-from hydravit_kernels import _native
 
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

@@ -8,10 +8,8 @@ import torch
 from packing import WIDE, block_by_block, make, warm
 from small import images
 
-from hydravit_kernels import _native
-
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 

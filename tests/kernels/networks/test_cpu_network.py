@@ -10,11 +10,11 @@ from small import SMALL, images
 
 from hydravit import geometry
 from hydravit.config import resolve_config
-from hydravit_kernels import CpuNetwork, NetworkSizes, _native
+from hydravit_kernels import CpuNetwork, NetworkSizes
 from hydravit_kernels.networks.cpu import PANEL
 
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
