@@ -91,9 +91,11 @@ def attention_block_backward(
         layer_scale=(layer_scale, grad_layer_scale),
     )  # fmt: skip
     grad = rows_like(x, "grad", grad, batch.images, query_count, x.shape[2])
-    qkv = rows_like(x, "qkv", qkv, batch.images, batch.tokens, products.qkv.rows)
+    # The kernels write the gradient of qkv and delta in the layout of qkv and logsumexp.
+    qkv = rows_like(x, "qkv", qkv, batch.images, batch.tokens, products.qkv.rows).contiguous()
     attended = rows_like(x, "attended", attended, batch.images, query_count, products.proj.columns)
     check_tensor("logsumexp", logsumexp, x, (batch.images, products.heads * batch.tokens))
+    logsumexp = logsumexp.contiguous()
 
     add_weight_gradient(
         queries, grad, attended, grad_proj_weight, products.proj, branch_scale=branch_scale, scale=layer_scale

@@ -65,7 +65,8 @@ def mlp_block_backward(
         layer_scale=(layer_scale, grad_layer_scale),
     )  # fmt: skip
     grad = rows_like(x, "grad", grad, *x.shape)
-    hidden = rows_like(x, "hidden", hidden, batch.images, batch.tokens, products.fc1.rows)
+    # The kernel reads hidden in the layout of its result.
+    hidden = rows_like(x, "hidden", hidden, batch.images, batch.tokens, products.fc1.rows).contiguous()
 
     activated_wanted = grad_fc2_weight is not None or grad_layer_scale is not None
     norm_wanted = x_grad or grad_norm_weight is not None or grad_norm_bias is not None
