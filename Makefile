@@ -52,7 +52,7 @@ clean:  ## remove what `make` made: environment, builds, caches
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_cuda.so hydravit_kernels/_build_info.py
 	find hydravit hydravit_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # torch comes first: setup.py builds against it and must not bring one of its own.
 .venv/torch: constraints.txt

@@ -102,7 +102,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def workload_of(row: dict) -> tuple:
-    """What the row is about, apart from the peer."""
+    """The columns that name the row's workload: two rows that agree in them differ in the peer only."""
     return tuple(row[column] for column in ("task", "config", "heads", "batch", "dtype", "cache", "launch"))
 
 

@@ -19,7 +19,7 @@ from bench.measuring.machine import Machine, keep_freed_memory
 from bench.measuring.measure import make_row, measure
 from bench.measuring.timer import Effort, Timer, Witness
 from bench.measuring.workloads import PARTS, default_heads, workloads
-from bench.peers import every_peer
+from bench.peers.registry import EVERY_PEER
 from bench.report.page import page
 from bench.report.summary import line, summary
 from bench.rows import write_results
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
     paths = [*_write(plan, rows), plan.out / f"{plan.name}.html"]
-    paths[-1].write_text(page([paths[0]], plan.trained), encoding="utf-8")
+    paths[-1].write_text(page(paths[0]), encoding="utf-8")
     print("\n" + summary(plan.machine.environment(), rows))
     print("wrote", *paths)
     faults = _faults(rows)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Plan:
-    """What the arguments ask for, and where the results go.
+    """The run that the arguments ask for, and the folder of its results.
 
     Raises ``ValueError`` for arguments that make no sense, ``OSError`` for a folder that cannot be written.
     """
@@ -86,15 +86,11 @@ class _Plan:
         if not all(part.isdecimal() and int(part) > 0 for part in batches.split(",")):
             raise ValueError(f"--batch {batches!r}: expected numbers of images such as 1,8")
         dtypes = _choose("--dtype", args.dtype or ("bf16" if gpu else "fp32"), tuple(DTYPES))
-        known = every_peer()
-        chosen = _choose("--peers", args.peers, tuple(peer.name for peer in known))
-        self.peers = [peer for peer in known if peer.name in chosen]
+        chosen = _choose("--peers", args.peers, tuple(peer.name for peer in EVERY_PEER))
+        self.peers = [peer for peer in EVERY_PEER if peer.name in chosen]
         self.workloads = workloads(parts, heads, [int(part) for part in batches.split(",")], dtypes, args.config)
         deadline = SYSTEM.now() + 60 * args.minutes if args.minutes else float("inf")
         effort = Effort(args.rounds, max(args.rounds, 30), args.seconds, args.attempts, deadline=deadline)
-        self.trained = Path(args.trained) if args.trained else None
-        if self.trained is not None:
-            page([], self.trained)  # raises now rather than after the run
         if args.threads:
             torch.set_num_threads(args.threads)
         self.machine = Machine(device, dtypes)
@@ -142,7 +138,7 @@ def _share(row: dict, machine: Machine) -> dict:
 
 
 def _faults(rows: Sequence[dict]) -> list[str]:
-    """What makes the results worthless."""
+    """Reasons why the results are worthless."""
     faults = []
     for row in rows:
         about = f"{row['peer']}, {row['task']} k={row['heads']} batch {row['batch']} {row['dtype']}"
@@ -165,7 +161,7 @@ def _choose(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in every_peer())
+    known = "\n".join(f"  {peer.name:16} {peer.about}" for peer in EVERY_PEER)
     parts = "\n".join(f"  {name:16} {part.about}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",
@@ -187,7 +183,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=20, help="of rounds, or more (default: %(default)s)")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="at a noisy one (default: %(default)s)")
-    parser.add_argument("--trained", metavar="FILE", help="results.json of hydravit evaluate: accuracy on the page too")
     parser.add_argument("--out", metavar="FOLDER", help="default: bench/results/ and the machine's name")
     parser.add_argument("--name", help="of the three files (default: suite, or the parts)")
     return parser

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -87,8 +89,12 @@ inline NetworkSizes read_sizes(const std::vector<int64_t>& integers) {
 struct ParameterSpec {
   const char* name;
   std::vector<int64_t> shape;
-  bool weight;    // of a matrix product: packing lays it out in panels
-  bool optional;  // may be absent
+  bool weight;       // of a matrix product: packing lays it out in panels
+  bool optional;     // may be absent
+  float absent = 0;  // an optional vector of this value has the effect of an absent one
+
+  // Of a weight as a matrix of shape[0] rows.
+  int64_t columns() const { return std::accumulate(shape.begin() + 1, shape.end(), int64_t{1}, std::multiplies<>()); }
 };
 
 // The order of the parameters: calls `next(spec)` once for each of them, in order, and returns its results by name.
@@ -97,6 +103,7 @@ auto read_parameters(const NetworkSizes& n, Next&& next) {
   using T = decltype(next(std::declval<ParameterSpec>()));
   const auto vector = [&](const char* name, int64_t size) -> T { return next({name, {size}, false, false}); };
   const auto optional = [&](const char* name, int64_t size) -> T { return next({name, {size}, false, true}); };
+  const auto scale = [&](const char* name) -> T { return next({name, {n.embed}, false, true, 1}); };
   const auto tokens = [&](const char* name, int64_t count) -> T {
     return next({name, {1, count, n.embed}, false, true});
   };
@@ -112,12 +119,10 @@ auto read_parameters(const NetworkSizes& n, Next&& next) {
   for (int64_t i = 0; i < n.layers; i++) {
     attention.push_back({vector("norm1.weight", n.embed), vector("norm1.bias", n.embed),
                          weight("qkv.weight", 3 * n.embed, n.embed), optional("qkv.bias", 3 * n.embed),
-                         weight("proj.weight", n.embed, n.embed), optional("proj.bias", n.embed),
-                         optional("ls1.gamma", n.embed)});
+                         weight("proj.weight", n.embed, n.embed), optional("proj.bias", n.embed), scale("ls1.gamma")});
     mlp.push_back({vector("norm2.weight", n.embed), vector("norm2.bias", n.embed),
                    weight("fc1.weight", n.hidden, n.embed), optional("fc1.bias", n.hidden),
-                   weight("fc2.weight", n.embed, n.hidden), optional("fc2.bias", n.embed),
-                   optional("ls2.gamma", n.embed)});
+                   weight("fc2.weight", n.embed, n.hidden), optional("fc2.bias", n.embed), scale("ls2.gamma")});
   }
   HeadParameters<T> head{optional("norm_weight", n.embed), optional("norm_bias", n.embed),
                          next({"head.weight", {n.classes, n.embed}, true, true}), optional("head.bias", n.classes)};

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from budget import assert_within_budget
+from budget import Draws, assert_within_budget
 
 from hydravit_kernels import ops  # noqa: F401  (defines the ops)
 from hydravit_kernels.subnetwork import flatten
@@ -133,29 +133,32 @@ class Block:
     def zeros(self):
         return [None if p is None else torch.zeros_like(p) for p in self.parameters]
 
-    def oracle(self, grad, dtype=None):
-        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are."""
+    def oracle(self, grad, dtype=None, near=list):
+        """Result and gradients of the plain function, all on the CPU in ``dtype``; None: where and as they are.
+
+        ``near``: see ``Draws``.
+        """
         where = self.x.device if dtype is None else "cpu"
         leaves = [
-            None if t is None else t.detach().to(where, dtype).requires_grad_() for t in (self.x, *self.parameters)
+            None if t is None else t.detach().to(where, dtype).requires_grad_()
+            for t in near([self.x, *self.parameters])
         ]
         x = leaves[0]
         y = self.plain(x, [None if p is None else p.to(x.dtype) for p in leaves[1:]])
         inputs = [t for t in leaves if t is not None]
         gradients = torch.autograd.grad(y, inputs, grad.to(x), allow_unused=True)
-        return y, [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True)]
+        return [y, *(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True))]
 
-    def check(self, compare=assert_within_budget):
+    def check(self):
+        """The result and every gradient are within the error budget, and no gradient is outside the slice."""
         y, *saved = self.forward(save=True)
         assert torch.equal(y, self.forward()[0])
         grad = torch.randn(y.shape).to(y)
         buffers = self.zeros()
         gradients = [self.backward(grad, buffers, saved=saved), *(b for b in buffers if b is not None)]
-        exact, exact_gradients = self.oracle(grad, torch.float64)
-        eager, eager_gradients = self.oracle(grad)
-        compare(y.cpu(), eager.cpu(), exact, f"{self.name} output")
-        for i, triple in enumerate(zip(gradients, eager_gradients, exact_gradients, strict=True)):
-            compare(*(t.cpu() for t in triple), f"{self.name} gradient {i}")
+        draws = Draws(lambda near: (self.oracle(grad, near=near), self.oracle(grad, torch.float64, near)), y.dtype)
+        for i, actual in enumerate([y, *gradients]):
+            assert_within_budget(actual, draws[i], f"{self.name} {f'gradient {i - 1}' if i else 'output'}")
         for parameter, buffer in zip(self.parameters, buffers, strict=True):
             assert parameter is None or not buffer[parameter.isnan()].any(), "gradient outside the slice"
 

@@ -3,12 +3,16 @@
 import warnings
 
 import torch
+from budget import Draws
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
 from hydravit.geometry import parameter_slices
 
 SMALL = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=4, head_dim=16, num_classes=10)
+
+# Heads of 64 channels, as the CUDA kernels need them; 17 tokens.
+SMALL_CUDA = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10, mlp_ratio=1.0)
 
 
 def shake(model):
@@ -19,8 +23,8 @@ def shake(model):
     return model
 
 
-def make(config=SMALL, **overrides):
-    return shake(HydraViT(resolve_config(config, **overrides), backend="reference").eval())
+def make(config=SMALL, backend="reference", **overrides):
+    return shake(HydraViT(resolve_config(config, **overrides), backend=backend).eval())
 
 
 def images(config, batch=2):
@@ -55,3 +59,20 @@ def same(a, b):
 
 def without(name):
     return lambda state: {key: tensor for key, tensor in state.items() if key != name}
+
+
+def draws_of_logits(model, x, dtype, device="cpu", **options):
+    """For the error budget: the reference's logits for the weights of ``model``, eager's in ``dtype`` on the device."""
+
+    @torch.no_grad()
+    def compute(near):
+        images, *weights = near([x, *model.state_dict().values()])
+
+        def logits(where, precision):
+            reference = HydraViT(model.config, backend="reference").eval()
+            reference.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+            return [reference.to(where, precision)(images.to(where, precision), **options)]
+
+        return logits(device, dtype), logits("cpu", torch.float64)
+
+    return Draws(compute, dtype)

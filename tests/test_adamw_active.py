@@ -138,7 +138,7 @@ def test_a_step_makes_packed_weights_stale():
             with torch.no_grad():
                 for _ in range(3):  # the second call packs
                     assert torch.equal(module(images), in_place(images))
-            assert module.packed_inference._packed is not None
+            assert module.packed_inference.network is not None
 
 
 def test_backward_after_a_step_raises():

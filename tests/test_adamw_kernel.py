@@ -12,8 +12,21 @@ GPU = "triton" in kernels.available_backends("cuda") and "triton" not in BACKEND
 if GPU:
     TARGETS.append(pytest.param(("triton", "cuda"), id="triton on a GPU", marks=pytest.mark.gpu))
 COMPILED = [target for target in TARGETS if target.id != "reference"]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.usefixtures("one_thread")
-native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not there")
+native = pytest.mark.needs("native")
+
+
+def targets_in(**dtypes):
+    """The targets of these backends, each in its dtypes."""
+    return pytest.mark.parametrize(
+        "target, dtype",
+        [
+            pytest.param(*target.values, dtype, id=f"{target.id}-{dtype}", marks=target.marks)
+            for target in TARGETS
+            for dtype in dtypes.get(target.values[0][0], ())
+        ],
+    )
 
 
 def work(dtype=torch.float32, average=True, device="cpu"):
@@ -56,38 +69,32 @@ def result(backend, dtype=torch.float32, average=True, device="cpu"):
     return [t.cpu() for group in (tensors[0], *tensors[2:]) for t in group]
 
 
-@pytest.mark.parametrize("target", COMPILED)
+def assert_as_exact(found, dtype, average):
+    expected = (result("reference", precision, average) for precision in (dtype, torch.float64))
+    for ours, *draw in zip(found, *expected, strict=True):
+        assert_within_budget(ours, [draw])
+
+
+@targets_in(native=[torch.float32], triton=FLOATS)
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_as_exact_as_the_reference(target, dtype, average):
     backend, device = target
-    if backend == "native" and dtype != torch.float32:
-        pytest.skip("native computes in float32")
-    found = result(backend, dtype, average, device), result("reference", dtype, average)
-    for ours, theirs, exactly in zip(*found, result("reference", torch.float64, average), strict=True):
-        assert_within_budget(ours, theirs, exactly)
+    assert_as_exact(result(backend, dtype, average, device), dtype, average)
 
 
 @native
 @pytest.mark.parametrize("average", [False, True])
 def test_every_instruction_set_is_as_exact(isa, average):
-    found = (result("native", average=average), result("reference", average=average))
-    for ours, theirs, exactly in zip(*found, result("reference", torch.float64, average), strict=True):
-        assert_within_budget(ours, theirs, exactly)
+    assert_as_exact(result("native", average=average), torch.float32, average)
 
 
-@native
+@pytest.mark.needs("isa avx512", "isa avx2")
 def test_instruction_sets_with_fused_multiply_add_agree():
     before, found = torch.ops.hydravit.cpu_isa(), []
-    try:
-        for isa in ("avx512", "avx2"):
-            try:
-                torch.ops.hydravit.set_cpu_isa(isa)
-            except RuntimeError as error:
-                pytest.skip(str(error))
-            found.append(result("native"))
-    finally:
-        torch.ops.hydravit.set_cpu_isa(before)
+    for isa in ("avx512", "avx2"):
+        torch.ops.hydravit.set_cpu_isa(isa)
+        found.append(result("native"))
+    torch.ops.hydravit.set_cpu_isa(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -172,7 +179,7 @@ def test_a_table_serves_other_tensors(target):
     assert all(torch.equal(t.cpu(), e) for t, e in zip([*again[0], *again[2]], expected, strict=False))
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.needs("GPU", "triton_compiler")
 @pytest.mark.gpu
 def test_a_graph_cannot_hold_the_numbers_of_a_step():
     tensors, rectangles, steps = work(device="cuda")

@@ -50,15 +50,22 @@ def build(source, **variables):
     return python("setup.py", "build", "--build-lib", target, cwd=source, **variables), target
 
 
-def test_library_is_loaded_where_it_is_demanded():
-    if os.environ.get("HYDRAVIT_BUILD") not in ("cpu", "cuda"):
-        pytest.skip("HYDRAVIT_BUILD does not demand the library")
-    assert _native.loaded and not _native.why_not
-    assert torch.ops.hydravit.cpu_isa() in _native.build_info["cpu_isas"].split()
-
-
 def test_loaded_or_a_reason():
     assert _native.loaded == (_native.why_not == "")
+    if _native.loaded:
+        assert torch.ops.hydravit.cpu_isa() in _native.build_info["cpu_isas"].split()
+
+
+def test_the_suite_leaves_out_what_is_missing_but_not_what_is_demanded():
+    """The first with one line for all tests, the second not at all."""
+    suite = ("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/test_native.py")
+    left_out = python(*suite, cwd=ROOT, HYDRAVIT_BUILD="none")
+    line = r"^NOT RUN \[\d{3}\] for want of .*, native: native is switched off by HYDRAVIT_BUILD=none$"
+    assert left_out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert len(re.findall(line, left_out.stdout, re.MULTILINE)) == left_out.stdout.count("NOT RUN") == 1
+    demanded = python(*suite, cwd=ROOT, HYDRAVIT_BUILD="cpu", HYDRAVIT_CPU_ISA="nonsense")
+    assert demanded.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "ImportError: HYDRAVIT_BUILD=cpu demands the native backend" in demanded.stderr
 
 
 def test_kernels_see_no_torch():
@@ -118,11 +125,13 @@ def test_library_that_does_not_load_is_reported(source):
     assert "False cannot load its library" in result.stdout and "invalid ELF header" in result.stdout
 
 
-def test_demanded_cuda_kernels_are_missed_at_import():
-    if _native.build_info.get("cuda_architectures"):
-        pytest.skip("this library has CUDA kernels")
-    result = load(Path(hydravit_kernels.__file__).parent.parent, HYDRAVIT_BUILD="cuda")
-    assert result.returncode and "ImportError: HYDRAVIT_BUILD=cuda demands the native backend" in result.stderr
+@pytest.mark.needs("native")
+def test_demanded_cuda_kernels_are_missed_at_import(source):
+    shutil.copy(_native.path, source / "hydravit_kernels")
+    (source / "hydravit_kernels" / "_build_info.py").write_text("BUILD_INFO = {'cuda_why_not': 'no nvcc'}\n")
+    result = load(source, HYDRAVIT_BUILD="cuda")
+    message = "ImportError: HYDRAVIT_BUILD=cuda demands the native backend, but it has no CUDA kernels: no nvcc"
+    assert result.returncode and message in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,9 +177,8 @@ def test_failed_build_ships_no_earlier_library(source):
 
 
 @pytest.mark.long
+@pytest.mark.needs("native")
 def test_install_without_nvcc(source, tmp_path):
-    if not _native.loaded:
-        pytest.skip(f"native {_native.why_not}")
     install = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", ".")
     result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", CUDACXX="/nonexistent/nvcc")
     assert result.returncode == 0, result.stdout + result.stderr

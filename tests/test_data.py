@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from hydravit.data import load_dataset
-from hydravit.data.arrays import FASHION_MNIST_FOLDER
 from hydravit.data.augment import Affine
 from hydravit.data.idx import read_idx
 from hydravit.preprocessing import Preprocessing
@@ -165,7 +164,7 @@ def test_a_folder_of_idx_files_says_how_to_name_it(tmp_path):
         load_photos(tmp_path)
 
 
-@pytest.mark.skipif(not FASHION_MNIST_FOLDER.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.needs("fashion-mnist")
 def test_installed_fashion_mnist():
     train, test = (load_dataset("fashion-mnist", split=split) for split in ("train", "test"))
     assert (len(train), len(test), test.image_size) == (60000, 10000, (28, 28))

@@ -219,10 +219,8 @@ def test_features(model, features, error, message):
         model.forward_head(features, 2)
 
 
+@pytest.mark.needs("native")
 def test_a_refused_cast_changes_nothing():
-    model = hydravit.fused_model(config=SMALL)
-    if model.backend != "native":
-        pytest.skip("only the native backend refuses a dtype")
     model = hydravit.fused_model(config=SMALL, backend="native")
     with pytest.raises(RuntimeError, match="backend 'native'.*float64"):
         model.to(torch.float64)

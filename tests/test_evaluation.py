@@ -7,11 +7,10 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-import hydravit_kernels
 from hydravit import CONFIGS, HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
 from hydravit.evaluation import cost, costs, evaluate, format_table, plot, write_results
-from hydravit.evaluation.latency import backends_to_time, measure_latency, with_backend
+from hydravit.evaluation.latency import measure_latency, with_backend
 from hydravit.evaluation.memory import measure_memory
 from hydravit.geometry import hydravit, matformer, scala, skd
 from hydravit.inference import with_e4m3_weights
@@ -133,9 +132,8 @@ def test_the_eager_twin_shares_every_weight(model):
         with_backend(model, "quantum")
 
 
+@pytest.mark.needs("native")
 def test_fused_latency_is_measured_where_there_is_a_native_backend(dataset):
-    if "native" not in hydravit_kernels.available_backends():
-        pytest.skip("no native backend here: " + backends_to_time(HydraViT(TINY))[1])
     results = evaluate(HydraViT(TINY, backend="native"), dataset, heads=[1, 3], seconds=0.02, memory=False)
     for row in results["widths"]:
         assert row["latency_ms"]["fused"] > 0 and row["difference"] < 1e-3

@@ -7,6 +7,7 @@ import pytest
 import torch
 from blocks import hydravit
 from cases import OPS, Case, check_op
+from machine import ISAS, isa_why_not
 from small import poison, shake
 
 from hydravit import HydraViT, HydraViTConfig
@@ -18,32 +19,17 @@ from hydravit_kernels import (
     HeadSlice,
     MlpSlice,
     Subnetwork,
-    _native,
 )
 from hydravit_kernels.networks.cpu import PANEL
 
-pytestmark = pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}")
+pytestmark = pytest.mark.needs("native")
 CASES = 50  # of one test
 
 
-@pytest.fixture(scope="module")
-def isas():
-    """Those that run here."""
-    before, possible = hydravit.cpu_isa(), []
-    for isa in ("avx512", "avx2", "portable"):
-        try:
-            hydravit.set_cpu_isa(isa)
-        except RuntimeError:
-            continue
-        possible.append(isa)
-    hydravit.set_cpu_isa(before)
-    return possible
-
-
 @pytest.fixture
-def each_case(isas, threads):
+def each_case(threads):
     """Runs ``check(case)`` for every case of a test; whatever one raises is told together with its choices."""
-    before = hydravit.cpu_isa()
+    before, isas = hydravit.cpu_isa(), [isa for isa in ISAS if not isa_why_not(isa)]
 
     def run(name, batch, check):
         for i in range(CASES):

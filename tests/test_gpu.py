@@ -6,7 +6,7 @@ import plain
 import pytest
 import small
 import torch
-from budget import assert_within_budget
+from budget import Draws, assert_within_budget
 from torch.utils.data import TensorDataset
 
 import hydravit
@@ -25,7 +25,7 @@ from hydravit_kernels import backends
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device"),
+    pytest.mark.needs("GPU"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,20 +36,19 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.needs("triton", "triton_compiler"))])
 def model(request):
-    model = small.make().to(DEVICE)
-    reason = backends.report(DEVICE)[request.param]
-    return with_backend(model, request.param) if reason == "available" else pytest.skip(f"{request.param} {reason}")
+    return with_backend(small.make().to(DEVICE), request.param)
 
 
-def plain_gradients(model, heads, images, grad, device, dtype):
-    """Logits and every parameter's gradient of the plain network with the model's weights."""
-    parameters = {n: p.detach().to(device, dtype).requires_grad_() for n, p in model.named_parameters()}
-    subnet = plain.prefix(model.config, heads)
-    logits = plain.forward(parameters, model.config, subnet, images.to(device, dtype))
+def plain_gradients(model, heads, images, grad, device, dtype, near):
+    """Logits and every parameter's gradient of the plain network with the model's weights, by name."""
+    images, *weights = (t.detach().to(device, dtype) for t in near([images, *model.parameters()]))
+    names = [name for name, _ in model.named_parameters()]
+    parameters = {name: weight.requires_grad_() for name, weight in zip(names, weights, strict=True)}
+    logits = plain.forward(parameters, model.config, plain.prefix(model.config, heads), images)
     gradients = torch.autograd.grad(logits, list(parameters.values()), grad.to(device, dtype))
-    return logits.cpu(), dict(zip(parameters, (g.cpu() for g in gradients), strict=True))
+    return {"logits": logits, **dict(zip(parameters, gradients, strict=True))}
 
 
 def inside(model, heads, name):
@@ -66,16 +65,17 @@ def test_within_the_error_budget(model, dtype, heads):
     model = model.to(dtype)
     images = small.images(model.config).to(DEVICE, dtype)
     grad = torch.randn(2, model.config.num_classes).to(dtype)
-    exact, exact_gradients = plain_gradients(model, heads, images, grad, "cpu", torch.float64)
-    eager, eager_gradients = plain_gradients(model, heads, images, grad, DEVICE, dtype)
+    places = (DEVICE, dtype), ("cpu", torch.float64)
+    draws = Draws(lambda near: [plain_gradients(model, heads, images, grad, *place, near) for place in places], dtype)
     with torch.inference_mode():
-        assert_within_budget(model(images, heads=heads).cpu(), eager, exact, "logits without gradients")
+        logits = model(images, heads=heads)
+    assert_within_budget(logits, draws["logits"], "logits without gradients")
     logits = model(images, heads=heads)
-    assert_within_budget(logits.cpu(), eager, exact, "logits")
+    assert_within_budget(logits, draws["logits"], "logits")
     logits.backward(grad.to(DEVICE))
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.cpu()
-        assert_within_budget(gradient, eager_gradients[name], exact_gradients[name], f"gradient of {name}")
+        assert_within_budget(gradient, draws[name], f"gradient of {name}")
         gradient[inside(model, heads, name)] = 0
         assert not gradient.any(), f"gradient of {name} outside the slice"
 
@@ -120,17 +120,12 @@ def test_there_and_back():
 
 
 def test_native_is_refused_with_the_reason():
-    reason = backends.report(DEVICE)["native"]
-    if reason == "available":
-        pytest.skip("native has CUDA kernels")
     with pytest.raises(RuntimeError, match="backend 'native': ") as error:
         hydravit.fused_model(config=small.SMALL, backend="native", device=DEVICE)
-    assert reason in str(error.value)
+    assert backends.report(DEVICE)["native"] in str(error.value)
 
 
 def test_auto_falls_back_and_says_so(monkeypatch):
-    if backends.report(DEVICE)["native"] == "available":
-        pytest.skip("native has CUDA kernels")
     monkeypatch.delenv("HYDRAVIT_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_fallbacks_told", set())
     with pytest.warns(UserWarning, match="using backend 'reference', because native "):

@@ -1,6 +1,5 @@
 """The CPU kernels without torch: tests/cpp under sanitizers, and for another processor on an emulator."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,11 +26,8 @@ def test_under_sanitizers(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.needs("program aarch64-linux-gnu-g++", "program qemu-aarch64")
 def test_on_another_processor(tmp_path):
-    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
-    for program in (compiler, emulator):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}")
-    program = build(tmp_path, *target)
-    assert "portable: ok" in run(emulator, "-L", "/usr/aarch64-linux-gnu", program)
+    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    program = build(tmp_path, *target, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
+    assert "portable: ok" in run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program)

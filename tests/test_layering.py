@@ -22,7 +22,7 @@ ORDER = {
         "config", "geometry", "layers", "inference", "model", "atomic", "preprocessing", "checkpoint",
         "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
     ],
-    "bench": ["measuring", "peers", "report", "gpu", "__init__", "run", "__main__"],
+    "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "run"],
 }  # fmt: skip
 
 

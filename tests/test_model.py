@@ -472,10 +472,8 @@ def test_threads_with_different_widths(backend):
     assert not wrong
 
 
+@pytest.mark.needs("native")
 def test_same_bits_at_any_batch_size_and_thread_count():
-    reason = kernels.backends.report()["native"]
-    if reason != "available":
-        pytest.skip(reason)
     model, images = make("native").eval(), images_for(SMALL, 5)
     before = torch.get_num_threads()
     try:

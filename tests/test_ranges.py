@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hydravit_kernels import _native
-
 FAKE = """
 import functools
 
@@ -76,7 +74,7 @@ assert pickle.loads(pickle.dumps(stem)) is stem
     assert python(tmp_path, code) == [*FORWARD, "optimizer"] * 2
 
 
-@pytest.mark.skipif(not _native.loaded, reason=f"native: {_native.why_not}")
+@pytest.mark.needs("native")
 def test_native_and_compiled(tmp_path):
     """Compiled there is one graph, whole, and no range: Python is not there any more."""
     code = """

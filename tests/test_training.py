@@ -488,7 +488,7 @@ def on_two_ranks(function, folder):
     script = _RANK.format(tests=os.path.dirname(__file__), folder=str(folder), function=function.__name__)
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
     try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()

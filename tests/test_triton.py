@@ -5,13 +5,13 @@ test`` sets for this file), in float32 and a little float16: its bfloat16 is wro
 """
 
 import importlib
-import os
 
 import pytest
 import torch
 from adamw_runs import OPTIONS, Run
 from blocks import Block, attention, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
+from machine import TRITON_DEVICE as DEVICE
 from small import images, make
 from test_ops import calls
 from torch._dynamo.utils import counters
@@ -22,12 +22,10 @@ from hydravit.training import SliceGradients
 from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
 from hydravit_kernels.subnetwork import flatten
 
-GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = "cuda" if GPU else "cpu"
-reason = backends.report(DEVICE)["triton"]
+GPU = DEVICE == "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(reason != "available", reason=f"triton {reason}"),
+    pytest.mark.needs("triton"),
     pytest.mark.usefixtures("one_thread"),
 ]
 # Of activations and parameters, and whether products of float32 may be rounded to TensorFloat-32.
@@ -65,7 +63,7 @@ def test_op_is_the_reference(on, name, seed):
     """Any offsets, lengths and pitches, one width or a width per image, with and without every optional argument."""
     case = Case(f"triton {name} {seed}", tokens=20)
     try:
-        check_op(name, case, on=on)
+        check_op(name, case, on)
     except Exception as error:
         raise AssertionError(f"{error}\nin the case {case}") from error
 
@@ -122,7 +120,7 @@ def test_nothing_is_left_to_chance(name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.needs("GPU", "triton_compiler")
 @pytest.mark.parametrize("name", OPS)
 def test_a_captured_graph_replays(name):
     """Forward and backward on a side stream, a width per image: other images may have other widths in every replay."""
@@ -373,9 +371,9 @@ def test_wrong_arguments_of_backward(name):
             block.backward(g, b, saved=saved)
 
 
+@pytest.mark.needs("triton_interpreter")
 def test_an_image_of_no_slice():
-    if GPU:
-        pytest.skip("an assertion on the device ends the process")
+    """Compiled, the assertion ends the process."""
     slices = [EmbedSlice(0, 16), EmbedSlice(0, 32)]
     block = stem(slices[1], torch.randn(2, 3, 16, 16))
     for bad in (-1, 2):

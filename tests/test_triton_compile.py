@@ -4,20 +4,19 @@ Nothing is launched. The interpreter replaces the compiler, so this is no test f
 kernel needs is printed: ``pytest -rP tests/test_triton_compile.py``.
 """
 
-import importlib.util
-import os
 import re
 import subprocess
 
 import pytest
 import torch
+from machine import why_not
 
 from hydravit.config import resolve_config
 from hydravit.geometry import every_width, scala
 from hydravit_kernels.subnetwork import flatten
 
-if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("needs Triton's compiler: the package triton, and no interpreter", allow_module_level=True)
+if reason := why_not("triton_compiler"):
+    pytest.skip(f"Triton's compiler: {reason}", allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -140,12 +139,17 @@ def test_one_compilation_serves_every_width(compiling, mixed, tmp_path):
     assert len(compiled) == first, [binary.metadata.name for binary in list(compiled.values())[first:]]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [
+        (capability, dtype)
+        for capability in SHARED_MEMORY
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if capability >= 80 or dtype != torch.bfloat16
+    ],
+)
 def test_the_optimizer(compiling, capability, dtype, tmp_path):
     """One kernel where memory can be read in vectors, and is, and one for the rest, whatever the numbers."""
-    if capability < 80 and dtype == torch.bfloat16:
-        pytest.skip("that GPU has none")
     compiled, arrays = compiling(capability), torch.empty(5, 65, 320, dtype=dtype)
 
     def run(*rectangle, begin=0, averages=True):
@@ -179,12 +183,17 @@ DTYPES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "capability, name",
+    [
+        (capability, name)
+        for capability in SHARED_MEMORY
+        for name in DTYPES
+        if capability >= 80 or not name.startswith(("tf32", "bf16"))
+    ],
+)
 def test_compiles_for(compiling, capability, name, tmp_path):
     """Also with heads whose rows lie apart, and where nothing is a multiple of 16."""
-    if capability < 80 and name.startswith(("tf32", "bf16")):
-        pytest.skip("that GPU has none")
     dtype, parameters_dtype, products = DTYPES[name]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(products)

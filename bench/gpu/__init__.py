@@ -1,1 +1,1 @@
-"""What a GPU machine needs beside the benchmarks: one command for everything, tile sizes, phases, kernel resources."""
+"""Tools for a machine with a GPU: one command for everything, tile sizes, phases, resources of the kernels."""

@@ -36,7 +36,7 @@ def closing_seconds(minutes: float) -> float:
 
 
 def commands(part: str, args: argparse.Namespace, out: Path, seconds: float) -> list[list[str]]:
-    """What a part runs, one after the other until one fails. Raises ``FileNotFoundError`` for a missing program."""
+    """The commands of a part; they run in order until one fails. Raises ``FileNotFoundError`` for a missing program."""
     python = [sys.executable, "-u", "-m"]
     # A test file that cannot be imported is an error, but no reason to run none of the others.
     tests = [*python, "pytest", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", "gpu and not long"]
@@ -109,7 +109,7 @@ def judge(part: str, code: int | None, text: str, device: str, seconds: float) -
     if code is None:
         return "timed out", seconds, "stopped when its time was up"
     if part in ("tests", "sanitizer") and code in (0, 5) and not re.search(r"\b[1-9]\d* passed", text):
-        skipped = next((line for line in lines if line.startswith("SKIPPED")), lines[-1])
+        skipped = next((line for line in lines if line.startswith(("SKIPPED", "NOT RUN"))), lines[-1])
         return "failed" if device == "cuda" else "nothing ran", seconds, f"no test ran: {skipped}"
     if code:
         found = "the sanitizer found errors; " if code == _SANITIZER_FOUND else ""

@@ -42,7 +42,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def output(command: Sequence[str]) -> str:
-    """What a command prints; empty if it fails or does not exist."""
+    """The output of a command; empty if it fails or does not exist."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):

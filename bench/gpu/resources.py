@@ -85,7 +85,7 @@ def read() -> tuple[str, list[dict[str, str]]]:
 
 def resources(architecture: str) -> Iterator[dict[str, str]]:
     """A row for each kernel, with the flags of CMakeLists.txt."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-I", SOURCES, "-Xptxas", "-v"]
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-I", SOURCES.parent, "-Xptxas", "-v"]
     flags.append(f"-arch={architecture}")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):

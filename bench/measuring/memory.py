@@ -53,7 +53,7 @@ def held_bytes(workload: Workload, peer: Peer, device: torch.device, seconds: fl
 def _inference(workload: Workload, peer: Peer, device: torch.device) -> int:
     set_up = offered(peer, peer.inference)
     images = make_images(workload, device)
-    # What the tool loads at its start counts for no width.
+    # The tool loads its own code in a first network, which counts for no width.
     start = Workload("inference", (1,), 1, workload.dtype, _START)
     for run in set_up(make_model(start, device), make_images(start, device), start.heads).values():
         run()

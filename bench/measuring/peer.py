@@ -1,4 +1,4 @@
-"""What a peer is: a way to run one width of a nested ViT. ``bench.peers`` holds the peers themselves."""
+"""A peer is a way to run one width of a nested ViT. ``bench.peers`` holds the peers themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a peer to closures that can be timed: set up at every width, compared with the reference, perhaps captured."""
+"""Makes a peer ready to be timed: set up at every width, compared with the reference, perhaps captured."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _logits(workload: Workload, heads: int, run: Callable[[], Tensor]) -> dict[s
 
 
 def _variants(workload: Workload, runs: dict[int, Callable]) -> dict[str, Callable]:
-    """What is timed: one call; with several widths one call of each; in switching as many calls with it and without."""
+    """The closures to time: one call; of several widths one each; in switching as many calls with and without it."""
     closures = list(dict.fromkeys(runs.values()))  # one may serve all widths
     if workload.task == "switching":
         steady = [run for run in closures for _ in range(CYCLES)]

@@ -1,4 +1,4 @@
-"""What is measured: one list for all peers, with the inputs, operations and bytes of each workload."""
+"""The workloads: one list for all peers, with the inputs, operations and bytes of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hydravit_kernels import Subnetwork
 
 
 class Part(NamedTuple):
-    """What ``--parts`` can name: the tasks of its workloads."""
+    """A part of a run, which ``--parts`` can name, and the tasks of its workloads."""
 
     about: str
     tasks: tuple[str, ...]

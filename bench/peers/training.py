@@ -1,4 +1,4 @@
-"""What peers in PyTorch share around their forward: no gradients, a block's gradients, a training step."""
+"""Helpers around the forward of peers in PyTorch: without gradients, with a block's gradients, a training step."""
 
 from __future__ import annotations
 

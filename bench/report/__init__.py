@@ -1,1 +1,1 @@
-"""What results say: a page, figures, and text for the terminal. Nothing here imports torch or reads a clock."""
+"""Results as a page, as figures, and as text for the terminal. Nothing here imports torch or reads a clock."""

@@ -1,4 +1,4 @@
-"""The page's elements: the document, figures, tables of peers against widths, and lists of what was not measured."""
+"""The page's elements: figures, tables of peers against widths, and lists of what was not measured."""
 
 from __future__ import annotations
 
@@ -15,37 +15,6 @@ _LEGEND = (
     "B bandwidth</p>"
 )
 _SIGNS = {"faster": "▲", "slower": "▼", "equal": "="}
-
-
-class Document:
-    """Parts in order, and the headings that the contents list."""
-
-    def __init__(self):
-        self.contents: list[tuple[str, str]] = []  # id and text
-        self._parts: list[str] = []
-        self._ids = {"method"}
-        self._labels: set[str] = set()
-
-    def heading(self, text: str) -> None:
-        name = "-".join("".join(c if c.isalnum() and c.isascii() else " " for c in text.lower()).split()) or "section"
-        while name in self._ids:
-            name += "-2"
-        self._ids.add(name)
-        self.contents.append((name, text))
-        self.add(f'<h2 id="{name}">{escape(text)}</h2>')
-
-    def label(self, text: str) -> str:
-        """A name for a figure that no other figure has; the ids within the figure follow from it."""
-        count = sum(name == text or name.startswith(f"{text} (") for name in self._labels)
-        unique = f"{text} ({count + 1})" if count else text
-        self._labels.add(unique)
-        return unique
-
-    def add(self, *parts: str) -> None:
-        self._parts.extend(part for part in parts if part)
-
-    def text(self) -> str:
-        return "\n".join(self._parts)
 
 
 class Column:

@@ -146,30 +146,6 @@ def bars(values: dict[str, float], look: dict[str, Style], texts: dict[str, str]
     return figure
 
 
-@_drawn
-def accuracy(trained: dict) -> Figure:
-    """Top-1 against the latency of an image, from ``hydravit evaluate``; the numbers are heads."""
-    figure, axes = _canvas(270, left=50, right=24)
-    for name, color, marker in (("eager", _FASTER, "s"), ("fused", _OURS, "o")):
-        rows = [row for row in trained["widths"] if row["latency_ms"][name] is not None]
-        x, y = [row["latency_ms"][name] for row in rows], [row["top1"] for row in rows]
-        axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6)
-        texts = [(str(row["heads"]), at, (7, -13)) for row, at in zip(rows, zip(x, y, strict=True), strict=True)]
-        if rows:
-            top = max(range(len(rows)), key=lambda i: y[i])
-            texts.append((name, (x[top], y[top]), (0, 10)))
-        for text, at, offset in texts:
-            axes.annotate(text, at, offset, textcoords="offset points", ha="center", color=color)
-    axes.margins(0.08, 0.2)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("latency, ms")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return figure
-
-
 def headline(rows: Sequence[dict], environment: dict, path: str | Path) -> None:
     """The README's PNG: time of every peer by ours at three widths, batch 1. Raises ``ValueError`` if ours has none."""
     rows = [row for row in rows if row["task"] == "inference" and row["batch"] == 1 and row["cache"] == "warm"]

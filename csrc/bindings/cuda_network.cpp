@@ -1,4 +1,4 @@
-// csrc/cuda/network.h for Python. Pointers are integers here: hydravit_kernels/engine.py owns the tensors.
+// csrc/cuda/network.h for Python. Pointers are integers here: hydravit_kernels/networks/cuda.py owns the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,35 +25,22 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::unique_ptr<CudaNetwork> make(const std::map<std::string, int>& sizes, const std::string& dtype, int max_images,
+std::unique_ptr<CudaNetwork> make(const std::vector<int64_t>& sizes, const std::string& dtype, int max_images,
                                   int device_index, const std::string& loader) {
-  const auto size = [&](const char* name) { return sizes.at(name); };
-  Model model{};
-  model.depth = size("depth"), model.embed = size("embed"), model.hidden = size("hidden");
-  model.classes = size("classes"), model.channels = size("channels");
-  model.grid_height = size("grid_height"), model.grid_width = size("grid_width");
-  model.patch_height = size("patch_height"), model.patch_width = size("patch_width");
-  model.cls_tokens = size("cls_tokens"), model.reg_tokens = size("reg_tokens");
-  model.pos_on_prefix = size("pos_on_prefix") != 0;
-  model.pool_start = size("pool_start"), model.pool_stop = size("pool_stop");
   Device device{};
   check(describe_device(device_index, device));
   if (loader == "async") device.loader = Loader::kAsync;
   if (loader != "async" && loader != "best")
     throw std::invalid_argument("loader: best or async expected, " + loader + " given");
   const Dtype weights = dtype == "float8_e4m3fn" ? Dtype::kE4m3 : dtype_of(dtype);
-  return std::make_unique<CudaNetwork>(model, weights, max_images, device);
+  if (weights == Dtype::kFp32)
+    throw std::invalid_argument("dtype: bfloat16, float16 or float8_e4m3fn expected, float32 given");
+  return std::make_unique<CudaNetwork>(hydravit::read_sizes(sizes), weights, max_images, device);
 }
 
-using AttentionFields = std::tuple<int, int, int, int, int, float>;  // rows of query, key, value; column; heads; scale
-
-void add_subnetwork(CudaNetwork& network, std::pair<int, int> embed, const std::vector<AttentionFields>& attention,
-                    const std::vector<std::pair<int, int>>& mlp, std::pair<int, int> classes, float eps) {
-  Subnetwork subnetwork{embed.first, embed.second, {}, {}, classes.first, classes.second, eps};
-  for (const auto& [query, key, value, column, heads, scale] : attention)
-    subnetwork.attention.push_back({query, key, value, column, heads, scale});
-  for (const auto& [offset, hidden] : mlp) subnetwork.mlp.push_back({offset, hidden});
-  network.add_subnetwork(subnetwork);
+void add_subnetwork(CudaNetwork& network, const std::vector<int64_t>& integers, const std::vector<double>& scales,
+                    double eps) {
+  network.add_subnetwork(hydravit::read_subnetwork(network.sizes().layers, integers, scales, eps));
 }
 
 void pack_parameters(CudaNetwork& network, const std::vector<std::tuple<uintptr_t, std::string, int64_t>>& parameters,

@@ -26,18 +26,13 @@ int describe_device(int index, Device& device) {
 
 const char* error_text(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-CudaNetwork::CudaNetwork(const Model& model, Dtype dtype, int max_images, const Device& device)
-    : model_(model),
-      layout_(model, dtype),
-      dtype_(dtype),
-      max_images_(max_images),
-      device_(device),
-      workspace_(model, max_images) {
-  if (const std::string reason = why_not(model); !reason.empty()) throw std::invalid_argument(reason);
+CudaNetwork::CudaNetwork(const NetworkSizes& sizes, Dtype dtype, int max_images, const Device& device)
+    : layout_(sizes, dtype), max_images_(max_images), device_(device), workspace_(sizes, max_images) {
+  if (const std::string reason = why_not(sizes); !reason.empty()) throw std::invalid_argument(reason);
 }
 
 void CudaNetwork::add_subnetwork(const Subnetwork& subnetwork) {
-  if (const std::string reason = why_not(model_, subnetwork); !reason.empty()) throw std::invalid_argument(reason);
+  if (const std::string reason = why_not(subnetwork); !reason.empty()) throw std::invalid_argument(reason);
   subnetworks_.push_back(subnetwork);
   for (const Phase& phase : phases(static_cast<int>(subnetworks_.size()) - 1, max_images_, {}))
     if (phase.shared_bytes > device_.shared_bytes)
@@ -47,13 +42,13 @@ void CudaNetwork::add_subnetwork(const Subnetwork& subnetwork) {
 
 std::vector<Phase> CudaNetwork::phases(int subnetwork, int images, const CallBuffers& buffers) const {
   const Call call{packed_, workspace_memory_, images};
-  std::vector<Phase> phases = plan(model_, layout_, subnetworks_[subnetwork], workspace_, device_, call);
+  std::vector<Phase> phases = plan(layout_, subnetworks_[subnetwork], workspace_, device_, call);
   buffers.set(phases);
   return phases;
 }
 
 int CudaNetwork::make_graph(int subnetwork, int images, std::unique_ptr<Graph>& graph) const {
-  graph = std::make_unique<Graph>(phases(subnetwork, images, {}), dtype_, device_.loader);
+  graph = std::make_unique<Graph>(phases(subnetwork, images, {}), layout_.dtype, device_.loader);
   return graph->status();
 }
 
@@ -63,7 +58,7 @@ int CudaNetwork::use_memory(uint8_t* packed, uint8_t* workspace) {
   prepared_.clear();
   call_graphs_.clear();
   if (const int status = cudaSetDevice(device_.index)) return status;
-  if (const int status = prepare(dtype_, device_)) return status;
+  if (const int status = prepare(layout_.dtype, device_)) return status;
   for (size_t i = 0; i < subnetworks_.size(); i++) {
     prepared_.emplace_back();
     for (int images = 1; images <= max_prepared(); images++)
@@ -74,7 +69,7 @@ int CudaNetwork::use_memory(uint8_t* packed, uint8_t* workspace) {
 
 int CudaNetwork::pack(const std::vector<Parameter>& parameters, void* stream) {
   if (const int status = cudaSetDevice(device_.index)) return status;
-  return cuda::pack(model_, layout_, parameters, packed_, stream);
+  return cuda::pack(layout_, parameters, packed_, stream);
 }
 
 int CudaNetwork::run(int subnetwork, int images, const CallBuffers& buffers, void* stream) {
@@ -90,14 +85,14 @@ int CudaNetwork::run(int subnetwork, int images, const CallBuffers& buffers, voi
       return found->second->launch(buffers, stream);
   }
   for (const Phase& phase : phases(subnetwork, images, buffers))
-    if (const int status = launch(phase, dtype_, device_.loader, stream)) return status;
+    if (const int status = launch(phase, layout_.dtype, device_.loader, stream)) return status;
   return 0;
 }
 
 int CudaNetwork::time_phases(int subnetwork, int images, const CallBuffers& buffers, int repeats, void* stream,
                              std::vector<PhaseTime>& times) {
   if (const int status = cudaSetDevice(device_.index)) return status;
-  return cuda::time_phases(phases(subnetwork, images, buffers), dtype_, device_, repeats, stream, times);
+  return cuda::time_phases(phases(subnetwork, images, buffers), layout_.dtype, device_, repeats, stream, times);
 }
 
 }  // namespace hydravit::cuda

@@ -25,10 +25,11 @@ class CudaNetwork {
   // Calls beyond this many graphs launch kernel by kernel. No graph is destroyed early, because it may still run.
   static constexpr size_t kMaxCallGraphs = 256;
 
-  // Throws std::invalid_argument for a model that the kernels cannot compute.
-  CudaNetwork(const Model& model, Dtype dtype, int max_images, const Device& device);
+  // Throws std::invalid_argument for a network that the kernels cannot compute.
+  CudaNetwork(const NetworkSizes& sizes, Dtype dtype, int max_images, const Device& device);
   // Throws std::invalid_argument for a subnetwork that the kernels cannot compute. Numbers subnetworks from 0.
   void add_subnetwork(const Subnetwork& subnetwork);
+  const NetworkSizes& sizes() const { return layout_.sizes; }
 
   // The sizes of the two buffers that use_memory takes.
   int64_t packed_bytes() const { return layout_.bytes; }
@@ -47,9 +48,7 @@ class CudaNetwork {
   std::vector<Phase> phases(int subnetwork, int images, const CallBuffers& buffers) const;
   int max_prepared() const { return max_images_ < kMaxPreparedImages ? max_images_ : kMaxPreparedImages; }
 
-  const Model model_;
   const Layout layout_;
-  const Dtype dtype_;
   const int max_images_;
   const Device device_;
   const Workspace workspace_;

@@ -6,6 +6,8 @@
 // them are affected.
 #include <bit>
 #include <cfloat>
+#include <stdexcept>
+#include <string>
 
 #include "plan.h"
 #include "tile.cuh"
@@ -24,24 +26,26 @@ __device__ float load_as_float(const void* data, Dtype dtype, int64_t index) {
 
 // ---- Kernels: unless a comment says otherwise, a thread packs one chunk or one float ----
 
+__device__ int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+
 struct MatrixJob {
   Parameter from;
-  int rows, columns;        // of the parameter
-  int padded_rows, chunks;  // of the panels; `chunks` is the number in a row
+  int64_t rows, columns;        // of the parameter
+  int64_t padded_rows, chunks;  // of the panels; `chunks` is the number in a row
   void* to;
   float* scales;  // E4m3 only
 };
 
-__device__ float weight_at(const MatrixJob& job, int row, int column) {
+__device__ float weight_at(const MatrixJob& job, int64_t row, int64_t column) {
   if (row >= job.rows || column >= job.columns) return 0.0f;
   return load_as_float(job.from.data, job.from.dtype, row * job.from.row_stride + column);
 }
 
 template <class T>
 __global__ void pack_matrix_kernel(const MatrixJob job) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= static_cast<int64_t>(job.padded_rows) * job.chunks) return;
-  const int row = static_cast<int>(i / job.chunks), column = static_cast<int>(i % job.chunks) * kChunk;
+  const int64_t i = thread_index();
+  if (i >= job.padded_rows * job.chunks) return;
+  const int64_t row = i / job.chunks, column = i % job.chunks * kChunk;
   float v[kChunk];
   for (int j = 0; j < kChunk; j++) v[j] = weight_at(job, row, column + j);
   store<uint4>(static_cast<T*>(job.to) + panel_index(job.padded_rows, row, column), pack_chunk<T>(v));
@@ -64,10 +68,10 @@ __device__ uint32_t round_to_e4m3(float value) {
 
 // One warp for each row. A scale is never subnormal, because a finite weight could then leave the range of E4m3.
 __global__ void scale_rows_kernel(const MatrixJob job) {
-  const int row = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32), lane = threadIdx.x % 32;
+  const int64_t row = thread_index() / 32, lane = threadIdx.x % 32;
   if (row >= job.padded_rows) return;
   float largest = 0;
-  for (int column = lane; column < job.columns; column += 32) {
+  for (int64_t column = lane; column < job.columns; column += 32) {
     const float magnitude = fabsf(weight_at(job, row, column));
     if (magnitude <= FLT_MAX) largest = fmaxf(largest, magnitude);
   }
@@ -77,15 +81,14 @@ __global__ void scale_rows_kernel(const MatrixJob job) {
 
 // One thread for two chunks, whose 16 bytes lie together.
 __global__ void quantise_matrix_kernel(const MatrixJob job) {
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int pairs = job.chunks / 2;
-  if (pair >= static_cast<int64_t>(job.padded_rows) * pairs) return;
-  const int row = static_cast<int>(pair / pairs), column = static_cast<int>(pair % pairs) * 2 * kChunk;
+  const int64_t pair = thread_index(), pairs = job.chunks / 2;
+  if (pair >= job.padded_rows * pairs) return;
+  const int64_t row = pair / pairs, column = pair % pairs * 2 * kChunk;
   const float scale = load<float>(job.scales + row);
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; i++) {
-    const int channel = column + i / 4 * 2 + i % 4 / 2 * 8 + i % 2;  // the channel of byte i: see e4m3_index
+    const int64_t channel = column + i / 4 * 2 + i % 4 / 2 * 8 + i % 2;  // the channel of byte i: see e4m3_index
     words[i / 4] |= round_to_e4m3(weight_at(job, row, channel) / scale) << 8 * (i % 4);
   }
   const int64_t to = e4m3_index(job.padded_rows, row, column);
@@ -94,13 +97,13 @@ __global__ void quantise_matrix_kernel(const MatrixJob job) {
 
 struct VectorJob {
   Parameter from;
-  int size, padded_size;
+  int64_t size, padded_size;
   float absent;  // the value if the model lacks the parameter
   float* to;
 };
 
 __global__ void pack_vector_kernel(const VectorJob job) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int64_t i = thread_index();
   if (i >= job.padded_size) return;
   float value = i < job.size ? job.absent : 0.0f;
   if (i < job.size && job.from.data != nullptr) value = load_as_float(job.from.data, job.from.dtype, i);
@@ -111,15 +114,15 @@ __global__ void pack_vector_kernel(const VectorJob job) {
 // the position.
 struct PositionsJob {
   Parameter bias, cls_token, reg_token, pos_embed;
-  int tokens, embed, cls_tokens, prefix_tokens, unplaced;  // the first `unplaced` tokens have no position
+  int64_t tokens, embed, cls_tokens, prefix_tokens, unplaced;  // the first `unplaced` tokens have no position
   float* to;
 };
 
 __global__ void pack_positions_kernel(const PositionsJob job) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int64_t i = thread_index();
   if (i >= job.tokens * job.embed) return;
-  const int token = i / job.embed, channel = i % job.embed;
-  const auto value = [&](const Parameter& from, int row) {
+  const int64_t token = i / job.embed, channel = i % job.embed;
+  const auto value = [&](const Parameter& from, int64_t row) {
     return from.data == nullptr ? 0.0f : load_as_float(from.data, from.dtype, row * from.row_stride + channel);
   };
   float sum = token < job.cls_tokens      ? value(job.cls_token, token)
@@ -142,63 +145,48 @@ int launch(void (*kernel)(Job), const Job& job, int64_t count, void* stream) {
 
 }  // namespace
 
-int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
-         void* stream) {
+int pack(const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed, void* stream) {
+  const NetworkSizes& sizes = layout.sizes;
   int status = 0;
-  const auto matrix = [&](const Parameter& from, int rows, int columns, const Packed& to) {
-    if (status != 0) return;
-    auto* scales = reinterpret_cast<float*>(packed + to.scales);
-    const MatrixJob job{from, rows, columns, to.rows, to.columns / kChunk, packed + to.offset, scales};
-    const int64_t chunks = int64_t{job.padded_rows} * job.chunks;
-    if (layout.dtype != Dtype::kE4m3) {
-      const auto kernel = layout.dtype == Dtype::kBf16 ? pack_matrix_kernel<Bf16> : pack_matrix_kernel<Fp16>;
-      status = launch(kernel, job, chunks, stream);
-      return;
+  const auto run = [&](auto kernel, const auto& job, int64_t count) {
+    if (status == 0) status = launch(kernel, job, count, stream);
+  };
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(packed + offset); };
+  size_t next = 0;
+  const auto pack_one = [&](const ParameterSpec& spec) -> Parameter {
+    const Parameter& from = parameters.at(next);
+    const Packed& to = layout.in_order[next++];
+    if (from.data == nullptr && (spec.weight || !spec.optional))
+      throw std::invalid_argument(std::string(spec.name) + ": expected, None given");
+    if (!spec.weight) {
+      if (to.rows > 0)
+        run(pack_vector_kernel, VectorJob{from, spec.shape[0], to.columns, spec.absent, floats(to.offset)}, to.columns);
+      return from;
     }
-    status = launch(scale_rows_kernel, job, int64_t{job.padded_rows} * 32, stream);
-    if (status == 0) status = launch(quantise_matrix_kernel, job, chunks / 2, stream);
+    const MatrixJob job{
+        from, spec.shape[0], spec.columns(), to.rows, to.columns / kChunk, packed + to.offset, floats(to.scales)};
+    const int64_t chunks = job.padded_rows * job.chunks;
+    if (layout.dtype == Dtype::kBf16) run(pack_matrix_kernel<Bf16>, job, chunks);
+    if (layout.dtype == Dtype::kFp16) run(pack_matrix_kernel<Fp16>, job, chunks);
+    if (layout.dtype == Dtype::kE4m3) {
+      run(scale_rows_kernel, job, job.padded_rows * 32);
+      run(quantise_matrix_kernel, job, chunks / 2);
+    }
+    return from;
   };
-  const auto vector = [&](const Parameter& from, int size, float absent, const Packed& to) {
-    if (status != 0) return;
-    const VectorJob job{from, size, to.columns, absent, reinterpret_cast<float*>(packed + to.offset)};
-    status = launch(pack_vector_kernel, job, job.padded_size, stream);
-  };
-  const int embed = model.embed, hidden = model.hidden;
-  const Parameter* p = parameters.data();
-  matrix(p[0], embed, model.patch_size(), layout.stem);
-  const PositionsJob positions{p[1],
-                               p[2],
-                               p[3],
-                               p[4],
-                               model.tokens(),
-                               embed,
-                               model.cls_tokens,
-                               model.prefix_tokens(),
-                               model.pos_on_prefix ? 0 : model.prefix_tokens(),
-                               reinterpret_cast<float*>(packed + layout.positions.offset)};
-  if (status == 0) status = launch(pack_positions_kernel, positions, int64_t{model.tokens()} * embed, stream);
-  p += 5;
-  for (const Layout::Block& block : layout.blocks) {
-    vector(p[0], embed, 1.0f, block.norm1_weight);
-    vector(p[1], embed, 0.0f, block.norm1_bias);
-    matrix(p[2], 3 * embed, embed, block.qkv);
-    vector(p[3], 3 * embed, 0.0f, block.qkv_bias);
-    matrix(p[4], embed, embed, block.proj);
-    vector(p[5], embed, 0.0f, block.proj_bias);
-    vector(p[6], embed, 1.0f, block.scale1);
-    vector(p[7], embed, 1.0f, block.norm2_weight);
-    vector(p[8], embed, 0.0f, block.norm2_bias);
-    matrix(p[9], hidden, embed, block.fc1);
-    vector(p[10], hidden, 0.0f, block.fc1_bias);
-    matrix(p[11], embed, hidden, block.fc2);
-    vector(p[12], embed, 0.0f, block.fc2_bias);
-    vector(p[13], embed, 1.0f, block.scale2);
-    p += 14;
-  }
-  vector(p[0], embed, 1.0f, layout.norm_weight);
-  vector(p[1], embed, 0.0f, layout.norm_bias);
-  matrix(p[2], model.classes, embed, layout.head);
-  vector(p[3], model.classes, 0.0f, layout.head_bias);
+  const auto [stem, attention, mlp, head] = read_parameters(sizes, pack_one);
+  if (head.norm_weight.data == nullptr) throw std::invalid_argument("norm_weight: expected, None given");
+  const PositionsJob positions{stem.bias,
+                               stem.cls_token,
+                               stem.reg_token,
+                               stem.pos_embed,
+                               sizes.tokens(),
+                               sizes.embed,
+                               sizes.cls_tokens,
+                               sizes.prefix_tokens(),
+                               sizes.pos_on_prefix() ? 0 : sizes.prefix_tokens(),
+                               floats(layout.positions.offset)};
+  run(pack_positions_kernel, positions, sizes.tokens() * sizes.embed);
   return status;
 }
 

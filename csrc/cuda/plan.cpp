@@ -10,7 +10,6 @@ namespace hydravit::cuda {
 namespace {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-constexpr int round_up_int(int value, int unit) { return static_cast<int>(round_up(value, unit)); }
 
 constexpr int kImageUnit = 16;  // the rows of an image are a multiple of this, the rows of an mma
 constexpr int kRowUnit = 128;   // the rows of all images are a multiple of this, the rows of the largest tile
@@ -19,87 +18,84 @@ constexpr int kRowUnit = 128;   // the rows of all images are a multiple of this
 
 // ---- Packed weights ----
 
-Layout::Layout(const Model& model, Dtype dtype) : dtype(dtype) {
-  const auto place = [&](int64_t size, int rows, int columns) {
+Layout::Layout(const NetworkSizes& sizes, Dtype dtype) : sizes(sizes), dtype(dtype) {
+  const auto place = [&](int64_t element_bytes, int64_t rows, int64_t columns) {
     const Packed packed{bytes, rows, columns, 0};
-    bytes += round_up(size, 1024);
+    bytes += round_up(element_bytes * rows * columns, 1024);
     return packed;
   };
-  const auto matrix = [&](int rows, int columns) {
-    rows = round_up_int(rows, kPanelChannels), columns = round_up_int(columns, kPanelChannels);
-    Packed packed = place(int64_t{bytes_of(dtype)} * rows * columns, rows, columns);
-    if (dtype == Dtype::kE4m3) packed.scales = place(int64_t{4} * rows, 1, rows).offset;
+  const auto place_parameter = [&](const ParameterSpec& spec) {
+    const int64_t rows = round_up(spec.shape[0], kPanelChannels);
+    Packed packed{};
+    if (spec.weight) {
+      packed = place(bytes_of(dtype), rows, round_up(spec.columns(), kPanelChannels));
+      if (dtype == Dtype::kE4m3) packed.scales = place(4, 1, rows).offset;
+    } else if (spec.shape.size() == 1) {
+      packed = place(4, 1, rows);
+    }
+    in_order.push_back(packed);
     return packed;
   };
-  const auto vector = [&](int size) {
-    size = round_up_int(size, kPanelChannels);
-    return place(int64_t{4} * size, 1, size);
-  };
-  const int embed = model.embed, hidden = model.hidden;
-  stem = matrix(embed, model.patch_size());
-  positions = place(int64_t{4} * model.tokens() * embed, model.tokens(), embed);
-  for (int i = 0; i < model.depth; i++) {
-    Block block;
-    block.norm1_weight = vector(embed), block.norm1_bias = vector(embed);
-    block.qkv = matrix(3 * embed, embed), block.qkv_bias = vector(3 * embed);
-    block.proj = matrix(embed, embed), block.proj_bias = vector(embed), block.scale1 = vector(embed);
-    block.norm2_weight = vector(embed), block.norm2_bias = vector(embed);
-    block.fc1 = matrix(hidden, embed), block.fc1_bias = vector(hidden);
-    block.fc2 = matrix(embed, hidden), block.fc2_bias = vector(embed), block.scale2 = vector(embed);
-    blocks.push_back(block);
-  }
-  norm_weight = vector(embed), norm_bias = vector(embed);
   // A subnetwork with a classifier of its own may begin between two multiples of 64 rows. Its last tile then reads up
   // to 63 rows beyond the last class.
-  const int class_rows = model.classes + kPanelChannels;
-  head = matrix(class_rows, embed), head_bias = vector(class_rows);
+  NetworkSizes padded = sizes;
+  padded.classes += kPanelChannels;
+  parameters = read_parameters(padded, place_parameter);
+  positions = place(4, sizes.tokens(), sizes.embed);
 }
 
 // ---- Limits of the kernels ----
 
-std::string why_not(const Model& model) {
-  if (model.embed % kPanelChannels)
-    return "channels of the model: a multiple of 64 expected, " + std::to_string(model.embed);
-  if (model.embed > kMaxEmbed) return "channels of the model: at most 1024 expected, " + std::to_string(model.embed);
-  if (model.hidden % kPanelChannels)
-    return "hidden channels: a multiple of 64 expected, " + std::to_string(model.hidden);
-  if (model.classes < 1) return "a classifier expected";
+std::string why_not(const NetworkSizes& sizes) {
+  const auto given = [](const char* expected, int64_t value) {
+    return expected + (" expected, " + std::to_string(value) + " given");
+  };
+  if (sizes.embed % kPanelChannels) return given("channels of the model: a multiple of 64", sizes.embed);
+  if (sizes.embed > kMaxEmbed) return given("channels of the model: at most 1024", sizes.embed);
+  if (sizes.hidden % kPanelChannels) return given("hidden channels: a multiple of 64", sizes.hidden);
+  if (sizes.classes < 1) return "a classifier expected";
+  if (sizes.positions != 0 && !sizes.pos_on_prefix() && sizes.positions != sizes.patches())
+    return given("positions: one for each token, one for each patch or none", sizes.positions);
+  if (sizes.pool_start >= sizes.pool_stop || sizes.pool_stop > sizes.tokens())
+    return given("pool_stop: more than pool_start and no more than there are tokens", sizes.pool_stop);
   return "";
 }
 
-std::string why_not(const Model& model, const Subnetwork& subnetwork) {
-  const auto off = [](int value) { return value % kPanelChannels != 0; };
-  if (static_cast<int>(subnetwork.attention.size()) != model.depth ||
-      static_cast<int>(subnetwork.mlp.size()) != model.depth)
-    return "one attention and one MLP slice for each block expected";
-  if (off(subnetwork.embed_offset) || off(subnetwork.embed))
-    return "the embed interval begins or ends inside of 64 channels";
-  for (const AttentionSlice& a : subnetwork.attention)
-    if (a.heads && (off(a.query_row) || off(a.key_row) || off(a.value_row) || off(a.proj_column)))
+std::string why_not(const Subnetwork& subnetwork) {
+  const auto off = [](int64_t value) { return value % kPanelChannels != 0; };
+  for (const AttentionSlice& a : subnetwork.attention) {
+    if (a.heads == 0) continue;
+    if (a.head_dim != kHeadDim || a.value_dim != kHeadDim || (a.heads > 1 && a.pitch != kHeadDim))
+      return "heads of 64 channels side by side expected";
+    if (off(a.query_row) || off(a.key_row) || off(a.value_row) || off(a.proj_column))
       return "the heads' rows or columns begin inside of 64 channels";
+  }
+  if (off(subnetwork.embed.embed_offset) || off(subnetwork.embed.embed))
+    return "the embed interval begins or ends inside of 64 channels";
   for (const MlpSlice& m : subnetwork.mlp)
     if (off(m.hidden_offset) || off(m.hidden)) return "the hidden interval begins or ends inside of 64 channels";
-  if (subnetwork.class_offset % kChunk) return "the classifier's rows begin inside of 8";
+  if (subnetwork.head.class_offset % kChunk) return "the classifier's rows begin inside of 8";
   return "";
 }
 
 // ---- Workspace ----
 
-Workspace::Workspace(const Model& model, int images) : image_rows(round_up(model.tokens(), kImageUnit)), bytes(0) {
+Workspace::Workspace(const NetworkSizes& sizes, int images)
+    : image_rows(round_up(sizes.tokens(), kImageUnit)), bytes(0) {
   all.rows = round_up(images * image_rows, kRowUnit);
-  pooled.rows = round_up(int64_t{images} * (model.pool_stop - model.pool_start), kRowUnit);
+  pooled.rows = round_up(images * (sizes.pool_stop - sizes.pool_start), kRowUnit);
   const auto place = [&](int64_t size) {
     const int64_t offset = bytes;
     bytes += round_up(size, 1024);
     return offset;
   };
   for (Rows* buffers : {&all, &pooled}) {
-    buffers->residual = place(4 * buffers->rows * model.embed);
-    buffers->attended = place(2 * buffers->rows * model.embed);
-    buffers->hidden = place(2 * buffers->rows * model.hidden);
+    buffers->residual = place(4 * buffers->rows * sizes.embed);
+    buffers->attended = place(2 * buffers->rows * sizes.embed);
+    buffers->hidden = place(2 * buffers->rows * sizes.hidden);
   }
-  qkv = place(2 * all.rows * 3 * model.embed);
-  prologue = place(2 * all.rows * std::max<int64_t>(model.embed, round_up(model.patch_size(), kPanelChannels)));
+  qkv = place(2 * all.rows * 3 * sizes.embed);
+  prologue = place(2 * all.rows * std::max(sizes.embed, round_up(sizes.patch_size(), kPanelChannels)));
 }
 
 // ---- Tiles ----
@@ -176,15 +172,24 @@ Timed prologue_phase(const char* name, const Product& p, void* c, int64_t c_stri
 
 // ---- Phases ----
 
+// The one place where sizes and slices, which are int64_t, become what kernels count in int: read_sizes and
+// read_subnetwork keep each of them below 2^31.
 class Planner {
  public:
-  Planner(const Model& model, const Layout& layout, const Subnetwork& subnetwork, const Workspace& workspace,
-          const Device& device, const Call& call)
-      : model_(model), layout_(layout), subnetwork_(subnetwork), workspace_(workspace), device_(device), call_(call) {}
+  Planner(const Layout& layout, const Subnetwork& subnetwork, const Workspace& workspace, const Device& device,
+          const Call& call)
+      : sizes_(layout.sizes),
+        layout_(layout),
+        subnetwork_(subnetwork),
+        embed_offset_(subnetwork.embed.embed_offset),
+        embed_(subnetwork.embed.embed),
+        workspace_(workspace),
+        device_(device),
+        call_(call) {}
 
   std::vector<Phase> run() {
     stem();
-    for (int i = 0; i < model_.depth; i++) {
+    for (int64_t i = 0; i < sizes_.layers; i++) {
       if (subnetwork_.attention[i].heads > 0) attention_block(i);
       if (subnetwork_.mlp[i].hidden > 0) mlp_block(i);
     }
@@ -197,7 +202,7 @@ class Planner {
  private:
   // The rows of the residual that are computed now. The pooled tokens of an image begin at its row pool_start.
   struct Rows {
-    int per_image, tokens, pool_start;
+    int64_t per_image, tokens, pool_start;
     const Workspace::Rows* buffers;
   };
 
@@ -205,11 +210,11 @@ class Planner {
   T* at(int64_t offset) const {
     return reinterpret_cast<T*>(call_.workspace + offset);
   }
-  const float* floats(const Packed& packed, int offset) const {
+  const float* floats(const Packed& packed, int64_t offset) const {
     return reinterpret_cast<const float*>(call_.packed + packed.offset) + offset;
   }
   static int64_t panel_of(const Rows& rows) { return rows.buffers->rows * kPanelChannels; }
-  int pooled() const { return model_.pool_stop - model_.pool_start; }
+  int64_t pooled() const { return sizes_.pool_stop - sizes_.pool_start; }
   void add(const char* name, const Product& p) {
     phases_.push_back(product_phase(name, p, layout_.dtype, device_).phase);
   }
@@ -230,7 +235,7 @@ class Planner {
   }
 
   // A product with the rows of all images, which still lacks A, W and C.
-  Product product(int columns, int k) const {
+  Product product(int64_t columns, int64_t k) const {
     Product p{};
     p.rows = call_.images * rows_.per_image, p.columns = columns, p.k = k;
     p.image_rows = rows_.per_image, p.image_tokens = rows_.tokens;
@@ -240,19 +245,18 @@ class Planner {
     p.eps = subnetwork_.eps;
     return p;
   }
-  void weight(Product& p, int segment, const Packed& matrix, int row, int column, const float* bias) const {
-    const int64_t elements = int64_t{column} * matrix.rows + int64_t{row} * kPanelChannels;  // `column` begins a panel
+  void weight(Product& p, int segment, const Packed& matrix, int64_t row, int64_t column, const float* bias) const {
+    const int64_t elements = column * matrix.rows + row * kPanelChannels;  // `column` begins a panel
     p.weight[segment] = call_.packed + matrix.offset + bytes_of(layout_.dtype) * elements;
     if (layout_.dtype == Dtype::kE4m3)
       p.weight_scale[segment] = reinterpret_cast<const float*>(call_.packed + matrix.scales) + row;
-    p.weight_stride = int64_t{matrix.rows} * kPanelChannels;
+    p.weight_stride = matrix.rows * kPanelChannels;
     p.bias[segment] = bias;
   }
   void normalised(Product& p, const Packed& norm_weight, const Packed& norm_bias) const {
     p.prologue = Prologue::kNorm;
-    p.a = at<float>(rows_.buffers->residual), p.a_stride = subnetwork_.embed;
-    p.norm_weight = floats(norm_weight, subnetwork_.embed_offset),
-    p.norm_bias = floats(norm_bias, subnetwork_.embed_offset);
+    p.a = at<float>(rows_.buffers->residual), p.a_stride = embed_;
+    p.norm_weight = floats(norm_weight, embed_offset_), p.norm_bias = floats(norm_bias, embed_offset_);
   }
   void panels(Product& p, int64_t offset) const {
     p.prologue = Prologue::kPanels;
@@ -264,61 +268,59 @@ class Planner {
   }
   void add_to_residual(Product& p, const Rows& from, const Packed& layer_scale) const {
     p.epilogue = Epilogue::kResidual;
-    p.c = at<float>(rows_.buffers->residual), p.c_stride = subnetwork_.embed;
+    p.c = at<float>(rows_.buffers->residual), p.c_stride = embed_;
     p.residual = at<float>(from.buffers->residual);
     p.residual_image_rows = from.per_image;
     p.residual_first = from.buffers == rows_.buffers ? 0 : from.pool_start;
-    p.layer_scale = floats(layer_scale, subnetwork_.embed_offset);
+    p.layer_scale = floats(layer_scale, embed_offset_);
   }
 
   void stem() {
-    rows_ = {static_cast<int>(workspace_.image_rows), model_.tokens(), model_.pool_start, &workspace_.all};
-    Product p = product(subnetwork_.embed, layout_.stem.columns);
+    rows_ = {workspace_.image_rows, sizes_.tokens(), sizes_.pool_start, &workspace_.all};
+    Product p = product(embed_, layout_.parameters.stem.weight.columns);
     p.prologue = Prologue::kPatches;
-    p.channels = model_.channels, p.grid_height = model_.grid_height, p.grid_width = model_.grid_width;
-    p.patch_height = model_.patch_height, p.patch_width = model_.patch_width;
-    p.prefix_tokens = model_.prefix_tokens();
-    weight(p, 0, layout_.stem, subnetwork_.embed_offset, 0, nullptr);
+    p.channels = sizes_.channels, p.grid_height = sizes_.grid_height(), p.grid_width = sizes_.grid_width();
+    p.patch_height = sizes_.patch_height, p.patch_width = sizes_.patch_width;
+    p.prefix_tokens = sizes_.prefix_tokens();
+    weight(p, 0, layout_.parameters.stem.weight, embed_offset_, 0, nullptr);
     p.epilogue = Epilogue::kPositions;
-    p.c = at<float>(rows_.buffers->residual), p.c_stride = subnetwork_.embed;
-    p.positions = floats(layout_.positions, subnetwork_.embed_offset), p.positions_stride = model_.embed;
+    p.c = at<float>(rows_.buffers->residual), p.c_stride = embed_;
+    p.positions = floats(layout_.positions, embed_offset_), p.positions_stride = sizes_.embed;
     add_with_prologue("patches", "stem", p);
   }
 
-  void attention_block(int i) {
+  void attention_block(int64_t i) {
     const AttentionSlice& slice = subnetwork_.attention[i];
-    const Layout::Block& block = layout_.blocks[i];
-    const bool last = call_.pooled_only && i == model_.depth - 1;
-    const int channels = slice.heads * kHeadDim;
-    Product qkv = product(3 * channels, subnetwork_.embed);
+    const AttentionParameters<Packed>& p = layout_.parameters.attention[i];
+    const bool last = call_.pooled_only && i == sizes_.layers - 1;
+    const int64_t channels = slice.heads * kHeadDim;
+    Product qkv = product(3 * channels, embed_);
     qkv.segment = channels;
-    const int role_rows[3] = {slice.query_row, slice.key_row, slice.value_row};
+    const int64_t role_rows[3] = {slice.query_row, slice.key_row, slice.value_row};
     for (int role = 0; role < 3; role++)
-      weight(qkv, role, block.qkv, role_rows[role], subnetwork_.embed_offset, floats(block.qkv_bias, role_rows[role]));
-    normalised(qkv, block.norm1_weight, block.norm1_bias);
+      weight(qkv, role, p.qkv_weight, role_rows[role], embed_offset_, floats(p.qkv_bias, role_rows[role]));
+    normalised(qkv, p.norm_weight, p.norm_bias);
     to_panels(qkv, Epilogue::kPanels, workspace_.qkv);
-    if (last) qkv.token_start = model_.pool_start, qkv.token_stop = model_.pool_stop;
+    if (last) qkv.token_start = sizes_.pool_start, qkv.token_stop = sizes_.pool_stop;
     add_with_prologue("norm", "qkv", qkv);
 
     const Rows before = rows_;
     if (last) rows_ = {pooled(), pooled(), 0, &workspace_.pooled};
-    attention(i, before, last);
+    attention(slice, before, last);
 
-    Product proj = product(subnetwork_.embed, channels);
-    weight(proj, 0, block.proj, subnetwork_.embed_offset, slice.proj_column,
-           floats(block.proj_bias, subnetwork_.embed_offset));
+    Product proj = product(embed_, channels);
+    weight(proj, 0, p.proj_weight, embed_offset_, slice.proj_column, floats(p.proj_bias, embed_offset_));
     panels(proj, rows_.buffers->attended);
-    add_to_residual(proj, before, block.scale1);
+    add_to_residual(proj, before, p.layer_scale);
     add("proj, residual", proj);
   }
 
-  void attention(int i, const Rows& before, bool last) {
-    const AttentionSlice& slice = subnetwork_.attention[i];
+  void attention(const AttentionSlice& slice, const Rows& before, bool last) {
     Attention a{};
     a.images = call_.images, a.heads = slice.heads;
     a.image_rows = before.per_image, a.image_tokens = before.tokens;
-    a.query_start = last ? model_.pool_start : 0, a.query_stop = last ? model_.pool_stop : before.tokens;
-    a.scale = slice.scale;
+    a.query_start = last ? sizes_.pool_start : 0, a.query_stop = last ? sizes_.pool_stop : before.tokens;
+    a.scale = static_cast<float>(slice.scale);
     a.qkv = at<void>(workspace_.qkv), a.qkv_stride = panel_of(before);
     a.out = at<void>(rows_.buffers->attended), a.out_stride = panel_of(rows_);
     a.out_image_rows = rows_.per_image;
@@ -340,40 +342,40 @@ class Planner {
     phases_.push_back(phase);
   }
 
-  void mlp_block(int i) {
+  void mlp_block(int64_t i) {
     const MlpSlice& slice = subnetwork_.mlp[i];
-    const Layout::Block& block = layout_.blocks[i];
-    Product fc1 = product(slice.hidden, subnetwork_.embed);
-    weight(fc1, 0, block.fc1, slice.hidden_offset, subnetwork_.embed_offset,
-           floats(block.fc1_bias, slice.hidden_offset));
-    normalised(fc1, block.norm2_weight, block.norm2_bias);
+    const MlpParameters<Packed>& p = layout_.parameters.mlp[i];
+    Product fc1 = product(slice.hidden, embed_);
+    weight(fc1, 0, p.fc1_weight, slice.hidden_offset, embed_offset_, floats(p.fc1_bias, slice.hidden_offset));
+    normalised(fc1, p.norm_weight, p.norm_bias);
     to_panels(fc1, Epilogue::kGelu, rows_.buffers->hidden);
     add_with_prologue("norm", "fc1, gelu", fc1);
 
-    Product fc2 = product(subnetwork_.embed, slice.hidden);
-    weight(fc2, 0, block.fc2, subnetwork_.embed_offset, slice.hidden_offset,
-           floats(block.fc2_bias, subnetwork_.embed_offset));
+    Product fc2 = product(embed_, slice.hidden);
+    weight(fc2, 0, p.fc2_weight, embed_offset_, slice.hidden_offset, floats(p.fc2_bias, embed_offset_));
     panels(fc2, rows_.buffers->hidden);
-    add_to_residual(fc2, rows_, block.scale2);
+    add_to_residual(fc2, rows_, p.layer_scale);
     add("fc2, residual", fc2);
   }
 
   void head() {
+    const HeadSlice& slice = subnetwork_.head;
+    const HeadParameters<Packed>& packed = layout_.parameters.head;
     const Rows rows = rows_;
     rows_ = {1, 1, 0, rows.buffers};
-    Product p = product(round_up_int(subnetwork_.classes, kPanelChannels), subnetwork_.embed);
-    weight(p, 0, layout_.head, subnetwork_.class_offset, subnetwork_.embed_offset,
-           floats(layout_.head_bias, subnetwork_.class_offset));
-    normalised(p, layout_.norm_weight, layout_.norm_bias);
+    Product p = product(round_up(slice.classes, kPanelChannels), embed_);
+    weight(p, 0, packed.weight, slice.class_offset, embed_offset_, floats(packed.bias, slice.class_offset));
+    normalised(p, packed.norm_weight, packed.norm_bias);
     p.a_image_rows = rows.per_image, p.a_first = rows.pool_start, p.pooled = pooled();
     p.epilogue = Epilogue::kLogits;
-    p.c_stride = subnetwork_.classes, p.c_columns = subnetwork_.classes;
+    p.c_stride = slice.classes, p.c_columns = slice.classes;
     add_with_prologue("norm", "head", p);
   }
 
-  const Model& model_;
+  const NetworkSizes& sizes_;
   const Layout& layout_;
   const Subnetwork& subnetwork_;
+  const int64_t embed_offset_, embed_;
   const Workspace& workspace_;
   const Device& device_;
   const Call& call_;
@@ -394,9 +396,9 @@ std::vector<Phase> in_every_tile_shape(const Phase& phase, Dtype weights, const 
   return all;
 }
 
-std::vector<Phase> plan(const Model& model, const Layout& layout, const Subnetwork& subnetwork,
-                        const Workspace& workspace, const Device& device, const Call& call) {
-  return Planner(model, layout, subnetwork, workspace, device, call).run();
+std::vector<Phase> plan(const Layout& layout, const Subnetwork& subnetwork, const Workspace& workspace,
+                        const Device& device, const Call& call) {
+  return Planner(layout, subnetwork, workspace, device, call).run();
 }
 
 }  // namespace hydravit::cuda

@@ -3,37 +3,50 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
-#include "model.h"
+#include "parameters.h"
 #include "phase.h"
+#include "subnetwork.h"
 
 namespace hydravit::cuda {
 
+// ---- Limits of the kernels: why they cannot compute it, or "" ----
+
+std::string why_not(const NetworkSizes& sizes);
+std::string why_not(const Subnetwork& subnetwork);
+
 // ---- The packed weights: one copy serves all subnetworks ----
 
+// A parameter on the device: (rows, columns), or a vector as (1, columns).
+struct Parameter {
+  const void* data;  // null: the model lacks this parameter
+  Dtype dtype;
+  int64_t row_stride;
+};
+
 struct Packed {
-  int64_t offset;     // bytes
-  int rows, columns;  // of a matrix in panels (rows are a multiple of 64), or of a float matrix
-  int64_t scales;     // byte offset of the row scales of an E4m3 matrix
+  int64_t offset;         // bytes
+  int64_t rows, columns;  // of a matrix in panels (rows are a multiple of 64), or of a float matrix
+  int64_t scales;         // byte offset of the row scales of an E4m3 matrix
 };
 struct Layout {
-  struct Block {
-    Packed norm1_weight, norm1_bias, qkv, qkv_bias, proj, proj_bias, scale1;
-    Packed norm2_weight, norm2_bias, fc1, fc1_bias, fc2, fc2_bias, scale2;
-  };
-  Packed stem, positions;
-  std::vector<Block> blocks;
-  Packed norm_weight, norm_bias, head, head_bias;
+  const NetworkSizes sizes;
+  const Dtype dtype;  // of the matrices
   int64_t bytes = 0;
-  Dtype dtype;  // of the matrices
+  // The tokens and the position embedding have no place of their own: with the stem's bias, whose place nothing reads,
+  // they make `positions`: a row for each token.
+  NetworkParameters<Packed> parameters;
+  std::vector<Packed> in_order;  // the same
+  Packed positions;
 
-  Layout(const Model& model, Dtype dtype);
+  Layout(const NetworkSizes& sizes, Dtype dtype);
 };
 
-// Packs all parameters. An absent bias becomes zeros, an absent layer scale ones.
-int pack(const Model& model, const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed,
-         void* stream);
+// Packs all parameters, which come in the order of parameters.h. An absent bias becomes zeros, an absent layer scale
+// ones. Throws std::invalid_argument if one is absent that the kernels need.
+int pack(const Layout& layout, const std::vector<Parameter>& parameters, uint8_t* packed, void* stream);
 
 // ---- The workspace: activations of at most `images` images in any subnetwork ----
 
@@ -49,7 +62,7 @@ struct Workspace {
   int64_t prologue;  // rows that a prologue phase makes for the next product
   int64_t bytes;
 
-  Workspace(const Model& model, int images);
+  Workspace(const NetworkSizes& sizes, int images);
 };
 
 // ---- The phases of a call ----
@@ -70,8 +83,8 @@ struct Call {
 };
 
 // The first phase still lacks its images and the last one its logits: see CallBuffers.
-std::vector<Phase> plan(const Model& model, const Layout& layout, const Subnetwork& subnetwork,
-                        const Workspace& workspace, const Device& device, const Call& call);
+std::vector<Phase> plan(const Layout& layout, const Subnetwork& subnetwork, const Workspace& workspace,
+                        const Device& device, const Call& call);
 
 // The pointers that differ between calls with the same plan.
 struct CallBuffers {

@@ -93,7 +93,7 @@ def make_network(model: Packable, dtype: torch.dtype, max_batch: int, **cuda: st
     """The network of the model's device, with every allowed width; raises what ``Engine`` does."""
     parameters, sizes = model.network_parameters(), model.config.sizes
     subnetworks = {heads: model.subnetwork(heads) for heads in model.allowed_heads}
-    if model.pos_embed.device.type != "cpu":
+    if dtype in DTYPES["cuda"]:  # the CPU has float32 only, which CUDA lacks
         return kernels.CudaNetwork(parameters, sizes, subnetworks.values(), dtype, max_batch, **cuda)
     for heads, subnetwork in subnetworks.items():
         if reason := kernels.CpuNetwork.why_not(subnetwork):

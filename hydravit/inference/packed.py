@@ -34,6 +34,12 @@ class PackedInference:
     def __reduce__(self):  # copies and pickles start without a packed copy
         return PackedInference, (self.pooled_only,)
 
+    @property
+    def network(self) -> kernels.CpuNetwork | None:
+        """The packed copy as it is now, stale or not; None where there is none."""
+        kept = self._packed
+        return None if kept is None else kept[1]
+
     def drop(self) -> None:
         """Forget the packed copy."""
         with self._lock:

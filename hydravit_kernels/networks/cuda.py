@@ -88,13 +88,13 @@ class CudaNetwork:
         if reason := self.why_not(self.device):
             raise RuntimeError(f"the CUDA network {reason}")
         sizes.check(parameters)
-        self.sizes, self.max_batch = sizes, max_batch
+        self.sizes = sizes
         self._index = {subnetwork: i for i, subnetwork in enumerate(subnetworks)}
         self._streams: set[torch.cuda.Stream] = set()
         with self._current():
             self._network = _cuda.CudaNetwork(sizes, _name(dtype), max_batch, self.device.index or 0, loader)
             for subnetwork in self._index:
-                self._network.add_subnetwork(*subnetwork.flat(), subnetwork.eps)
+                self._network.add_subnetwork(*sizes.validate(subnetwork).flat(), subnetwork.eps)
             bytes_wanted = (self._network.packed_bytes, self._network.workspace_bytes)
             self._memory = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in bytes_wanted]
             if self.device.type == "cuda":
@@ -111,6 +111,11 @@ class CudaNetwork:
             return f"was not built: {_native.build_info.get('cuda_why_not') or _import_error}"
         major, minor = torch.cuda.get_device_capability(device)
         return "" if major >= 8 else f"needs compute capability 8.0 or newer, {device} has {major}.{minor}"
+
+    @property
+    def packed(self) -> Tensor:
+        """The packed weights of all widths: bytes, laid out as csrc/cuda/phase.h says."""
+        return self._memory[0]
 
     def pack(self, parameters: NetworkParameters) -> None:
         """Pack the parameters anew, on the current stream."""

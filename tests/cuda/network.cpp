@@ -42,19 +42,11 @@ Parameter upload(const Matrix& p, Dtype dtype) {
 
 struct Case {
   std::string name;
-  Model model;
+  NetworkSizes sizes;
   Subnetwork subnetwork;
   bool with_optional = true;
   Dtype stored = Dtype::kFp32;  // dtype of parameters and images
 };
-
-Subnetwork prefix(const Model& m, int heads, int hidden) {
-  const AttentionSlice a{0, m.embed, 2 * m.embed, 0, heads, 0.125f};
-  Subnetwork w{0, heads * kHeadDim, {}, {}, 0, m.classes, 1e-6f};
-  w.attention.assign(m.depth, a);
-  w.mlp.assign(m.depth, {0, hidden});
-  return w;
-}
 
 struct Way {
   Loader loader;
@@ -66,13 +58,12 @@ struct Way {
 class EmulatedNetwork {
  public:
   EmulatedNetwork(const Case& test, Dtype dtype, int images)
-      : test_(test), dtype_(dtype), images_(images), layout_(test.model, dtype) {
+      : test_(test), dtype_(dtype), images_(images), layout_(test.sizes, dtype) {
     std::mt19937 random(7);
-    expect(why_not(test.model).empty() && why_not(test.model, test.subnetwork).empty(), test.name + " is possible");
-    parameters_ = random_parameters(test.model, test.subnetwork, test.with_optional, random);
-    const Model& m = test.model;
-    const int area = m.grid_height * m.patch_height * m.grid_width * m.patch_width;
-    pixels_ = {images, m.channels * area, std::vector<float>(static_cast<size_t>(images) * m.channels * area)};
+    expect(why_not(test.sizes).empty() && why_not(test.subnetwork).empty(), test.name + " is possible");
+    parameters_ = random_parameters(test.sizes, test.subnetwork, test.with_optional, random);
+    const int64_t pixels = test.sizes.channels * test.sizes.image_height * test.sizes.image_width;
+    pixels_ = {images, pixels, std::vector<float>(images * pixels)};
     std::normal_distribution<float> normal;
     for (float& v : pixels_.values) v = normal(random);
   }
@@ -81,22 +72,21 @@ class EmulatedNetwork {
 
   // Returns the logits of the images [first_image, first_image + images), computed without the others.
   std::vector<float> run(const Way& way, int first_image, int images) {
-    const Model& model = test_.model;
     std::vector<Parameter> sources;
     for (const Matrix& p : parameters_) sources.push_back(upload(p, test_.stored));
     auto* packed = static_cast<uint8_t*>(emulator::allocate(layout_.bytes));
-    const Workspace workspace(model, images_);
+    const Workspace workspace(test_.sizes, images_);
     auto* memory = static_cast<uint8_t*>(emulator::allocate(workspace.bytes));
     Matrix pixels{images, pixels_.columns, {}};
     const auto from = pixels_.values.begin() + static_cast<int64_t>(first_image) * pixels_.columns;
     pixels.values.assign(from, from + static_cast<int64_t>(images) * pixels_.columns);
-    const size_t count = static_cast<size_t>(images) * test_.subnetwork.classes;
+    const size_t count = static_cast<size_t>(images) * test_.subnetwork.head.classes;
     const CallBuffers buffers{upload(pixels, test_.stored).data, test_.stored,
                               static_cast<float*>(emulator::allocate(4 * count))};
-    expect(pack(model, layout_, sources, packed, nullptr) == 0, "packing");
+    expect(pack(layout_, sources, packed, nullptr) == 0, "packing");
     const Device device{way.processors, way.loader == Loader::kBulk ? 232448 : 166912, way.loader, 0, way.wgmma};
     const Call call{packed, memory, images, way.pooled_only};
-    std::vector<Phase> phases = plan(model, layout_, test_.subnetwork, workspace, device, call);
+    std::vector<Phase> phases = plan(layout_, test_.subnetwork, workspace, device, call);
     buffers.set(phases);
     for (const Phase& phase : phases) expect(launch(phase, dtype_, way.loader, nullptr) == 0, "launching");
     emulator::synchronize();
@@ -111,17 +101,17 @@ class EmulatedNetwork {
     if (test_.stored != Dtype::kFp32)
       for (Matrix& p : stored)
         for (float& v : p.values) v = static_cast<float>(rounded(v, test_.stored));
-    const std::vector<Matrix> packed = dtype_ == Dtype::kE4m3 ? quantised(stored) : stored;
+    const std::vector<Matrix> packed = dtype_ == Dtype::kE4m3 ? quantised(test_.sizes, stored) : stored;
     double ours = 0, eager = 0, squares = 0, quantisation = 0;
     for (int image = 0; image < images_; image++) {
       std::vector<float> pixels(pixels_.values.begin() + static_cast<int64_t>(image) * pixels_.columns,
                                 pixels_.values.begin() + static_cast<int64_t>(image + 1) * pixels_.columns);
       if (test_.stored != Dtype::kFp32)
         for (float& v : pixels) v = static_cast<float>(rounded(v, test_.stored));
-      const auto right = Reference(test_.model, test_.subnetwork, packed, exact).run(pixels.data());
-      const auto low = Reference(test_.model, test_.subnetwork, packed, half).run(pixels.data());
+      const auto right = Reference(test_.sizes, test_.subnetwork, packed, exact).run(pixels.data());
+      const auto low = Reference(test_.sizes, test_.subnetwork, packed, half).run(pixels.data());
       const auto before =
-          dtype_ == Dtype::kE4m3 ? Reference(test_.model, test_.subnetwork, stored, exact).run(pixels.data()) : right;
+          dtype_ == Dtype::kE4m3 ? Reference(test_.sizes, test_.subnetwork, stored, exact).run(pixels.data()) : right;
       for (size_t i = 0; i < right.size(); i++) {
         const double error = logits[image * right.size() + i] - right[i];
         ours += error * error;
@@ -150,31 +140,31 @@ class EmulatedNetwork {
 };
 
 std::vector<Case> cases() {
-  const Model small{2, 192, 256, 10, 3, 4, 4, 4, 4, 1, 0, true, 0, 1};  // 17 tokens
+  const NetworkSizes small{2, 192, 256, 3, 4, 4, 1, 0, 17, 10, 16, 16, 0, 1};  // 17 tokens
   std::vector<Case> result;
   for (int heads = 1; heads <= 3; heads++)
     result.push_back({"prefix of " + std::to_string(heads), small, prefix(small, heads, 64 * heads)});
 
   Case offsets{"offsets", small, prefix(small, 2, 128), false};
-  offsets.subnetwork.embed_offset = 64;
-  offsets.subnetwork.attention[0] = {64, 256, 384, 64, 2, 0.2f};
-  offsets.subnetwork.attention[1] = {128, 192, 448, 0, 1, 0.125f};
-  offsets.subnetwork.mlp[1] = {64, 192};
-  offsets.model.classes = 64, offsets.subnetwork.class_offset = 48, offsets.subnetwork.classes = 16;
+  offsets.subnetwork.embed.embed_offset = 64;
+  offsets.subnetwork.attention[0] = {64, 128, 64, 256, 384, 64, 2, 64, 64, 64, 0.2};
+  offsets.subnetwork.attention[1] = {64, 128, 128, 192, 448, 0, 1, 64, 64, 64, 0.125};
+  offsets.subnetwork.mlp[1] = {64, 128, 64, 192};
+  offsets.sizes.classes = 64, offsets.subnetwork.head = {64, 128, 48, 16};
   result.push_back(offsets);
 
-  Model deep = small;  // its products have more steps than tiles in flight
-  deep.depth = 1, deep.hidden = 64 * (kMaxStages + 4);
+  NetworkSizes deep = small;  // its products have more steps than tiles in flight
+  deep.layers = 1, deep.hidden = 64 * (kMaxStages + 4);
   result.push_back({"long sums", deep, prefix(deep, 1, deep.hidden)});
 
-  Model average = small;  // 50 tokens; pools the last 49
-  average.grid_height = 7, average.grid_width = 7, average.patch_height = 2, average.patch_width = 3;
-  average.pool_start = 1, average.pool_stop = 50, average.classes = 70;
+  NetworkSizes average = small;  // 50 tokens; pools the last 49
+  average.image_height = 14, average.image_width = 21, average.patch_height = 2, average.patch_width = 3;
+  average.pool_start = 1, average.pool_stop = 50, average.positions = 50, average.classes = 70;
   result.push_back({"average pooling", average, prefix(average, 1, 64), true, Dtype::kBf16});
 
-  Model registers = small;  // 1 patch and 2 register tokens
-  registers.grid_height = registers.grid_width = 1, registers.reg_tokens = 2, registers.cls_tokens = 0;
-  registers.pos_on_prefix = false, registers.pool_start = 2, registers.pool_stop = 3, registers.depth = 3;
+  NetworkSizes registers = small;  // 1 patch and 2 register tokens
+  registers.image_height = registers.image_width = 4, registers.reg_tokens = 2, registers.cls_tokens = 0;
+  registers.positions = 1, registers.pool_start = 2, registers.pool_stop = 3, registers.layers = 3;
   Case skipped{"registers and skipped branches", registers, prefix(registers, 3, 256), true, Dtype::kFp16};
   skipped.subnetwork.attention[0].heads = 0, skipped.subnetwork.mlp[1].hidden = 0,
   skipped.subnetwork.attention[2].heads = 0;

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "check.h"
+#include "reference.h"
 
 namespace hydravit::cuda::tests {
 
@@ -69,8 +70,8 @@ class Checker {
 }  // namespace
 
 void test_plans() {
-  const Model base{3, 768, 3072, 1000, 3, 14, 14, 16, 16, 1, 0, true, 0, 1};
-  Model average = base;
+  const NetworkSizes base{3, 768, 3072, 3, 16, 16, 1, 0, 197, 1000, 224, 224, 0, 1};
+  NetworkSizes average = base;
   average.pool_start = 1, average.pool_stop = 197;
   const Device devices[] = {{132, 232448, Loader::kBulk, 0, true},
                             {148, 232448, Loader::kBulk, 0, false},
@@ -78,17 +79,15 @@ void test_plans() {
                             {108, 166912, Loader::kAsync, 0, false}};
   for (const int images : {1, 2, 8, 64}) {
     begin("plans for " + std::to_string(images) + " images");
-    for (const Model& model : {base, average})
+    for (const NetworkSizes& sizes : {base, average})
       for (const Device& device : devices)
         for (int heads = 1; heads <= 12; heads++) {
-          Subnetwork subnetwork{0, heads * kHeadDim, {}, {}, 0, model.classes, 1e-6f};
-          subnetwork.attention.assign(model.depth, {0, model.embed, 2 * model.embed, 0, heads, 0.125f});
-          subnetwork.mlp.assign(model.depth, {0, 4 * heads * kHeadDim});
-          const Workspace workspace(model, images);
+          const Subnetwork subnetwork = prefix(sizes, heads, 4 * heads * kHeadDim);
+          const Workspace workspace(sizes, images);
           uint8_t* const nowhere = nullptr;
           const Call call{nowhere + (int64_t{1} << 40), nowhere + (int64_t{1} << 41), images};
           const auto planned = [&](Dtype weights) {
-            return plan(model, Layout(model, weights), subnetwork, workspace, device, call);
+            return plan(Layout(sizes, weights), subnetwork, workspace, device, call);
           };
           const auto phases = planned(Dtype::kBf16);
           Checker checker(device);
@@ -97,9 +96,9 @@ void test_plans() {
           const auto large = count([](const Phase& p) { return p.kind == Kind::kProduct && uses_wgmma(p.shape); });
           const auto prologues = count([](const Phase& p) { return p.kind == Kind::kPrologue; });
           if (images == 1 && heads <= 6) expect(prologues == 0, "with one image the tiles run the prologues");
-          if (images >= 8 && heads >= 6) expect(prologues >= 2 * model.depth - 1, "prologue phases norm many rows");
+          if (images >= 8 && heads >= 6) expect(prologues >= 2 * sizes.layers - 1, "prologue phases norm many rows");
           if (&device == &devices[0] && images == 64 && heads >= 3)
-            expect(large >= 2 * (model.depth - 1), "wgmma multiplies many rows");
+            expect(large >= 2 * (sizes.layers - 1), "wgmma multiplies many rows");
           for (const Phase& phase : planned(Dtype::kE4m3))
             expect(!uses_wgmma(phase.shape), "mma multiplies 8-bit weights");
         }

@@ -109,7 +109,7 @@ def test_commands(tmp_path, monkeypatch):
     [
         ("tests", 0, "3 passed, 1 skipped in 1.0s", "cuda", "passed"),
         ("tests", 0, "SKIPPED [3] no GPU\n18 skipped in 0.1s", "cuda", "failed"),
-        ("tests", 0, "SKIPPED [3] no GPU\n18 skipped in 0.1s", "cpu", "nothing ran"),
+        ("tests", 5, "NOT RUN [3] for want of GPU\n18 deselected in 0.1s", "cpu", "nothing ran"),
         ("tests", 5, "no tests ran", "cuda", "failed"),
         ("tests", 1, "1 failed, 2 passed", "cuda", "failed"),
         ("sanitizer", 1, "========= Error: Device not supported. Please refer to", "cuda", "absent"),

@@ -1,4 +1,8 @@
-"""``python -m bench.gpu.phases``: its table of times. test_engine.py times every phase on the emulator."""
+"""``python -m bench.gpu.phases``: what it measures, on the emulator, and its table of times."""
+
+import pytest
+import torch
+from small import SMALL_CUDA
 
 from bench.gpu import phases
 
@@ -27,3 +31,20 @@ def test_the_table_adds_up_and_names_what_is_faster():
 def test_wrong_input(capsys):
     assert phases.main(["--device", "cpu"]) == 2
     assert "the CUDA network has no kernels for device 'cpu'" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_phases_are_timed_in_every_shape(cuda_on_the_cpu, capsys):
+    """The emulator's times mean nothing. Every phase is there, with the planned tile among the others."""
+    args = phases._parser().parse_args(["--repeats", "1", "--dtype", "bf16", "--device", "cpu"])
+    args.config = SMALL_CUDA
+    (call,) = phases.measure(args, torch.device("cpu"), [2], [2])
+    groups = phases._by_phase(call["phases"])
+    assert groups[0][0] == "stem" and groups[-1][0] == "head"
+    # The last of the two layers computes the class token only, so most of its phases are unlike the first layer's.
+    assert sum(shapes[0]["count"] for _, shapes in groups) == 2 + 5 * SMALL_CUDA.depth
+    for name, shapes in groups:
+        assert [shape["planned"] for shape in shapes].count(True) == 1, name
+        assert (len(shapes) > 1) == (name != "attention")
+        assert all(shape["microseconds"] > 0 for shape in shapes)
+    assert call["call"] > 0 and "k=2, batch 2: a call takes" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The committed report of what the CUDA kernels take of an SM."""
 
 import os
-import shutil
 
 import pytest
 
@@ -58,10 +57,9 @@ def test_serialized_wgmma_is_an_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.needs("program nvcc")
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_compiling_says_the_same(architecture):
-    if not shutil.which("nvcc"):
-        pytest.skip("nvcc was not found")
     first, rows = resources.read()
     found = list(resources.resources(architecture))
     assert not any(int(row["spill_stores"]) + int(row["spill_loads"]) for row in found)

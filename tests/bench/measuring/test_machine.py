@@ -37,7 +37,7 @@ def test_the_probe_of_the_peak_counts_its_operations():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is glibc's malloc")
 def test_freed_memory_is_kept():
-    """In a process of its own: 48 MB that come and go cost no page any more, even where every page was given back."""
+    """48 MB that come and go cost no page any more, in a process in which every page was given back before."""
     code = """
 import ctypes, resource, torch
 from bench.measuring.machine import keep_freed_memory

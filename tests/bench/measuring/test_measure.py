@@ -197,7 +197,7 @@ def test_memory_is_not_measured_after_the_deadline(monkeypatch):
     assert given == [100.0, 40.0]
 
 
-# What differing widths cost -------------------------------------------------------------------------------------------
+# Costs of differing widths --------------------------------------------------------------------------------------------
 
 
 def test_a_mixed_batch_is_compared_image_by_image_and_with_its_shares():

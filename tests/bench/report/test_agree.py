@@ -1,4 +1,4 @@
-"""Whether two runs agree, from invented results."""
+"""The comparison of two runs, with invented results."""
 
 import json
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import pytest
 
 from bench import ROOT
 from bench.report import plot
-from bench.report.page import page
-from bench.report.sections import PARAMETERS
+from bench.report.page import PARAMETERS, page
 from bench.report.summary import line, summary
 from bench.report.wording import STATUSES, number, spans
 from bench.rows import COLUMNS, write_results
@@ -108,20 +106,6 @@ def everything(widths=range(3, 13), batches=(1, 8)):
     return rows
 
 
-TRAINED = {
-    "environment": {"images": 599, "cpu": "AMD EPYC", "threads": 2, "torch": "2.13.0+cpu", "backend": "native"},
-    "widths": [
-        {
-            "heads": k,
-            "top1": 98.3 - 5 / k,
-            "gmacs": 0.24 * k,
-            "latency_ms": {"eager": 0.8 + k / 40, "fused": 0.3 + k / 30},
-        }
-        for k in range(3, 7)
-    ],
-}
-
-
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -161,15 +145,12 @@ def rows():
 @pytest.fixture(scope="module")
 def whole(rows, tmp_path_factory):
     """The HTML of everything, and what a parser makes of it."""
-    html = render(rows, tmp_path_factory.mktemp("page"), TRAINED)
+    html = render(rows, tmp_path_factory.mktemp("page"))
     return html, Checker(html)
 
 
-def render(rows, folder, trained=None):
-    path = write_results(folder, "suite", ENVIRONMENT, rows)[0]
-    if trained is not None:
-        (folder / "trained.json").write_text(json.dumps(trained))
-    return page([path], folder / "trained.json" if trained else None)
+def render(rows, folder):
+    return page(write_results(folder, "suite", ENVIRONMENT, rows)[0])
 
 
 def test_page_stands_alone(whole):
@@ -228,7 +209,7 @@ def test_slower_is_as_visible_as_faster(whole):
 
 
 def test_same_rows_same_bytes(rows, whole, tmp_path):
-    assert render(copy.deepcopy(rows), tmp_path, TRAINED) == whole[0]
+    assert render(copy.deepcopy(rows), tmp_path) == whole[0]
 
 
 def test_figures_have_names(whole):
@@ -295,17 +276,6 @@ def test_plain_calls_stand_in_where_ours_cannot_be_captured(tmp_path):
     )
     assert html.count("native cannot be launched like this") == 1
     assert html.count("time relative to native <small>") == 2
-
-
-def test_several_files_keep_their_own_machine(rows, tmp_path):
-    paths = [
-        write_results(tmp_path, name, ENVIRONMENT | {"name": name}, rows[:40])[0] for name in ("one machine", "another")
-    ]
-    html = page(paths)
-    found = Checker(html)
-    assert "one machine" in html and "another" in html
-    ids = [value for _, name, value in found.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
 
 
 def test_summary_fits_a_terminal(rows):

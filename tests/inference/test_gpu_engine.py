@@ -1,4 +1,4 @@
-"""The CUDA engine on a CUDA device: what tests/test_engine.py asks of the emulator, and what only a device can show."""
+"""The CUDA engine on a CUDA device: what test_engine.py asks of the emulator, and what only a device can show."""
 
 import functools
 import random
@@ -6,15 +6,13 @@ import random
 import pytest
 import torch
 from budget import assert_within_budget
-from small import images, shake
+from small import draws_of_logits, images, shake
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.inference import DTYPES, make_network, with_e4m3_weights
-from hydravit_kernels import CudaNetwork
 
 DEVICE = torch.device("cuda")
-_WHY_NOT = CudaNetwork.why_not(DEVICE) if torch.cuda.is_available() else f"torch {torch.__version__} finds no device"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_WHY_NOT), reason=f"the CUDA network {_WHY_NOT}")]
+pytestmark = [pytest.mark.gpu, pytest.mark.needs("cuda_network")]
 
 TINY = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10)
 BASE = HydraViTConfig()
@@ -28,18 +26,13 @@ def make(config):
 
 
 @functools.cache
-@torch.no_grad()
 def expected_of(config, dtype):
-    """Images, the activations' dtype, and by width the logits of two images: eager PyTorch's in it, and exact ones."""
+    """Images, the activations' dtype, and by width what the budget for the logits of two images is made from."""
     model, x = make(config), images(config, 8).to(DEVICE)
     if dtype == torch.float8_e4m3fn:  # the same weights, and activations of the engine's
         model, dtype = with_e4m3_weights(model), torch.float16
-    exact = HydraViT(config, backend="reference").eval().double()
-    exact.load_state_dict(model.state_dict())
-    eager = HydraViT(config, backend="reference").eval().to(DEVICE, dtype)
-    eager.load_state_dict(model.state_dict())
     widths = {1, config.max_heads // 2, config.max_heads}
-    return x, dtype, {k: (eager(x[:2].to(dtype), heads=k).cpu(), exact(x[:2].double().cpu(), heads=k)) for k in widths}
+    return x, dtype, {heads: draws_of_logits(model, x[:2], dtype, DEVICE, heads=heads) for heads in widths}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -49,8 +42,8 @@ def expected_of(config, dtype):
 def test_within_the_error_budget(config, dtype, loader):
     engine = make(config).engine(dtype=dtype, loader=loader)
     x, activations, expected = expected_of(config, dtype)
-    for heads, (eager, exact) in expected.items():
-        assert_within_budget(engine(x, heads=heads)[:2].to(activations).cpu(), eager, exact)
+    for heads, draws in expected.items():
+        assert_within_budget(engine(x, heads=heads)[:2].to(activations), draws[0])
 
 
 @pytest.mark.parametrize("heads", [3, 6, 12])
@@ -60,15 +53,9 @@ def test_products_by_warpgroups(heads):
     model, x = make(BASE), images(BASE, 64).to(DEVICE)
     engine = model.engine(max_batch=64)
     logits = engine(x, heads=heads)
-    exact = HydraViT(BASE, backend="reference").eval().double()
-    exact.load_state_dict(model.state_dict())
-    eager = HydraViT(BASE, backend="reference").eval().to(DEVICE, torch.bfloat16)
-    eager.load_state_dict(model.state_dict())
     some = [0, 31, 63]
-    expected = exact(x[some].double().cpu(), heads=heads)
-    assert_within_budget(
-        logits[some].to(torch.bfloat16).cpu(), eager(x[some].to(torch.bfloat16), heads=heads).cpu(), expected
-    )
+    draws = draws_of_logits(model, x[some], torch.bfloat16, DEVICE, heads=heads)
+    assert_within_budget(logits[some].to(torch.bfloat16), draws[0])
 
 
 @torch.no_grad()
@@ -105,11 +92,11 @@ def test_products_of_one_family_have_the_same_bits_at_any_batch():
     model, x = make(BASE), images(BASE, 64).to(DEVICE)
     network = make_network(model, torch.bfloat16, 64)
     for heads in (3, 12):
-        width, logits = model.allowed_heads.index(heads), {}
+        subnetwork, logits = model.subnetwork(heads), {}
         for batch in (1, 2, 4, 8, 16, 32, 48, 64):
-            phases = network.time_phases(x[:batch], width, repeats=1)
+            phases = network.time_phases(x[:batch], subnetwork, repeats=1)
             by_wgmma = tuple((phase.name, phase.tile == "128x128") for phase in phases if phase.planned and phase.tile)
-            found = network.run(x[:batch], width)
+            found = network.run(x[:batch], (subnetwork,))
             expected = logits.setdefault(by_wgmma, found)
             assert torch.equal(found[: len(expected)], expected)
 

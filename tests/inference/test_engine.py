@@ -1,61 +1,30 @@
-"""The engine object: on the CPU, and the CUDA one on the emulator, which computes what a GPU is asked to."""
+"""The engine on the CPU and, with the CUDA network on the emulator, what it does on a GPU."""
 
 import copy
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from budget import assert_within_budget
-from small import images, poison, shake
+from small import SMALL_CUDA as CONFIG
+from small import draws_of_logits, images, poison, shake
 
-from bench.gpu import phases
-from hydravit import HydraViT, HydraViTConfig, geometry
+from hydravit import HydraViT
 from hydravit.config import resolve_config
-from hydravit.inference import DTYPES, in_order, with_e4m3_weights
+from hydravit.inference import DTYPES, with_e4m3_weights
 from hydravit.training import SliceAdamW, SliceGradients
-from hydravit_kernels import _native, engine
+from hydravit_kernels import CpuNetwork, CudaNetwork
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [
-    pytest.mark.skipif(not _native.loaded, reason=f"native {_native.why_not}"),
+    pytest.mark.needs("native"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
-# Heads of 64 channels, as the CUDA kernels need them; 17 tokens.
-CONFIG = HydraViTConfig(image_size=16, patch_size=4, depth=2, max_heads=3, num_classes=10, mlp_ratio=1.0)
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The module of the CUDA network, compiled for this CPU."""
-    folder = tmp_path_factory.mktemp("emulated")
-    options = (f"-DTORCH_ROOT={Path(torch.__file__).parent}", f"-DPython_EXECUTABLE={sys.executable}")
-    for command in (
-        ("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHYDRAVIT_EMULATOR=ON", *options),
-        ("cmake", "--build", folder),
-    ):
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert result.returncode == 0, result.stdout
-    spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.long)])
-def kind(request, monkeypatch):
-    """For "cuda", the engines of models on the CPU are those of CUDA on the emulator."""
-    if request.param != "cpu":
-        from hydravit import engine as of_model
-
-        monkeypatch.setattr(engine, "_cuda", request.getfixturevalue("emulated"))
-        monkeypatch.setattr(engine, "cuda_network_why_not", lambda device: "")
-        monkeypatch.setattr(of_model.kernels, "cuda_network_why_not", lambda device: "")
-        monkeypatch.setattr(of_model, "_CpuNetwork", of_model._CudaNetwork)
-        monkeypatch.setitem(of_model.DTYPES, "cpu", of_model.DTYPES["cuda"])
+def kind(request):
+    """For "cuda", engines of models on the CPU have the CUDA network on the emulator."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_on_the_cpu")
     return request.param
 
 
@@ -77,11 +46,7 @@ def check(engine, x, **options):
         return
     if dtype == torch.float8_e4m3fn:
         model, dtype = with_e4m3_weights(model), torch.float16
-    reference = HydraViT(model.config, backend="reference").eval()
-    reference.load_state_dict(model.state_dict())
-    exact = reference.double()(x.double(), **options)
-    eager = reference.to(dtype)(x.to(dtype), **options)
-    assert_within_budget(logits.to(dtype), eager, exact)
+    assert_within_budget(logits.to(dtype), draws_of_logits(model, x, dtype, **options)[0])
 
 
 def test_every_width_and_batch(kind):
@@ -121,43 +86,10 @@ def test_other_dtypes(kind):
             check(engine, images(CONFIG, 2), heads=heads)
 
 
-def in_panels(rows):
-    """8-bit rows as csrc/cuda/phase.h says they lie, panel by panel."""
-    height, width = rows.shape[0] + -rows.shape[0] % 8, rows.shape[1] + -rows.shape[1] % 64
-    padded = torch.nn.functional.pad(rows.view(torch.uint8), (0, width - rows.shape[1], 0, height - rows.shape[0]))
-    # (eights of rows, row, panel, sixteens of channels, eights, pairs, channel)
-    return padded.view(height // 8, 8, width // 64, 4, 2, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).contiguous()
-
-
 @pytest.mark.parametrize("dtype", DTYPES["cuda"], ids=str)
 def test_the_cpu_has_float32_only(dtype):
     with pytest.raises(ValueError, match=f"^dtype must be torch.float32 on cpu, not {dtype}"):
         make().engine(dtype=dtype)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
-def test_packing_rounds_to_e4m3_as_pytorch_does(kind):
-    model = make(in_channels=1, num_classes=70)
-    with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight[3, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38])
-        model.blocks[0].mlp.fc2.weight[:2].mul_(torch.tensor([[1e-30], [1e-42]]))
-        model.blocks[1].attn.qkv.weight[5] = 0.0
-    packed = model.engine(dtype=torch.float8_e4m3fn)._network._network._memory[0].numpy().tobytes()
-    for parameter in in_order(model):
-        if parameter is not None and parameter.dim() in (2, 4):
-            rows, scales = engine.to_e4m3(parameter)
-            for expected in (*in_panels(rows), scales):
-                assert expected.numpy().tobytes() in packed, parameter.shape
-
-
-@pytest.mark.long
-def test_e4m3_halves_what_is_packed(emulated):
-    base = {"depth": 12, "embed": 768, "hidden": 3072, "classes": 1000, "channels": 3, "grid_height": 14}
-    base |= {"grid_width": 14, "patch_height": 16, "patch_width": 16, "cls_tokens": 1, "reg_tokens": 0}
-    base |= {"pos_on_prefix": 1, "pool_start": 0, "pool_stop": 1}
-    fp16, e4m3 = (emulated.CudaNetwork(base, dtype, 1, 0, "best") for dtype in ("float16", "float8_e4m3fn"))
-    assert e4m3.packed_bytes <= 0.52 * fp16.packed_bytes
 
 
 def test_a_nan_shows_in_the_widths_that_read_it(kind):
@@ -245,7 +177,8 @@ def test_steps_of_the_slice_optimizer_are_noticed(kind):
 def test_unchanged_weights_are_packed_once(kind, monkeypatch):
     model, x = make(), images(CONFIG)
     engine = model.engine()
-    monkeypatch.setattr(engine._network, "pack", None)
+    for network in (CpuNetwork, CudaNetwork):
+        monkeypatch.setattr(network, "pack", None)
     for heads in (1, 2, 3, 1):
         engine(x, heads=heads)
 
@@ -288,24 +221,6 @@ def test_untrained_widths_are_refused(kind):
     assert model.engine()(x, heads=2).isfinite().all()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ({"head_dim": 32, "max_heads": 4}, "heads of 64 channels"),
-        ({"max_heads": 17, "depth": 1}, "at most 1024"),
-        ({"mlp_ratio": 2.625}, "hidden channels: a multiple of 64"),
-        ({"num_classes": 0}, "a classifier expected"),
-        ({"image_size": 256}, "attention needs .* bytes of shared memory"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else str(value),
-)
-@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
-def test_models_that_the_kernels_cannot_compute(kind, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        make(**overrides).engine()
-
-
 def test_models_that_packed_inference_cannot_serve():
     with pytest.raises(ValueError, match="^engine: packed weights cannot serve heads=1"):
         make(head_dim=16, geometry="hydravit").engine()
@@ -316,36 +231,3 @@ def test_a_moved_model_needs_a_new_engine():
     engine.model.to("meta")
     with pytest.raises(RuntimeError, match="^the model was moved from cpu to meta"):
         engine(images(CONFIG))
-
-
-def test_without_a_cuda_engine_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(engine, "_cuda", None)
-    assert "was not built: " in engine.cuda_network_why_not(torch.device("cuda"))
-    assert "has no kernels for device 'meta'" in engine.cuda_network_why_not(torch.device("meta"))
-    with pytest.raises(RuntimeError, match="has no kernels for device 'meta'"):
-        HydraViT(CONFIG).to("meta").engine()
-
-
-@pytest.mark.parametrize("kind", [pytest.param("cuda", marks=pytest.mark.long)], indirect=True)
-def test_phases_are_timed_in_every_shape(kind, capsys):
-    """Of the emulation, whose times mean nothing: every phase is there, with the planned tile among the others."""
-    arguments = ["--repeats", "1", "--dtype", "bf16", "--device", "cpu"]
-    args = phases._parser().parse_args(arguments)
-    args.config = CONFIG
-    (call,) = phases.measure(args, torch.device("cpu"), [2], [2])
-    groups = phases._by_phase(call["phases"])
-    assert groups[0][0] == "stem" and groups[-1][0] == "head"
-    # Of two layers the last computes the class token only, so that most phases are unlike the first layer's.
-    assert sum(shapes[0]["count"] for _, shapes in groups) == 2 + 5 * CONFIG.depth
-    for name, shapes in groups:
-        assert [shape["planned"] for shape in shapes].count(True) == 1, name
-        assert (len(shapes) > 1) == (name != "attention")
-        assert all(shape["microseconds"] > 0 for shape in shapes)
-    assert call["call"] > 0 and "k=2, batch 2: a call takes" in capsys.readouterr().out
-
-
-def test_geometries_keep_their_slices():
-    """The engine's table of widths is the model's."""
-    model = make()
-    assert list(model.engine()._network.widths) == list(model.allowed_heads)
-    assert geometry.every_width(CONFIG).keys() == set(model.allowed_heads)
