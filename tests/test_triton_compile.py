@@ -58,7 +58,7 @@ def compiling(monkeypatch):
 
     def start(capability):
         table = launch._BY_CAPABILITY.get(divmod(capability, 10), launch._ANY)
-        monkeypatch.setattr(launch, "table", lambda device: table)
+        monkeypatch.setattr(launch, "tile_table", lambda device: table)
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         return compiled
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hydravit.inference.packable import Packable
-from hydravit.layers import hooks_of, is_ours
+from hydravit.layers import Block, hooks_of
 
 
 class Structure:
@@ -24,7 +24,9 @@ class Structure:
         modules = list(model.modules())
         self._parameters = [module._parameters for module in modules]
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._blocks = list(model.blocks)
+        # A network calls no module, so it cannot serve a block of another class or with a patched forward.
+        self._foreign = any(type(block) is not Block for block in model.blocks)
+        self._attributes = [block.__dict__ for block in model.blocks]
         tables = {id(hooks): hooks for block in model.blocks for hooks in hooks_of(block)}
         self._hooks = list(tables.values())
 
@@ -33,8 +35,8 @@ class Structure:
         return all(list(now.values()) == then for now, then in self._children)
 
     def seen_from_outside(self) -> bool:
-        """Whether a hook or a foreign block would miss its call, because a network calls no module."""
-        return any(self._hooks) or not all(map(is_ours, self._blocks))
+        """Whether a hook or a foreign block would miss its call."""
+        return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]

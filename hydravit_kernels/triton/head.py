@@ -1,40 +1,40 @@
-"""Head: mean of the pooled tokens, norm, classifier, the last two where given; arguments as in ``ops.py``.
+"""Head: mean of the pooled tokens, norm and classifier, each if given; arguments as in ``ops.py``.
 
-The mean is PyTorch's: one pass over what is read once, and of a single token only a view. From there on the rows are
-the images, few and cheap.
+The mean is PyTorch's, as it reads every token once anyway; a single token needs none and is a view. After it the batch
+has one row per image, which is little work.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hydravit_kernels.triton.checks import as_rows, check_buffers, check_vectors, check_weight, enter
+from hydravit_kernels.triton.checks import batch_of, check_buffers, check_vectors, check_weight, rows_like
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
 from hydravit_kernels.triton.norm import norm_backward, norm_forward
-from hydravit_kernels.triton.parts import Parts, head_parts, table
 from hydravit_kernels.triton.product import product
+from hydravit_kernels.triton.slices import ProductSlices, head_products, slice_table
 
 
 def _pooled(x, pool_start, pool_stop):
-    """``(B, 1, Dk)``: one row per image."""
+    """The mean of the tokens ``[pool_start, pool_stop)``: ``(B, 1, Dk)``."""
     if not 0 <= pool_start < pool_stop <= x.shape[1]:
         raise RuntimeError(f"pool: a range in [0, {x.shape[1]}) expected, [{pool_start}, {pool_stop}) given")
     tokens = x[:, pool_start:pool_stop]
     return tokens if pool_stop - pool_start == 1 else tokens.mean(dim=1, keepdim=True)
 
 
-def _own_channels(rows, parts: Parts, subnet):
-    """``rows``, zero beyond an image's own width; a copy."""
+def _own_channels(rows, features: ProductSlices, subnet):
+    """A copy of ``rows (B, Dk)`` that is zero beyond each image's own channels."""
     if subnet is None:
         return rows.clone()
-    own = table(parts.parts, rows.device)[subnet, 1]
+    own = slice_table(features.each, rows.device)[subnet, 1]  # the field ``columns``
     return torch.where(torch.arange(rows.shape[1], device=rows.device) < own[:, None], rows, 0.0)
 
 
-def _enter(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet):
-    """What forward and backward check; the parts, the batch, and the pooled tokens as rows."""
-    classifier, features = head_parts(tuple(slices))
-    batch, rows = enter(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.parts))
+def _check(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet):
+    """Check the arguments of forward and backward; return both products, the batch, and the pooled tokens as rows."""
+    classifier, features = head_products(tuple(slices))
+    batch, rows = batch_of(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.each))
     if norm_weight is not None:
         check_vectors(x, norm_weight.shape[0], norm_weight=norm_weight, norm_bias=norm_bias)
         reached = features.reach()[1]
@@ -47,7 +47,7 @@ def _enter(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slice
 
 
 def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
-    classifier, features, batch, rows = _enter(
+    classifier, features, batch, rows = _check(
         x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
     )
     if norm_weight is not None:
@@ -61,14 +61,14 @@ def head_backward(
     grad, x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet, x_grad,
     grad_norm_weight, grad_norm_bias, grad_weight, grad_bias,
 ):  # fmt: skip
-    classifier, features, batch, rows = _enter(
+    classifier, features, batch, rows = _check(
         x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
     )
     check_buffers(
         x, norm_weight=(norm_weight, grad_norm_weight), norm_bias=(norm_bias, grad_norm_bias),
         weight=(weight, grad_weight), bias=(bias, grad_bias),
     )  # fmt: skip
-    grad = as_rows("grad", grad, x, batch.images, features.columns if weight is None else classifier.rows)
+    grad = rows_like(x, "grad", grad, batch.images, features.columns if weight is None else classifier.rows)
     norm = None if norm_weight is None else norm_forward(batch, rows, norm_weight, norm_bias, features, eps)
     if weight is not None:
         add_weight_gradient(batch, grad, rows if norm is None else norm.y, grad_weight, classifier)
