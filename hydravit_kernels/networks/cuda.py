@@ -130,6 +130,7 @@ class CudaNetwork:
 
         Raises ``ValueError`` for more than one subnetwork, because a call on CUDA has one width.
         """
+        images = images.contiguous()  # a copy has to live until the call is launched
         index, ends, logits = self._ends(images, subnetworks)
         if len(images):
             with self._current():
@@ -138,17 +139,17 @@ class CudaNetwork:
 
     def time_phases(self, images: Tensor, subnetwork: Subnetwork, repeats: int = 20) -> list[PhaseTime]:
         """Measure how long each phase of a call takes by itself, with every shape of its tiles; wait for the result."""
-        index, ends, _ = self._ends(images, [subnetwork])
+        images = images.contiguous()
+        index, ends, _logits = self._ends(images, [subnetwork])
         with self._current():
             times = self._network.time_phases(index, len(images), *ends, repeats, self._stream())
         return [PhaseTime(*time) for time in times]
 
     def _ends(self, images: Tensor, subnetworks: Sequence[Subnetwork]) -> tuple[int, tuple[int, str, int], Tensor]:
-        """The subnetwork's index, the arguments that say where a call reads and writes, and the logits."""
+        """The subnetwork's index, where a call reads contiguous images and writes logits, and these logits."""
         if len(subnetworks) != 1:
             raise ValueError(f"subnetworks: one for all images expected on CUDA, {len(subnetworks)} given")
         (subnetwork,) = subnetworks
-        images = images.contiguous()
         columns = subnetwork.head.classes if self.sizes.classes else subnetwork.embed.embed
         logits = torch.empty(images.shape[0], columns, device=self.device)
         return self._index[subnetwork], (images.data_ptr(), _name(images.dtype), logits.data_ptr()), logits
