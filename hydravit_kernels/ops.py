@@ -36,7 +36,7 @@ from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, M
 LIBRARY = torch.library.Library("hydravit", "DEF")
 
 # The parameters that an op takes. Its backward takes as many gradient buffers, as its last arguments.
-PARAMETERS = {"stem": STEM, "attention_block": ATTENTION, "mlp_block": MLP, "head": HEAD}
+PARAMETERS: dict[str, BlockParameters] = {"stem": STEM, "attention_block": ATTENTION, "mlp_block": MLP, "head": HEAD}
 
 
 def _tensors(specs: BlockParameters) -> str:
@@ -95,13 +95,13 @@ def _argument_names(name: str) -> list[str]:
 def grouped(name: str, function: Callable) -> Callable:
     """Make an implementation of the op ``name`` from a function that takes parameters and buffers as one tuple each."""
     specs = PARAMETERS[name.removesuffix("_backward")]
-    start, count = _argument_names(name).index(specs._fields[0]), len(specs)
+    kind, start, count = type(specs), _argument_names(name).index(specs._fields[0]), len(specs)
 
     def implementation(*arguments):
         before, parameters, after = arguments[:start], arguments[start : start + count], arguments[start + count :]
         if name.endswith("_backward"):
-            after = (*after[:-count], specs._make(after[-count:]))
-        return function(*before, specs._make(parameters), *after)
+            after = (*after[:-count], kind(*after[-count:]))
+        return function(*before, kind(*parameters), *after)
 
     return implementation
 
@@ -155,10 +155,12 @@ def _fake_backward(name: str):
     return fake
 
 
-_FORWARD = {"stem": _stem, "attention_block": _attention_block, "mlp_block": _mlp_block, "head": _head}
 FAKES = {
-    **{name: grouped(name, function) for name, function in _FORWARD.items()},
-    **{f"{name}_backward": _fake_backward(f"{name}_backward") for name in _FORWARD},
+    "stem": grouped("stem", _stem),
+    "attention_block": grouped("attention_block", _attention_block),
+    "mlp_block": grouped("mlp_block", _mlp_block),
+    "head": grouped("head", _head),
+    **{f"{name}_backward": _fake_backward(f"{name}_backward") for name in PARAMETERS},
 }
 
 

@@ -55,21 +55,21 @@ def mlp_block_backward(
     activated_wanted = buffers.fc2_weight is not None or buffers.layer_scale is not None
     norm_wanted = x_grad or buffers.norm_weight is not None or buffers.norm_bias is not None
     hidden_wanted = norm_wanted or buffers.fc1_weight is not None or buffers.fc1_bias is not None
+    activated = batch.new(hidden, products.fc2.columns) if activated_wanted else None
     if activated_wanted or hidden_wanted:
         # GELU's value is computed with its derivative, because both need the same error function.
-        activated = batch.new(hidden, products.fc2.columns) if activated_wanted else None
         d_hidden = product(
             batch, grad, p.fc2_weight, products.fc2, transposed=True,
             input_scale=p.layer_scale, branch_scale=branch_scale, gelu="backward", hidden=hidden, activated=activated,
         )  # fmt: skip
-    if activated_wanted:
+    if activated is not None:
         add_weight_gradient(
             batch, grad, activated, buffers.fc2_weight, products.fc2, branch_scale=branch_scale, scale=p.layer_scale
         )
+        if buffers.layer_scale is not None:
+            branch = product(batch, activated, p.fc2_weight, products.fc2, bias=p.fc2_bias)
+            add_column_sums(batch, grad, None, buffers.layer_scale, products.fc2, x=branch, branch_scale=branch_scale)
     add_column_sums(batch, grad, buffers.fc2_bias, None, products.fc2, branch_scale=branch_scale, scale=p.layer_scale)
-    if buffers.layer_scale is not None:
-        branch = product(batch, activated, p.fc2_weight, products.fc2, bias=p.fc2_bias)
-        add_column_sums(batch, grad, None, buffers.layer_scale, products.fc2, x=branch, branch_scale=branch_scale)
     if not hidden_wanted:
         return x.new_empty(0)
 

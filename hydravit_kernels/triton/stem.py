@@ -140,7 +140,7 @@ class _Layout:
             expected = f"{tokens} or {tokens - self.prefix_tokens}"
             raise RuntimeError(f"pos_embed: {expected} positions expected, {p.pos_embed.shape[1]} given")
         self.batch = Batch(images.shape[0], tokens, subnet)
-        self.patches = Patches(*images.stride(), self.grid[1], tokens, self.prefix_tokens)
+        self.patches = Patches._make((*images.stride(), self.grid[1], tokens, self.prefix_tokens))
 
 
 def stem(images, p: StemParameters, slices, subnet):
