@@ -30,9 +30,10 @@ gpu:  ## everything that needs a GPU, against a deadline; PARTS=build,tests MINU
 	$(PYTHON) -u -m bench.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(OUT),--out $(OUT)) $(ARGS)
 
-lint: build  ## style of Python and C++
+lint: build  ## style of Python and C++, and types
 	ruff check .
 	ruff format --check .
+	mypy
 	clang-format --dry-run --Werror $(CXX_FILES)
 
 format: build  ## put Python and C++ in that style
@@ -49,7 +50,7 @@ report: build  ## what was built, what runs on this machine, and why the rest do
 	python -m hydravit_kernels
 
 clean:  ## remove what `make` made: environment, builds, caches
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache hydravit_kernels/_C.so hydravit_kernels/_cuda.so hydravit_kernels/_build_info.py
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache hydravit_kernels/_C.so hydravit_kernels/_cuda.so hydravit_kernels/_build_info.py
 	find hydravit hydravit_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 CXX_FILES = $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

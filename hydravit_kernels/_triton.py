@@ -33,16 +33,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def _implementation(name: str):
-    def implementation(*arguments):
+def _imported(name: str):
+    def function(*arguments):
         from hydravit_kernels import triton
 
         return getattr(triton, name)(*arguments)
 
-    return implementation
+    return function if name == "adamw" else ops.grouped(name, function)
 
 
 ops.define("triton")
 for _name in (*ops.SCHEMAS, "adamw"):
     for _key in ("CUDA", "CPU") if _interpreted else ("CUDA",):
-        ops.LIBRARY.impl(f"{_name}_triton", _implementation(_name), _key)
+        ops.LIBRARY.impl(f"{_name}_triton", _imported(_name), _key)

@@ -26,30 +26,25 @@ None costs nothing. Activations have the dtype of ``images`` or ``x``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from hydravit_kernels.parameters import (
-    ATTENTION,
-    HEAD,
-    MLP,
-    STEM,
-    AttentionParameters,
-    HeadParameters,
-    MlpParameters,
-    StemParameters,
-)
+from hydravit_kernels.parameters import ATTENTION, HEAD, MLP, STEM, BlockParameters
 from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, unflatten
 
 LIBRARY = torch.library.Library("hydravit", "DEF")
-Specs = StemParameters | AttentionParameters | MlpParameters | HeadParameters
+
+# The parameters that an op takes. Its backward takes as many gradient buffers, as its last arguments.
+PARAMETERS: dict[str, BlockParameters] = {"stem": STEM, "attention_block": ATTENTION, "mlp_block": MLP, "head": HEAD}
 
 
-def _tensors(specs: Specs) -> str:
+def _tensors(specs: BlockParameters) -> str:
     """The schema of a block's parameters."""
     return ", ".join(f"Tensor{'?' * spec.optional} {name}" for name, spec in zip(specs._fields, specs, strict=True))
 
 
-def _buffers(specs: Specs) -> str:
+def _buffers(specs: BlockParameters) -> str:
     """The schema of a block's gradient buffers: optional, mutated, each in an alias set of its own."""
     return ", ".join(f"Tensor({chr(ord('a') + i)}!)? grad_{name}" for i, name in enumerate(specs._fields))
 
@@ -92,18 +87,34 @@ NETWORK = {
 }
 
 
-def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
+def _argument_names(name: str) -> list[str]:
+    schema = SCHEMAS[name]
+    return [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
+
+
+def grouped(name: str, function: Callable) -> Callable:
+    """Make an implementation of the op ``name`` from a function that takes parameters and buffers as one tuple each."""
+    specs = PARAMETERS[name.removesuffix("_backward")]
+    kind, start, count = type(specs), _argument_names(name).index(specs._fields[0]), len(specs)
+
+    def implementation(*arguments):
+        before, parameters, after = arguments[:start], arguments[start : start + count], arguments[start + count :]
+        if name.endswith("_backward"):
+            after = (*after[:-count], kind(*after[-count:]))
+        return function(*before, kind(*parameters), *after)
+
+    return implementation
+
+
+def _stem(images, p, slices, subnet):
     batch, _, height, width = images.shape
-    tokens = (height // weight.shape[2]) * (width // weight.shape[3])
-    for prefix in (cls_token, reg_token):
+    tokens = (height // p.weight.shape[2]) * (width // p.weight.shape[3])
+    for prefix in (p.cls_token, p.reg_token):
         tokens = tokens + (0 if prefix is None else prefix.shape[1])
     return images.new_empty((batch, tokens, max(s.embed for s in unflatten(EmbedSlice, slices))))
 
 
-def _attention_block(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
-    slices, scales, eps, subnet, queries, save,
-):  # fmt: skip
+def _attention_block(x, p, branch_scale, slices, scales, eps, subnet, queries, save):
     batch, tokens, embed = x.shape
     y = x.new_empty((batch, queries, embed))
     if not save:
@@ -117,10 +128,7 @@ def _attention_block(
     )
 
 
-def _mlp_block(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale,
-    slices, eps, subnet, save,
-):  # fmt: skip
+def _mlp_block(x, p, branch_scale, slices, eps, subnet, save):
     batch, tokens, _ = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
@@ -128,15 +136,15 @@ def _mlp_block(
     return y, x.new_empty((batch, tokens, max(s.hidden for s in unflatten(MlpSlice, slices))))
 
 
-def _head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
+def _head(x, p, pool_start, pool_stop, slices, eps, subnet):
     each = unflatten(HeadSlice, slices)
-    return x.new_empty((x.shape[0], max(s.embed if weight is None else s.classes for s in each)))
+    return x.new_empty((x.shape[0], max(s.embed if p.weight is None else s.classes for s in each)))
 
 
-def _fake_backward(schema: str, activation: str):
-    """The fake kernel of a backward: it returns the gradient of the argument ``activation``, or an empty tensor."""
-    names = [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
-    x, x_grad = names.index(activation), names.index("x_grad")
+def _fake_backward(name: str):
+    """The fake kernel of a backward: it returns the gradient of the activations, or an empty tensor."""
+    names = _argument_names(name)
+    x, x_grad = names.index("images" if "images" in names else "x"), names.index("x_grad")
 
     def fake(*arguments):
         like = arguments[x]
@@ -148,15 +156,11 @@ def _fake_backward(schema: str, activation: str):
 
 
 FAKES = {
-    "stem": _stem,
-    "attention_block": _attention_block,
-    "mlp_block": _mlp_block,
-    "head": _head,
-    "stem_backward": _fake_backward(SCHEMAS["stem_backward"], "images"),
-    **{
-        name: _fake_backward(SCHEMAS[name], "x")
-        for name in ("attention_block_backward", "mlp_block_backward", "head_backward")
-    },
+    "stem": grouped("stem", _stem),
+    "attention_block": grouped("attention_block", _attention_block),
+    "mlp_block": grouped("mlp_block", _mlp_block),
+    "head": grouped("head", _head),
+    **{f"{name}_backward": _fake_backward(f"{name}_backward") for name in PARAMETERS},
 }
 
 

@@ -68,6 +68,9 @@ class HeadParameters(NamedTuple):
     bias: Any
 
 
+BlockParameters = StemParameters | AttentionParameters | MlpParameters | HeadParameters
+
+
 class NetworkParameters(NamedTuple):
     """The parameters of a whole network: one attention and one MLP tuple per layer.
 

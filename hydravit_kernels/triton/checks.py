@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from hydravit_kernels.parameters import BlockParameters
 from hydravit_kernels.triton.launch import INTERPRETED, Batch
 from hydravit_kernels.triton.slices import ProductSlices
 
@@ -86,9 +87,10 @@ def check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | None, 
         raise RuntimeError(f"{name}: less than 2**31 elements from the first to the last expected")
 
 
-def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
-    for name, vector in vectors.items():
-        if vector is not None:
+def check_vectors(x: Tensor, size: int, parameters: BlockParameters, *names: str) -> None:
+    """Check the named parameters, each a vector of ``size`` or None."""
+    for name in names:
+        if (vector := getattr(parameters, name)) is not None:
             check_tensor(name, vector, x, (size,))
 
 
@@ -102,9 +104,9 @@ def check_weight(name: str, weight: Tensor, x: Tensor, slices: ProductSlices, sh
         raise RuntimeError(f"{name}: columns up to {columns} expected, {weight[:1].numel()} given")
 
 
-def check_buffers(x: Tensor, **pairs: tuple[Tensor | None, Tensor | None]) -> None:
-    """Check per parameter, by its name, the pair of the parameter and the buffer that its gradient is added to."""
-    for name, (parameter, buffer) in pairs.items():
+def check_buffers(x: Tensor, parameters: BlockParameters, buffers: BlockParameters) -> None:
+    """Check the buffers to which the gradients of ``parameters`` are added."""
+    for name, parameter, buffer in zip(parameters._fields, parameters, buffers, strict=True):
         if buffer is None:
             continue
         if parameter is None:

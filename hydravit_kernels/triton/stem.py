@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hydravit_kernels.parameters import StemParameters
 from hydravit_kernels.triton.checks import (
     check_activation,
     check_buffers,
@@ -117,93 +118,86 @@ def _token_sums_kernel(
 class _Layout:
     """The checked arguments of forward and backward, and which of an image's tokens come from where."""
 
-    def __init__(self, images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
+    def __init__(self, images, p: StemParameters, slices, subnet):
         check_activation("images", images)
-        full, channels, self.patch_height, self.patch_width = weight.shape
-        self.slices = stem_product(tuple(slices), weight[:1].numel())
+        full, channels, self.patch_height, self.patch_width = p.weight.shape
+        self.embedding = stem_product(tuple(slices), p.weight[:1].numel())
         if images.dim() != 4 or images.shape[1] != channels:
             raise RuntimeError(f"images: shape (B, {channels}, height, width) expected, {tuple(images.shape)} given")
-        check_subnet(subnet, images, len(self.slices.each))
-        check_weight("weight", weight, images, self.slices, (None, channels, self.patch_height, self.patch_width))
-        check_vectors(images, full, bias=bias)
-        for name, token in (("cls_token", cls_token), ("reg_token", reg_token), ("pos_embed", pos_embed)):
-            if token is not None:
+        check_subnet(subnet, images, len(self.embedding.each))
+        check_weight("weight", p.weight, images, self.embedding, (None, channels, self.patch_height, self.patch_width))
+        check_vectors(images, full, p, "bias")
+        for name in ("cls_token", "reg_token", "pos_embed"):
+            if (token := getattr(p, name)) is not None:
                 check_tensor(name, token, images, (1, None, full))
         self.grid = images.shape[2] // self.patch_height, images.shape[3] // self.patch_width
-        self.cls_tokens = 0 if cls_token is None else cls_token.shape[1]
-        self.prefix_tokens = self.cls_tokens + (0 if reg_token is None else reg_token.shape[1])
+        self.cls_tokens = 0 if p.cls_token is None else p.cls_token.shape[1]
+        self.prefix_tokens = self.cls_tokens + (0 if p.reg_token is None else p.reg_token.shape[1])
         tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
-        self.position_start = 0 if pos_embed is None else tokens - pos_embed.shape[1]
+        self.position_start = 0 if p.pos_embed is None else tokens - p.pos_embed.shape[1]
         # Positions belong to all tokens or to the patches, which come last.
         if self.position_start not in (0, self.prefix_tokens):
             expected = f"{tokens} or {tokens - self.prefix_tokens}"
-            raise RuntimeError(f"pos_embed: {expected} positions expected, {pos_embed.shape[1]} given")
+            raise RuntimeError(f"pos_embed: {expected} positions expected, {p.pos_embed.shape[1]} given")
         self.batch = Batch(images.shape[0], tokens, subnet)
-        self.patches = Patches(*images.stride(), self.grid[1], tokens, self.prefix_tokens)
+        self.patches = Patches._make((*images.stride(), self.grid[1], tokens, self.prefix_tokens))
 
 
-def stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
-    layout = _Layout(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
-    batch, slices = layout.batch, layout.slices
-    t = tiles("product", images, slices.align, weight)
-    y = batch.new(images, slices.rows)
-    column_tiles = triton.cdiv(slices.rows, t.columns)
-    strides = [0 if token is None else token.stride(1) for token in (cls_token, reg_token, pos_embed)]
+def stem(images, p: StemParameters, slices, subnet):
+    layout = _Layout(images, p, slices, subnet)
+    batch, embedding = layout.batch, layout.embedding
+    t = tiles("product", images, embedding.align, p.weight)
+    y = batch.new(images, embedding.rows)
+    column_tiles = triton.cdiv(embedding.rows, t.columns)
+    strides = [0 if token is None else token.stride(1) for token in (p.cls_token, p.reg_token, p.pos_embed)]
     launch(
         _stem_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, t.rows) * column_tiles,), images,
-        images, weight, bias, cls_token, reg_token, pos_embed, y,
-        weight.stride(0), *strides, y.stride(0),
-        slices.argument(subnet), layout.patches, batch.rows_per_group, column_tiles,
+        images, *p, y, p.weight.stride(0), *strides, y.stride(0),
+        embedding.argument(subnet), layout.patches, batch.rows_per_group, column_tiles,
         layout.cls_tokens, layout.position_start,
-        PATCH_HEIGHT=layout.patch_height, PATCH_WIDTH=layout.patch_width, ALIGN=slices.align, PRECISION=precision(),
+        PATCH_HEIGHT=layout.patch_height, PATCH_WIDTH=layout.patch_width, ALIGN=embedding.align, PRECISION=precision(),
         ROWS=t.rows, COLUMNS=t.columns, K_STEP=t.k_step, tiles=t,
     )  # fmt: skip
-    return y.view(batch.images, batch.tokens, slices.rows)
+    return y.view(batch.images, batch.tokens, embedding.rows)
 
 
-def stem_backward(
-    grad, images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet, x_grad,
-    grad_weight, grad_bias, grad_cls_token, grad_reg_token, grad_pos_embed,
-):  # fmt: skip
-    layout = _Layout(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet)
-    batch, slices = layout.batch, layout.slices
-    check_buffers(
-        images, weight=(weight, grad_weight), bias=(bias, grad_bias), cls_token=(cls_token, grad_cls_token),
-        reg_token=(reg_token, grad_reg_token), pos_embed=(pos_embed, grad_pos_embed),
-    )  # fmt: skip
-    grad = rows_like(images, "grad", grad, batch.images, batch.tokens, slices.rows)
+def stem_backward(grad, images, p: StemParameters, slices, subnet, x_grad, buffers: StemParameters):
+    layout = _Layout(images, p, slices, subnet)
+    batch, embedding = layout.batch, layout.embedding
+    check_buffers(images, p, buffers)
+    grad = rows_like(images, "grad", grad, batch.images, batch.tokens, embedding.rows)
     add_weight_gradient(
-        batch, grad, images, grad_weight, slices,
+        batch, grad, images, buffers.weight, embedding,
         patches=layout.patches, patch_size=(layout.patch_height, layout.patch_width),
     )  # fmt: skip
-    if any(b is not None for b in (grad_bias, grad_cls_token, grad_reg_token, grad_pos_embed)):
-        _add_token_sums(layout, grad, grad_bias, grad_cls_token, grad_reg_token, grad_pos_embed)
+    if any(buffer is not None for buffer in buffers[1:]):
+        _add_token_sums(layout, grad, buffers)
     if not x_grad:
         return images.new_empty(0)
-    return _images_gradient(layout, product(batch, grad, weight, slices, transposed=True), images)
+    return _images_gradient(layout, product(batch, grad, p.weight, embedding, transposed=True), images)
 
 
-def _add_token_sums(layout, grad, grad_bias, grad_cls_token, grad_reg_token, grad_pos_embed):
+def _add_token_sums(layout, grad, buffers: StemParameters):
     """Add the gradients of what every image reads: the tokens, the positions, and the bias of the patches."""
-    batch, slices = layout.batch, layout.slices
-    sums = grad.new_empty(len(slices.each), batch.tokens, slices.rows, dtype=torch.float32)
+    batch, embedding = layout.batch, layout.embedding
+    sums = grad.new_empty(len(embedding.each), batch.tokens, embedding.rows, dtype=torch.float32)
     launch(
-        _token_sums_kernel, (batch.tokens, triton.cdiv(slices.rows, CHUNK), len(slices.each)), grad,
-        grad, sums, grad.stride(0), slices.rows, slices.argument(batch.subnet), batch.images, batch.tokens,
-        ALIGN=slices.align, IMAGES=ROWS, COLUMNS=CHUNK,
+        _token_sums_kernel, (batch.tokens, triton.cdiv(embedding.rows, CHUNK), len(embedding.each)), grad,
+        grad, sums, grad.stride(0), embedding.rows, embedding.argument(batch.subnet), batch.images, batch.tokens,
+        ALIGN=embedding.align, IMAGES=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     ranges = (
-        (grad_cls_token, 0, layout.cls_tokens),
-        (grad_reg_token, layout.cls_tokens, layout.prefix_tokens),
-        (grad_pos_embed, layout.position_start, batch.tokens),
+        (buffers.cls_token, 0, layout.cls_tokens),
+        (buffers.reg_token, layout.cls_tokens, layout.prefix_tokens),
+        (buffers.pos_embed, layout.position_start, batch.tokens),
     )
-    for s, of_tokens in zip(slices.each, sums, strict=True):
+    for s, of_tokens in zip(embedding.each, sums, strict=True):
         channels, of_tokens = slice(s.first_row, s.first_row + s.rows), of_tokens[:, : s.rows]
         for buffer, start, stop in ranges:
             if buffer is not None:
                 buffer[0, :, channels] += of_tokens[start:stop]
-        if grad_bias is not None:
-            grad_bias[channels] += of_tokens[layout.prefix_tokens :].sum(0)
+        if buffers.bias is not None:
+            buffers.bias[channels] += of_tokens[layout.prefix_tokens :].sum(0)
 
 
 def _images_gradient(layout, d_patches, images):
