@@ -4,8 +4,8 @@
     why_not     "" if loaded, else the reason, worded to follow the backend's name
     build_info  what setup.py built, and with which tools
 
-The environment variable ``HYDRAVIT_BUILD``, which steers the build, is read at run time too. With ``cpu`` a missing
-library is an ``ImportError``, with ``cuda`` missing CUDA kernels are one too; with ``none`` the library is not loaded.
+The environment variable ``HYDRAVIT_BUILD``, which steers the build, is read at run time too. With ``cpu`` missing CPU
+kernels are an ``ImportError``, with ``cuda`` missing CUDA kernels are one too; with ``none`` the library is not loaded.
 """
 
 from __future__ import annotations
