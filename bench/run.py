@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     warnings.filterwarnings("ignore", module=r"torch\.")  # exporters and compilers warn about themselves
     keep_freed_memory()
-    rows, interrupted = [], False
+    rows: list[dict] = []
+    interrupted = False
     try:
         run(plan, rows)
     except KeyboardInterrupt:

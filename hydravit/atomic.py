@@ -1,4 +1,4 @@
-"""Whole files: a reader sees the old file or the new one, never a part of one."""
+"""Writes files whole: a reader sees the old file or the new one, never a part of one."""
 
 from __future__ import annotations
 

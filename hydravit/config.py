@@ -1,4 +1,4 @@
-"""The full model in numbers: one frozen value from which everything else follows."""
+"""The configuration of the full model: one frozen value from which all sizes follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-# What a field must be: a test and its words. Fields that hold several values, or depend on others, are tested below.
+# Per field a test and the words of its error. `__post_init__` tests fields with several values or with dependencies.
 _CHECKS = {
     **dict.fromkeys(
         ("patch_size", "in_channels", "depth", "max_heads", "head_dim"),
@@ -38,40 +38,42 @@ _CHECKS = {
 
 
 def check_image_size(size: object, patch_size: int) -> tuple[int, int]:
-    """(height, width) from one or two numbers of pixels. Raises ``ValueError`` unless both are whole patches."""
+    """Return (height, width) for one or two numbers of pixels. Raise ``ValueError`` unless both are whole patches."""
     sides = (size, size) if type(size) is int else size
-    whole = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not whole or any(type(side) is not int or side < 1 or side % patch_size for side in sides):
-        raise ValueError(f"image_size {size!r} must be one or two multiples of patch_size {patch_size}")
-    return tuple(sides)
+    if isinstance(sides, (tuple, list)) and len(sides) == 2:
+        height, width = sides
+        if all(type(side) is int and side >= 1 and side % patch_size == 0 for side in sides):
+            return height, width
+    raise ValueError(f"image_size {size!r} must be one or two multiples of patch_size {patch_size}")
 
 
 @dataclass(frozen=True)
 class HydraViTConfig:
     """A Vision Transformer of ``max_heads`` heads that holds a smaller one for every number of heads below.
 
-    Defaults are ViT-B/16 at 224 px, whose first 3 and 6 heads are ViT-Ti and ViT-S (HydraViT, arXiv 2409.17978,
-    section 3). Names follow timm's ``VisionTransformer`` wherever it has one.
+    The defaults are ViT-B/16 at 224 px, whose first 3 and 6 heads have the shapes of ViT-Ti and ViT-S (HydraViT, arXiv
+    2409.17978, section 3). Fields have the names of timm's ``VisionTransformer`` wherever it has one.
 
     Args:
         image_size: pixels of a side, or (height, width); divisible by ``patch_size``.
         patch_size: pixels of a patch's side.
         in_channels: channels of the images.
-        num_classes: width of the classifier; 0 for none (logits are then the pooled features).
-        depth: blocks.
+        num_classes: rows of the classifier; 0: there is none, and the logits are the pooled features.
+        depth: layers, each an attention block and an MLP block.
         max_heads: attention heads of the widest subnetwork.
-        head_dim: channels of a head; the embed width is ``max_heads * head_dim``.
-        mlp_ratio: hidden width over embed width; ``mlp_ratio * head_dim`` is an integer, so every head adds as much.
+        head_dim: channels of a head; the residual has ``max_heads * head_dim`` channels.
+        mlp_ratio: hidden channels over channels of the residual; ``mlp_ratio * head_dim``, which every head adds to the
+            hidden channels, is an integer.
         qkv_bias: whether queries, keys and values have a bias.
         class_token: whether a class token is prepended.
         register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
-        no_embed_class: the position embedding covers the patches only, not the class and register tokens.
+        no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
         pool: ``"token"`` (class token, final norm first) or ``"avg"`` (mean of the patch tokens, then ``fc_norm``).
         layer_scale: initial value of a learnt per-channel scale of each branch (arXiv 2103.17239), or None.
         drop_path: largest drop-path rate; grows linearly over the blocks.
         norm_eps: epsilon of every layer norm.
         separate_classifiers: the widths (in heads) that have a classifier of their own; empty: one serves all.
-        geometry: which nesting the widths follow, a name of ``hydravit.geometry.GEOMETRIES``.
+        geometry: the nesting method, a name of ``hydravit.geometry.GEOMETRIES``.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -102,7 +104,7 @@ class HydraViTConfig:
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
         per_head = self.mlp_ratio * self.head_dim
-        if self.hidden_per_head < 1 or abs(per_head - self.hidden_per_head) > 1e-6:  # a quotient need not be exact
+        if self.hidden_per_head < 1 or abs(per_head - self.hidden_per_head) > 1e-6:  # a rounded quotient will do
             raise ValueError(f"mlp_ratio * head_dim must be a positive integer, not {self.mlp_ratio} * {self.head_dim}")
         widths = self.separate_classifiers
         if not isinstance(widths, (tuple, list, set, frozenset, range)):
@@ -114,12 +116,12 @@ class HydraViTConfig:
 
     @property
     def embed(self) -> int:
-        """Channels of the full residual stream, ``D``."""
+        """Channels of the full residual, ``D``."""
         return self.max_heads * self.head_dim
 
     @property
     def hidden(self) -> int:
-        """Channels of the full MLP's hidden layer."""
+        """Channels between the full fc1 and fc2."""
         return self.max_heads * self.hidden_per_head
 
     @property
@@ -127,9 +129,16 @@ class HydraViTConfig:
         return round(self.mlp_ratio * self.head_dim)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        assert isinstance(self.image_size, tuple)  # `__post_init__` sees to it
+        return self.in_channels, *self.image_size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        _, height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def prefix_tokens(self) -> int:
@@ -148,7 +157,7 @@ class HydraViTConfig:
 
     @property
     def pool_range(self) -> tuple[int, int]:
-        """The tokens ``[start, stop)`` whose mean the classifier sees."""
+        """The range ``[start, stop)`` of tokens whose mean the classifier sees."""
         return (0, 1) if self.pool == "token" else (self.prefix_tokens, self.tokens)
 
     @property
@@ -158,7 +167,7 @@ class HydraViTConfig:
 
     @property
     def sizes(self) -> NetworkSizes:
-        """The full network's sizes, as kernels see them: all classifiers are rows of one."""
+        """The sizes of the full network as kernels see it: separate classifiers are rows of one."""
         return NetworkSizes(
             layers=self.depth,
             embed=self.embed,
@@ -170,8 +179,8 @@ class HydraViTConfig:
             reg_tokens=self.register_tokens,
             positions=self.pos_tokens,
             classes=self.num_classes * max(len(self.separate_classifiers), 1),
-            image_height=self.image_size[0],
-            image_width=self.image_size[1],
+            image_height=self.image_shape[1],
+            image_width=self.image_shape[2],
             pool_start=self.pool_range[0],
             pool_stop=self.pool_range[1],
         )
@@ -200,7 +209,10 @@ CONFIGS = {
 
 
 def resolve_config(config: str | HydraViTConfig, **overrides) -> HydraViTConfig:
-    """A named config or a config, with some fields replaced. Raises ``ValueError`` for an unknown name or field."""
+    """Return a config, given by name or as it is, with some fields replaced.
+
+    Raises ``ValueError`` for an unknown name or field, ``TypeError`` for anything but a name or a config.
+    """
     if isinstance(config, str):
         if config not in CONFIGS:
             raise ValueError(f"unknown config {config!r}; known: {', '.join(CONFIGS)}, or a HydraViTConfig")

@@ -1,4 +1,4 @@
-"""``fused_model``: from a name or a checkpoint to a model."""
+"""``fused_model`` makes a model from the name of a config or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def fused_model(
     allow_untrained: bool = False,
     **overrides,
 ) -> HydraViT:
-    """A HydraViT of which the first ``heads`` heads are active, in training mode as any new ``nn.Module``.
+    """Make a HydraViT with ``heads`` active heads, in training mode like any new ``nn.Module``.
 
     Example:
         >>> model = hydravit.fused_model(heads=6).eval()  # the "base" model of 12 heads, 6 of them active
         >>> logits = model(images)                        # (B, 3, 224, 224) -> (B, 1000)
-        >>> logits = model(images, heads=3)               # this call only
+        >>> logits = model(images, heads=3)               # 3 heads in this call only
 
     Args:
-        heads: active heads; None for all (of a checkpoint: the most it was trained for).
+        heads: active heads; None: all, or the most that the checkpoint was trained with.
         config: ``"tiny"``, ``"small"``, ``"base"`` or ``"large"``, which names the widest subnetwork, or a config.
             None: the checkpoint's, or ``"base"`` without a checkpoint.
-        checkpoint: a file, or what ``hydravit.checkpoint.read_checkpoint`` returned; None: the weights are random. A
-            file without a config, such as a plain ViT's, goes by ``config``, or by the shapes of its weights.
+        checkpoint: a file, or what ``hydravit.checkpoint.read_checkpoint`` returned; None: the weights are random. If
+            it has no config, as a plain ViT's, ``config`` counts, or else the shapes of the weights.
         backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``.
         device, dtype: of the parameters; None: torch's defaults.
-        allow_untrained: whether widths may be used that the checkpoint says were not trained.
-        overrides: fields of the config, such as ``num_classes`` or ``image_size``; they apply on top of a checkpoint's,
-            and its weights are adapted as ``hydravit.checkpoint.load_weights`` says.
+        allow_untrained: whether calls may name widths that, as the checkpoint says, were not trained.
+        overrides: fields, such as ``num_classes`` or ``image_size``, that replace those of the config. The checkpoint's
+            weights are then adapted, as ``hydravit.checkpoint.load_weights`` says.
     Raises:
         ValueError: a wrong name, field or width; a damaged or mismatching checkpoint; a ``config`` other than the
             checkpoint's.

@@ -1,7 +1,7 @@
-"""The nesting methods: constructors of the subnetwork that each width is.
+"""The nesting methods: each is a function that makes the ``Subnetwork`` of a width.
 
-A ``Subnetwork`` is made once per width, never inside a forward. Kernels know none of the methods; a new nesting is a
-new constructor here. Interval arithmetic follows the cited papers, and the released checkpoints where the two differ.
+A ``Subnetwork`` is made once per width, never inside a forward. Kernels know none of the methods, so a new one needs
+only a function here. The intervals follow the cited papers, and the released checkpoints where the two differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, Intervals, M
 
 
 class Widths(NamedTuple):
-    """The subnetworks of one call: one for the batch, or several and, per image, which of them it uses."""
+    """The subnetworks of one call.
+
+    ``subnet (B,)`` int64 is the index of each image's subnetwork; None: the whole batch uses the only one.
+    """
 
     subnetworks: tuple[Subnetwork, ...]
     subnet: Tensor | None
@@ -41,12 +44,12 @@ class Widths(NamedTuple):
 
 
 def parameter_slices(config: HydraViTConfig, subnetwork: Subnetwork) -> dict[str, tuple[Intervals, ...]]:
-    """Per parameter of the model, by name, the intervals of every axis that the subnetwork reads.
+    """Return, by the parameters' names, the intervals that the subnetwork reads along every axis.
 
     A skipped branch reads nothing: its parameters have axes without intervals.
     """
     slices = config.sizes.parameter_slices(subnetwork, config.final_norm)
-    if config.separate_classifiers:  # the model keeps them apart, along an axis of their own
+    if config.separate_classifiers:  # the model keeps them apart along an axis of widths
         width = ((subnetwork.head.class_offset // max(config.num_classes, 1), 1),)
         classes = ((0, config.num_classes),)
         slices["head.weight"] = (width, classes, slices["head.weight"][1])
@@ -54,10 +57,14 @@ def parameter_slices(config: HydraViTConfig, subnetwork: Subnetwork) -> dict[str
     return slices
 
 
-def position(widths: tuple[int, ...], heads: int, what: str) -> int:
-    """Index of ``heads`` in the ascending ``widths``, or ``ValueError``.
+def position(widths: tuple[int, ...], heads: int, problem: str) -> int:
+    """Return the index of ``heads`` in the ascending ``widths``.
 
-    By arithmetic: torch.compile makes one graph for all members, where ``in`` and ``index`` would make one for each.
+    It compares ``heads`` with no single width: torch.compile then makes one graph for all widths, where ``in`` and
+    ``index`` would make one for each.
+
+    Raises:
+        ValueError: there is no such width; ``problem`` ends the sentence that begins with it.
     """
     first, last = widths[0], widths[-1]
     if last - first + 1 == len(widths):
@@ -67,13 +74,19 @@ def position(widths: tuple[int, ...], heads: int, what: str) -> int:
         product, smaller = 1, 0
         for width in widths:
             product = product * (heads - width)
-            smaller = smaller + (heads - width - 1) // last + 1
+            smaller = smaller + (heads - width - 1) // last + 1  # adds 1 where width < heads
         if product == 0:
             return smaller
-    raise ValueError(f"heads={heads} {what}; possible: {list(widths)}")
+    raise ValueError(f"heads={heads} {problem}; possible: {list(widths)}")
 
 
-def _subnetwork(config, heads, attention: Sequence[AttentionSlice], mlp: Sequence[MlpSlice], eps=None) -> Subnetwork:
+def _subnetwork(
+    config: HydraViTConfig,
+    heads: int,
+    attention: Sequence[AttentionSlice],
+    mlp: Sequence[MlpSlice],
+    eps: float | None = None,
+) -> Subnetwork:
     own = config.separate_classifiers
     index = position(own, heads, "has no classifier of its own") if own else 0
     embed = EmbedSlice(*attention[0][:2])
@@ -81,8 +94,10 @@ def _subnetwork(config, heads, attention: Sequence[AttentionSlice], mlp: Sequenc
     return Subnetwork(heads, embed, tuple(attention), tuple(mlp), head, config.norm_eps if eps is None else eps)
 
 
-def _uniform(config, heads, attention: AttentionSlice, mlp: MlpSlice, eps=None) -> Subnetwork:
-    """The same slices in every layer."""
+def _uniform(
+    config: HydraViTConfig, heads: int, attention: AttentionSlice, mlp: MlpSlice, eps: float | None = None
+) -> Subnetwork:
+    """Make a subnetwork with the same slices in every layer."""
     return _subnetwork(config, heads, (attention,) * config.depth, (mlp,) * config.depth, eps)
 
 
@@ -98,9 +113,10 @@ def hydravit(config: HydraViTConfig, heads: int) -> Subnetwork:
 
 
 def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """The same widths with every head kept: each head is narrower (SortedNet, arXiv 2309.00255).
+    """All heads, each cut to its first channels, so that they are as wide as ``heads`` whole ones.
 
-    Width ``heads * head_dim`` must be divisible by ``max_heads``. The scale stays the full model's.
+    SortedNet, arXiv 2309.00255. ``heads * head_dim`` must be divisible by ``max_heads``. The attention scale stays the
+    full model's.
     """
     width = heads * config.head_dim
     if width % config.max_heads:
@@ -114,7 +130,7 @@ def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
 
 
 def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """The first ``heads`` heads and as large a part of the MLP; the residual stream is whole (arXiv 2004.04037)."""
+    """The first ``heads`` heads and the same share of the hidden channels; the residual is whole (arXiv 2004.04037)."""
     return _uniform(
         config,
         heads,
@@ -124,7 +140,7 @@ def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
 
 
 def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """Only the MLP's hidden layer is cut, to ``heads / max_heads`` of it (MatFormer, arXiv 2310.07707)."""
+    """The first ``heads / max_heads`` of the hidden channels, and all of the rest (MatFormer, arXiv 2310.07707)."""
     return _uniform(
         config,
         heads,
@@ -133,13 +149,13 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
     )
 
 
-def _per_role_attention(config, width, heads, head_dim) -> AttentionSlice:
+def _per_role_attention(config: HydraViTConfig, width: int, heads: int, head_dim: int) -> AttentionSlice:
     """The first heads of Q, K and V, each in its own third of the fused weight, from the first ``width`` channels."""
     full = config.embed
     return AttentionSlice(0, width, 0, full, 2 * full, 0, heads, head_dim, head_dim, head_dim, config.head_dim**-0.5)
 
 
-# The nestings whose widths go by a number of heads, for `HydraViTConfig.geometry`.
+# The values of `HydraViTConfig.geometry`: the methods in which a number of heads names a width.
 GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "hydravit": hydravit,
     "sortednet": sortednet,
@@ -149,21 +165,22 @@ GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
 
 
 def every_width(config: HydraViTConfig) -> dict[int, Subnetwork]:
-    """The validated subnetwork of every width that the config's nesting has, ascending."""
+    """Return the validated subnetworks of all widths that the config's geometry has, in ascending order."""
     found = {}
     for heads in range(1, config.max_heads + 1):
         try:
             found[heads] = config.sizes.validate(GEOMETRIES[config.geometry](config, heads))
-        except ValueError:  # SortedNet's heads must divide the width; a separate classifier must exist
+        except ValueError:  # a width that SortedNet's heads do not divide, or one without a classifier
             continue
     return found
 
 
 def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Subnetwork:
-    """``width`` channels from the start or the end of every axis, all heads kept (Scala, arXiv 2412.04786).
+    """The first ``width`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
 
-    Follows the released checkpoints: the fused QKV weight is cut as one block of ``3 * width`` rows and split again, so
-    a subnetwork's queries may come from the full model's key rows; the scale stays the full model's; epsilon is 1e-5.
+    This follows the released checkpoints. They cut the qkv weight as one block of ``3 * width`` rows, and split that
+    into queries, keys and values, so a subnetwork's queries may be the full model's key rows. The attention scale stays
+    the full model's, and epsilon is 1e-5.
     """
     if not 1 <= width <= config.embed or width % config.max_heads:
         raise ValueError(f"scala: width {width} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
@@ -180,10 +197,9 @@ def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Subnetwork:
 
 
 def skd(config: HydraViTConfig, widths: Sequence[tuple[int, int]]) -> Subnetwork:
-    """Per layer ``(r, m)``: the first ``r`` channels inside every head and the first ``m`` hidden ones.
+    """The first ``r`` channels of every head and the first ``m`` hidden channels; ``widths`` has ``(r, m)`` per layer.
 
-    SKD, arXiv 2511.11683. The residual stream and the number of heads stay whole; 0 skips that branch of the layer, its
-    bias included.
+    SKD, arXiv 2511.11683. The residual and the number of heads stay whole. A 0 skips the layer's branch with its bias.
     """
     full, pitch = config.embed, config.head_dim
     attention = [

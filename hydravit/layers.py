@@ -11,21 +11,31 @@ from torch import Tensor, nn
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 
-_MODULE = nn.modules.module  # where hooks on all modules are kept
+_MODULE = nn.modules.module  # keeps the hooks on all modules
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Parameters = TypeVar("Parameters", bound=tuple)
 
 
 class GradientBuffers(Protocol):
-    """What a model needs of gradients in place; ``hydravit.training.SliceGradients`` has it."""
+    """Gradients in place as model and optimizer see them; ``hydravit.training.SliceGradients`` has all of this."""
+
+    @property
+    def marked(self) -> frozenset[kernels.Subnetwork]:
+        """The subnetworks whose slices may hold gradients."""
+        ...
 
     def mark(self, subnetworks: Iterable[kernels.Subnetwork]) -> None:
         """Note that these subnetworks' slices are about to receive gradients."""
 
     def buffers_of(self, parameters: Parameters) -> Parameters:
-        """The tensors to which backward adds these parameters' gradients; None for a parameter without one."""
+        """Return the tensors to which backward adds these parameters' gradients; None for a parameter without one."""
         ...
+
+
+def buffers_of(gradients: GradientBuffers | None, parameters: Parameters) -> Parameters | None:
+    """Return the buffers of the parameters' gradients; None where autograd gets the gradients."""
+    return None if gradients is None else gradients.buffers_of(parameters)
 
 
 class Attention(nn.Module):
@@ -55,7 +65,7 @@ class PatchEmbed(nn.Module):
 
 
 class Classifier(nn.Module):
-    """``weight (classes, D)`` and ``bias (classes,)``; with separate classifiers both have a leading axis of widths."""
+    """``weight (classes, D)`` and ``bias (classes,)``; separate classifiers add a first axis of widths to both."""
 
     def __init__(self, config: HydraViTConfig, **factory):
         super().__init__()
@@ -64,12 +74,18 @@ class Classifier(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*widths, config.num_classes, **factory))
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """All classifiers below each other: ``(rows, D)`` and ``(rows,)``; a slice says which rows a width uses."""
+        """Return the rows of all classifiers, ``(rows, D)`` and ``(rows,)``; a ``HeadSlice`` picks those of a width."""
         return (self.weight, self.bias) if self.bias.dim() == 1 else (self.weight.flatten(0, 1), self.bias.flatten())
 
 
 class Block(nn.Module):
-    """Attention and MLP with pre-norms and residuals; the parameters of timm's ``Block``."""
+    """Attention and MLP with pre-norms and residuals; the parameters of timm's ``Block``.
+
+    A model without layer scale has blocks without ``ls1`` and ``ls2``.
+    """
+
+    ls1: LayerScale
+    ls2: LayerScale
 
     def __init__(self, config: HydraViTConfig, drop_path: float, **factory):
         super().__init__()
@@ -115,34 +131,33 @@ class Block(nn.Module):
         gradients: GradientBuffers | None = None,
         pool: tuple[int, int] | None = None,
     ) -> Tensor:
-        """``x (B, N, Dk)`` through both branches, each of which adds to the residual stream.
+        """Add both branches to the residual ``x (B, N, Dk)``.
 
         Args:
             attention, mlp: one slice per subnetwork of the call.
-            subnet: ``(B,)``, which of the slices an image uses; None: all use the only one.
-            gradients: where backward adds the parameters' gradients in place; None: autograd gets them.
-            pool: only these tokens, ``[start, stop)``, are wanted: the last block can leave the others out.
+            subnet: ``(B,)`` int64, which of the slices an image uses; None: all use the only one.
+            gradients: the buffers to which backward adds the parameters' gradients; None: autograd gets them.
+            pool: the range ``[start, stop)`` of tokens to return, where nobody needs the others; None: all tokens.
         """
         if any(s.heads for s in attention):
-            parameters = self.attention_parameters()
-            buffers = None if gradients is None else gradients.buffers_of(parameters)
-            queries = None if pool is None else pool[1]
+            of_attention = self.attention_parameters()
             x = kernels.attention_block(
-                x, parameters, self.branch_scale(x), attention, eps, subnet,
-                queries=queries, backend=backend, buffers=buffers,
+                x, of_attention, self.branch_scale(x), attention, eps, subnet,
+                queries=None if pool is None else pool[1],
+                backend=backend, buffers=buffers_of(gradients, of_attention),
             )  # fmt: skip
         if pool is not None:
             x = x[:, pool[0] : pool[1]]
         if any(s.hidden for s in mlp):
-            parameters = self.mlp_parameters()
-            buffers = None if gradients is None else gradients.buffers_of(parameters)
+            of_mlp = self.mlp_parameters()
             x = kernels.mlp_block(
-                x, parameters, self.branch_scale(x), mlp, eps, subnet, backend=backend, buffers=buffers
-            )
+                x, of_mlp, self.branch_scale(x), mlp, eps, subnet,
+                backend=backend, buffers=buffers_of(gradients, of_mlp),
+            )  # fmt: skip
         return x
 
     def branch_scale(self, x: Tensor) -> Tensor | None:
-        """Drop-path: per image 0, or the inverse of the probability to be kept; None where nothing is dropped."""
+        """Draw drop-path's factors ``(B,)``: 0 drops an image's branch; their mean is 1. None: nothing is dropped."""
         if not self.training or self.drop_path == 0.0:
             return None
         keep = 1.0 - self.drop_path
@@ -150,23 +165,23 @@ class Block(nn.Module):
 
 
 def hooks_of(block: nn.Module) -> list[dict]:
-    """The tables of all hooks that see the block's input, its output or their gradients."""
+    """Return the tables of all hooks that see the block's input, its output or their gradients."""
     return [getattr(_MODULE, f"_global{name}") for name in _HOOKS] + [getattr(block, name) for name in _HOOKS]
 
 
 def is_ours(block: nn.Module) -> bool:
-    """Whether the block runs the forward above, not one of a subclass or a patched one."""
+    """Whether the block runs ``Block.forward``, not that of a subclass and not a patched one."""
     return type(block) is Block and "forward" not in block.__dict__
 
 
 def init_weights(model: nn.Module) -> None:
-    """As in timm: truncated normal of deviation 0.02, zero biases."""
+    """Draw weights as timm does: from a truncated normal of deviation 0.02; biases are zero."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, Classifier)):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    nn.init.trunc_normal_(model.get_parameter("pos_embed"), std=0.02)
     for token in ("cls_token", "reg_token"):
         if hasattr(model, token):
             nn.init.normal_(getattr(model, token), std=1e-6)

@@ -1,8 +1,10 @@
-"""The model: full-size parameters under timm's names, any width per call. All arithmetic is in ``hydravit_kernels``."""
+"""The model: full-size parameters under timm's names, any width per call. ``hydravit_kernels`` does the arithmetic."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Widths, every_width, position
 from hydravit.inference import Engine, PackedInference
-from hydravit.layers import Block, Classifier, GradientBuffers, PatchEmbed, hooks_of, init_weights, is_ours
+from hydravit.layers import Block, Classifier, GradientBuffers, PatchEmbed, buffers_of, hooks_of, init_weights, is_ours
 from hydravit_kernels import Subnetwork
 
 
@@ -21,10 +23,14 @@ class HydraViT(nn.Module):
     Args:
         config: the full model.
         heads: active heads from now on; None for all. Every call can name its own: ``model(images, heads=3)``.
-        trained_heads: widths that were trained; None: no width is refused. See ``allow_untrained``.
-        backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``; chosen when the model is made and
-            again when it is moved or cast.
+        trained_heads: widths that were trained; calls may name no others, unless ``model.allow_untrained`` is True.
+            None: calls may name any width.
+        backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``. The backend is selected when the
+            model is made, moved or cast.
     """
+
+    head: Any  # a Classifier, or nn.Identity where the config has no classes
+    norm: nn.LayerNorm  # called fc_norm where the config has pool="avg"
 
     def __init__(
         self,
@@ -39,7 +45,7 @@ class HydraViT(nn.Module):
         super().__init__()
         if config.geometry not in GEOMETRIES:
             raise ValueError(f"geometry: unknown {config.geometry!r}; known: {', '.join(GEOMETRIES)}")
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.patch_embed = PatchEmbed(config, **factory)
         if config.class_token:
@@ -55,7 +61,7 @@ class HydraViT(nn.Module):
 
         self.unseen_writes = 0  # how often `weights_changed` was called
         self.slice_gradients: GradientBuffers | None = None  # set by hydravit.training.SliceGradients
-        self.packed_inference: PackedInference | None = PackedInference()  # None: weights are read in place, always
+        self.packed_inference: PackedInference | None = PackedInference()  # None: every call reads the weights in place
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
         self._resolve_subnetworks()
@@ -78,10 +84,13 @@ class HydraViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialised classifier for ``num_classes``; 0: none, logits are then the pooled features."""
+        """Replace the classifier by one for ``num_classes`` with new random weights.
+
+        0: the model has none then, and its logits are the pooled features.
+        """
         if global_pool not in (None, self.config.pool):
             raise ValueError(f"global_pool must be None or the model's {self.config.pool!r}, not {global_pool!r}")
-        factory = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
         if num_classes:
@@ -98,21 +107,22 @@ class HydraViT(nn.Module):
     @heads.setter
     def heads(self, heads: int) -> None:
         self._check_heads(heads)
-        # An empty tensor's length: torch.compile makes a graph per value of an int attribute, but one for lengths > 1.
+        # The length of an empty tensor keeps the number: torch.compile makes one graph for all lengths above 1, but one
+        # for each value of an integer attribute.
         self._heads_as_shape = self._lengths[heads]
 
     @property
     def allowed_heads(self) -> tuple[int, ...]:
-        """The widths a call may ask for, ascending: those the geometry has, and of these the trained ones."""
+        """The widths that a call may name, ascending: those of the nesting method, if they were trained."""
         if self.trained_heads is None or self.allow_untrained:
             return tuple(self._subnetworks)
         return tuple(heads for heads in self._subnetworks if heads in self.trained_heads)
 
     def _resolve_subnetworks(self) -> None:
-        """The slices of every width, once, so that a call only looks them up."""
+        """Make the subnetworks of all widths, so that a call only looks them up."""
         self._subnetworks = every_width(self.config)
         self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
-        self._validated: set[Subnetwork] = set()  # others, which calls brought along
+        self._validated: set[Subnetwork] = set()  # other ones that calls have named
 
     def _make_subnetwork(self, heads: int) -> Subnetwork:
         return GEOMETRIES[self.config.geometry](self.config, heads)
@@ -130,8 +140,8 @@ class HydraViT(nn.Module):
         position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
 
     def subnetwork(self, heads: int) -> Subnetwork:
-        """Everything that one width reads. Raises ``TypeError`` or ``ValueError`` for a width that is not allowed."""
-        if torch.compiler.is_compiling():  # a look-up would make a graph per width
+        """Return what one width reads. Raise ``TypeError`` or ``ValueError`` for a width that is not allowed."""
+        if torch.compiler.is_compiling():  # a look-up would make one graph for each width
             self._check_heads(heads)
             return self._make_subnetwork(heads)
         if type(heads) is not int or heads not in self.allowed_heads:
@@ -139,7 +149,7 @@ class HydraViT(nn.Module):
         return self._subnetworks[heads]
 
     def widths(self, heads: int | Tensor | Subnetwork | None, batch: int) -> Widths:
-        """The subnetworks of one call; ``heads`` as in ``forward``."""
+        """Return the subnetworks of one call; ``heads`` is that of ``forward``."""
         heads = self.heads if heads is None else heads
         if isinstance(heads, Subnetwork):
             if torch.compiler.is_compiling() or heads not in self._validated:
@@ -151,7 +161,7 @@ class HydraViT(nn.Module):
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
         if heads.shape != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
-        # A compiled call cannot know which widths occur: its table has all, and the residual is as wide as the widest.
+        # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.
         compiling = torch.compiler.is_compiling()
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
         subnetworks = tuple(self.subnetwork(k) for k in used)
@@ -163,43 +173,43 @@ class HydraViT(nn.Module):
         return Widths(subnetworks, subnet)
 
     def _select_backend(self, parameter: Tensor) -> None:
-        """For the device and dtype of ``parameter``; raises where the requested backend cannot run there."""
+        """Select the backend for the device and dtype of ``parameter``; raise if the requested one cannot run there."""
         self.backend = kernels.select(self.requested_backend, parameter.device, parameter.dtype)
         self._backend_for = parameter.device, parameter.dtype
 
     def _apply(self, fn, recurse=True):
-        self._select_backend(fn(self.pos_embed.new_empty(0)))  # before anything is moved: it may refuse
+        self._select_backend(fn(self.pos_embed.new_empty(0)))  # first, because it may raise
         self.weights_changed()
         return super()._apply(fn, recurse)
 
     def weights_changed(self) -> None:
-        """Say so after writes that torch cannot see (through ``.data`` or a NumPy view): packed weights are stale then.
+        """Declare packed weights stale, after writes that torch cannot see, through ``.data`` or a NumPy view.
 
-        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters are noticed anyway.
+        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call.
         """
         self.unseen_writes += 1
         if self.packed_inference is not None:
             self.packed_inference.drop()
 
     def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str) -> Engine:
-        """Inference with the least latency: see ``hydravit.inference.Engine``."""
+        """Make an engine for inference with the least latency: see ``hydravit.inference.Engine``."""
         return Engine(self, max_batch, dtype, **cuda)
 
     def __getstate__(self):
-        """Copies and pickles share no gradient buffers with the original."""
-        return {**self.__dict__, "slice_gradients": None}  # and no packed weights: PackedInference sees to it
+        """Leave gradient buffers out of copies and pickles; ``PackedInference`` leaves out the packed weights."""
+        return {**self.__dict__, "slice_gradients": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._select_backend(self.pos_embed)  # this process may have other ones
+        self._select_backend(self.pos_embed)  # this process may have other backends
 
     # Forward ----------------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
-        """Logits ``(B, num_classes)`` of images ``(B, in_channels, height, width)``.
+        """Compute the logits ``(B, num_classes)`` of images ``(B, in_channels, height, width)``.
 
         Args:
-            heads: active heads in this call; or an integer tensor ``(B,)``, one width per image; or any ``Subnetwork``.
+            heads: active heads of this call; or an integer tensor ``(B,)``, one width per image; or any ``Subnetwork``.
                 None: ``self.heads``.
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
@@ -213,9 +223,9 @@ class HydraViT(nn.Module):
         return self._head(x, self.head_parameters(), widths)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
-        """Tokens ``(B, N, Dk)`` after the blocks, and after the final norm where it precedes pooling (as in timm).
+        """Compute the tokens ``(B, N, Dk)`` after the blocks and, as in timm, a final norm that precedes pooling.
 
-        With one width per image ``Dk`` is the widest, and the channels beyond an image's own are zero.
+        With one width per image ``Dk`` is that of the widest, and the channels beyond an image's own are zero.
         """
         images, widths = self._enter(images, heads)
         x = self._trunk(images, widths)
@@ -226,24 +236,30 @@ class HydraViT(nn.Module):
     def forward_head(
         self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
     ) -> Tensor:
-        """Logits of what ``forward_features`` returned at the same ``heads``; ``pre_logits``: the pooled features."""
+        """Compute the logits, or with ``pre_logits`` the pooled features, of what ``forward_features`` returned.
+
+        ``heads`` must be the same as there.
+        """
         widths = self.widths(heads, features.shape[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)))
         parameters = self.head_parameters()
-        if self.config.pool == "token":  # the features are normalised
+        if self.config.pool == "token":  # the features are normalised already
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
         if pre_logits:
             parameters = parameters._replace(weight=None, bias=None)
         return self._head(features, parameters, widths)
 
     def attention_maps(self, images: Tensor, heads: int | Subnetwork | None = None) -> list[Tensor | None]:
-        """Per layer what every token attends to, ``(B, heads, N, N)``; None where a layer's attention is skipped."""
+        """Compute the attention weights of every layer, ``(B, heads, queries, keys)``; None for a skipped attention.
+
+        Raises ``ValueError`` for more than one width.
+        """
         images, widths = self._enter(images, heads)
-        x = self._stem(images, widths)
         if widths.subnet is not None:
             raise ValueError("attention_maps takes one width for the batch")
+        x = self._stem(images, widths)
         maps = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._layers()):
             (attention,) = widths.attention(i)
             parameters = block.attention_parameters()
             maps.append(kernels.attention_map(x, parameters, attention, widths.eps) if attention.heads else None)
@@ -251,22 +267,22 @@ class HydraViT(nn.Module):
         return maps
 
     def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Widths]:
-        """What every forward begins with: checks, the widths, the backend."""
+        """Begin a forward: check the images, find the widths, and select the backend anew if the parameters moved."""
         images = self.check_images(images)
         widths = self.widths(heads, images.shape[0])
-        if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # assigned, or unsharded in another
+        if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # they were replaced
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(widths.subnetworks)
         return images, widths
 
     def check_images(self, images: Tensor) -> Tensor:
-        """The images in the model's dtype, which undoes autocast's low precision, as parameters are not cast.
+        """Return the images in the model's dtype. Under autocast they may come in another, but parameters are not cast.
 
         Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)`` with ``B > 0``, in
         the model's dtype and on its device.
         """
-        return self._check_batch("images", images, (self.config.in_channels, *self.config.image_size))
+        return self._check_batch("images", images, self.config.image_shape)
 
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):
@@ -298,21 +314,27 @@ class HydraViT(nn.Module):
         return kernels.HeadParameters(norm_weight=norm.weight, norm_bias=norm.bias, weight=weight, bias=bias)
 
     def network_parameters(self) -> kernels.NetworkParameters:
-        """All parameters, as kernels take them: separate classifiers are rows of one."""
+        """Return all parameters as kernels take them: separate classifiers are rows of one."""
         return kernels.NetworkParameters(
             stem=self.stem_parameters(),
-            attention=[block.attention_parameters() for block in self.blocks],
-            mlp=[block.mlp_parameters() for block in self.blocks],
+            attention=[block.attention_parameters() for block in self._layers()],
+            mlp=[block.mlp_parameters() for block in self._layers()],
             head=self.head_parameters(),
         )
 
+    def _layers(self) -> Sequence[Block]:
+        return cast("Sequence[Block]", self.blocks)  # a ModuleList does not tell the type of its modules
+
     def _stem(self, images: Tensor, widths: Widths) -> Tensor:
         parameters = self.stem_parameters()
-        buffers = self._buffers_of(parameters)
+        buffers = buffers_of(self.slice_gradients, parameters)
         return kernels.stem(images, parameters, widths.embed, widths.subnet, backend=self.backend, buffers=buffers)
 
     def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
-        """All tokens; or those that the head pools, if nothing can see that the last block computes no others."""
+        """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.
+
+        It returns all tokens nonetheless if it is foreign or has hooks, which may expect them.
+        """
         x, last = self._stem(images, widths), self.blocks[-1]
         for i, block in enumerate(self.blocks):
             unseen = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
@@ -324,11 +346,8 @@ class HydraViT(nn.Module):
         return self.blocks[i](x, *slices, widths.eps, widths.subnet, self.backend, self.slice_gradients, pool)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, widths: Widths) -> Tensor:
-        pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # the others are gone
-        buffers = self._buffers_of(parameters)
+        pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
+        buffers = buffers_of(self.slice_gradients, parameters)
         return kernels.head(
             x, parameters, pool, widths.head, widths.eps, widths.subnet, backend=self.backend, buffers=buffers
         )
-
-    def _buffers_of(self, parameters):
-        return None if self.slice_gradients is None else self.slice_gradients.buffers_of(parameters)

@@ -1,4 +1,4 @@
-"""What happens to an image before the model sees it; kept in the checkpoint, so that every user of it does the same."""
+"""The transform from an image file to the model's input. Checkpoints keep it, so that every user applies the same."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Preprocessing:
 
     @classmethod
     def for_model(cls, config: HydraViTConfig, **overrides) -> Preprocessing:
-        """The usual one of a model: ImageNet's mean and deviation for colour, 0.5 for any other number of channels."""
+        """Return the usual one of a model: ImageNet's mean and deviation for 3 channels, 0.5 for any other number."""
         if config.in_channels != 3:
             half = (0.5,) * config.in_channels
             overrides = {"mean": half, "std": half, **overrides}
@@ -79,11 +79,11 @@ class Preprocessing:
         return cls(**values)
 
     def __call__(self, image: Image | Tensor) -> Tensor:
-        """A Pillow image of any mode, or a uint8 tensor ``(C, height, width)``, to float32 ``(C, *image_size)``.
+        """Turn a Pillow image of any mode, or a uint8 tensor ``(C, height, width)``, to float32 ``(C, *image_size)``.
 
         Raises:
-            TypeError: neither of the two.
-            ValueError: another number of channels (a Pillow image is converted to grey or colour as needed).
+            TypeError: the image is neither of the two.
+            ValueError: it has another number of channels (a Pillow image is converted to grey or colour as needed).
         """
         bands = [self._resize_and_crop(band) for band in self._bands(image)]
         pixels = torch.from_numpy(np.concatenate(bands, axis=2)).permute(2, 0, 1).contiguous().float().div_(255)
@@ -91,7 +91,7 @@ class Preprocessing:
         return pixels.sub_(mean).div_(std)
 
     def _bands(self, image: Image | Tensor) -> list[Image]:
-        """Pillow images that together have all channels: one, or one per channel of a tensor."""
+        """Return Pillow images that together have all channels: a single one, or one per channel of a tensor."""
         from PIL import Image
 
         channels = len(self.mean)
@@ -112,12 +112,13 @@ class Preprocessing:
         return [image.convert("L" if channels == 1 else "RGB")]
 
     def _resize_and_crop(self, image: Image) -> np.ndarray:
-        """uint8 ``(*image_size, channels)``; sizes are rounded down and offsets to nearest, as torchvision does."""
+        """Return uint8 ``(*image_size, channels)``; sizes are rounded down, offsets to nearest, as in torchvision."""
         from PIL.Image import Resampling
 
+        assert isinstance(self.image_size, tuple) and self.crop is not None  # `__post_init__` sees to both
         height, width = self.image_size
         least_height, least_width = int(height / self.crop), int(width / self.crop)
-        # The scale is a ratio of integers, so that the side that decides it comes out exact.
+        # The scale is a ratio of integers, so that the side that decides about it becomes exact.
         if least_height * image.width >= least_width * image.height:
             size = (max(least_height * image.width // image.height, width), least_height)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def _declare_torchvision_operators() -> None:
     Python part still refers to the library's operators. It needs their schemas only; nothing here ever calls them.
     """
     spec = find_spec("torchvision")
-    if spec is None or hasattr(torch.ops.torchvision, "nms"):
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
         return
     for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
         try:
@@ -50,7 +51,7 @@ FIELDS = {
     "init_values": "layer_scale",
     "reg_tokens": "register_tokens",
 }
-# Regularisation that the model does not have. timm's scripts pass these arguments with 0, which asks for nothing.
+# Kinds of regularisation that the model does not have. timm's scripts pass these arguments as 0, which is allowed.
 DROP_RATES = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate")
 
 default_cfgs = generate_default_cfgs(
@@ -72,7 +73,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **arguments) -> HydraViT:
-    """A model from timm's arguments of a ViT. Raises ``ValueError`` for an argument that has no meaning here."""
+    """Make a model from timm's arguments of a ViT. Raise ``ValueError`` for an argument that has no meaning here."""
     for name in DROP_RATES:
         if arguments.pop(name, 0.0):
             raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
@@ -86,9 +87,9 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
             f"hydravit_{size}_patch16_224 has no pretrained weights: pass checkpoint_path, or "
             "pretrained_cfg_overlay={'file': ...}"
         )
-    model = build_model_with_cfg(_build, f"hydravit_{size}_patch16_224", pretrained, config=size, **arguments)
+    model: Any = build_model_with_cfg(_build, f"hydravit_{size}_patch16_224", pretrained, config=size, **arguments)
     # timm's data loaders follow this dictionary, which still describes the default model.
-    model.pretrained_cfg["input_size"] = (model.config.in_channels, *model.config.image_size)
+    model.pretrained_cfg["input_size"] = model.config.image_shape
     if model.config.in_channels != 3:
         usual = Preprocessing.for_model(model.config)
         model.pretrained_cfg.update(mean=usual.mean, std=usual.std, crop_pct=usual.crop)
@@ -97,23 +98,23 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
 
 @register_model
 def hydravit_tiny_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
-    """3 heads at most."""
+    """Make a model of 3 heads."""
     return _create("tiny", pretrained, **arguments)
 
 
 @register_model
 def hydravit_small_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
-    """6 heads at most."""
+    """Make a model of 6 heads."""
     return _create("small", pretrained, **arguments)
 
 
 @register_model
 def hydravit_base_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
-    """12 heads at most; ``timm.create_model("hydravit_base_patch16_224", heads=6)`` has 6 of them active."""
+    """Make a model of 12 heads; ``timm.create_model("hydravit_base_patch16_224", heads=6)`` has 6 of them active."""
     return _create("base", pretrained, **arguments)
 
 
 @register_model
 def hydravit_large_patch16_224(pretrained: bool = False, **arguments) -> HydraViT:
-    """16 heads at most, 24 layers."""
+    """Make a model of 16 heads and 24 layers."""
     return _create("large", pretrained, **arguments)

@@ -1,4 +1,4 @@
-"""Blocks of a sliced Vision Transformer that read one subnetwork's part of the full weights, in place."""
+"""Kernels of a nested Vision Transformer, which read a subnetwork's slice of the full weights in place."""
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select

@@ -1,4 +1,4 @@
-"""``python -m hydravit_kernels``: what was built, what runs here, and why the rest does not."""
+"""``python -m hydravit_kernels`` prints what was built, what runs on this machine, and why the rest does not."""
 
 from __future__ import annotations
 

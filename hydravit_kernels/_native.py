@@ -1,11 +1,11 @@
 """Loads the native library that lies beside this file, or records why there is none.
 
-    loaded      whether the ops have their C++ kernels, and this processor runs them
+    loaded      whether the ops have their C++ kernels and this processor runs them
     why_not     "" if loaded, else the reason, worded to follow the backend's name
-    build_info  what setup.py built, with what
+    build_info  what setup.py built, and with which tools
 
-``HYDRAVIT_BUILD``, the variable that steers the build, holds at run time too: ``cpu`` (the library) and ``cuda`` (the
-library with its CUDA kernels) make a missing part an ``ImportError``; ``none`` leaves the library alone.
+The environment variable ``HYDRAVIT_BUILD``, which steers the build, is read at run time too. With ``cpu`` missing CPU
+kernels are an ``ImportError``, with ``cuda`` missing CUDA kernels are one too; with ``none`` the library is not loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ path = Path(__file__).with_name("_C.so")
 
 
 def _load(wanted: str) -> str:
-    """Load the library; return why that is not possible, or ""."""
+    """Load the library; return "", or the reason why it cannot be loaded."""
     if wanted == "none":
         return "is switched off by HYDRAVIT_BUILD=none"
     if not path.exists():

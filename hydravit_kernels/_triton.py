@@ -1,6 +1,6 @@
-"""Registers the Triton kernels, which the first call of one of their ops imports, and says where they run.
+"""Registers the Triton kernels and says where they run. The first call of one of their ops imports them.
 
-On a CPU they run on Triton's interpreter, for tests: where ``TRITON_INTERPRET=1`` was set before this is imported.
+On a CPU they run on Triton's interpreter, for tests, if ``TRITON_INTERPRET=1`` is set before this file is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """ "" if they run there, else the reason, worded to follow the backend's name."""
+    """Return "" if the kernels run there, else the reason, worded to follow the backend's name."""
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if device.type == "cpu" and not _interpreted:
@@ -33,16 +33,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def _implementation(name: str):
-    def implementation(*arguments):
+def _imported(name: str):
+    def function(*arguments):
         from hydravit_kernels import triton
 
         return getattr(triton, name)(*arguments)
 
-    return implementation
+    return function if name == "adamw" else ops.grouped(name, function)
 
 
 ops.define("triton")
 for _name in (*ops.SCHEMAS, "adamw"):
     for _key in ("CUDA", "CPU") if _interpreted else ("CUDA",):
-        ops.LIBRARY.impl(f"{_name}_triton", _implementation(_name), _key)
+        ops.LIBRARY.impl(f"{_name}_triton", _imported(_name), _key)

@@ -1,7 +1,7 @@
 """AdamW and the moving average of the weights in one pass over rectangles of full-size parameters, in place.
 
-AdamW is Adam with decoupled weight decay (arXiv 1711.05101); the numbers of a step are made as torch's fused AdamW
-makes them, in double precision. With the gradient ``g``, for every element::
+AdamW is Adam with decoupled weight decay (arXiv 1711.05101). The numbers of a step are computed in double precision, as
+in torch's fused AdamW. With the gradient ``g``, for every element::
 
     weight *= decay
     first += first_weight * (g - first)
@@ -23,7 +23,7 @@ Interval = tuple[int, int]
 
 
 class AdamWStep(NamedTuple):
-    """The numbers of one step, which are a row of the ops' ``steps``."""
+    """The numbers of one step, in the order of a row of the ops' ``steps``."""
 
     decay: float
     first_weight: float
@@ -63,22 +63,22 @@ def adamw(
     *,
     backend: str,
 ) -> None:
-    """Take rectangles of parameters through one step; the op reads and writes nothing outside of them.
+    """Take rectangles of parameters through one step; nothing outside them is read or written.
 
-    On one backend an element gets the same bits whatever rectangle it is in. The reference computes for backends that
-    have no kernel of their own.
+    On one backend an element gets the same bits whatever rectangle it is in. A backend without a kernel of its own uses
+    the reference.
 
     Args:
-        weights, gradients, firsts, seconds: parameters, their gradients and moments, alike in shape, strides, dtype and
-            device.
-        averages: the moving averages, alike too; or empty: there are none.
+        weights, gradients, firsts, seconds: the parameters, their gradients, and their first and second moments, with
+            the same shapes, strides, dtype and device.
+        averages: the moving averages, like the weights; or empty if there are none.
         rectangles: int64 ``(R, 6)`` on the CPU, disjoint. A row is the index of the tensor, the index of its step in
-            ``steps``, and then what ``rectangles_of`` gives. Callers must not change it later, because a backend keeps
-            what it derives from it for as long as the tensor lives.
-        steps: the numbers of the steps. Rectangles whose ages differ need other numbers.
+            ``steps``, and the four integers of ``rectangles_of``. Callers must not change it later, because a backend
+            keeps what it derives from it for as long as the tensor lives.
+        steps: the numbers of the steps. They differ for rectangles that have taken different numbers of steps.
     Raises:
-        RuntimeError: tensors or rectangles do not fit (the reference does not check); a CUDA graph is being captured,
-            which would repeat the numbers of this step.
+        RuntimeError: tensors or rectangles do not fit (the reference does not check), or a CUDA graph is being
+            captured, which would repeat the numbers of this step.
     """
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     numbers = torch.tensor(steps, dtype=dtype).view(-1, len(AdamWStep._fields))
@@ -88,9 +88,9 @@ def adamw(
 
 
 def rectangles_of(tensor: Tensor, box: Sequence[Interval]) -> list[tuple[int, int, int, int]]:
-    """The rectangles ``(offset, rows, row stride, columns)`` of memory that a box ``((start, length), ...)`` covers.
+    """The rectangles ``(offset, rows, row stride, columns)`` of memory that make up a box ``((start, length), ...)``.
 
-    Axes that follow each other in memory are joined, so that the rectangles are few.
+    Axes that are contiguous in memory are joined, so that the rectangles are few.
     """
     offset = sum(start * stride for (start, _), stride in zip(box, tensor.stride(), strict=True))
     axes = [(stride, length) for (_, length), stride in zip(box, tensor.stride(), strict=True) if length > 1]
@@ -109,13 +109,13 @@ def rectangles_of(tensor: Tensor, box: Sequence[Interval]) -> list[tuple[int, in
 
 
 def _reference(weights, gradients, firsts, seconds, averages, rectangles, steps) -> None:
-    """Uses only operations of torch that round once, so that an element's bits do not depend on its place."""
-    steps = [AdamWStep(*row) for row in steps.tolist()]
+    """Take the step with torch's operations that round once, so that an element's bits do not depend on its place."""
+    numbers = [AdamWStep(*row) for row in steps.tolist()]
     for index, step, *rectangle in rectangles.tolist():
         lists = (gradients, weights, firsts, seconds, averages)
         views = [_view(tensors[index], *rectangle) for tensors in lists if tensors]
         gradient, *values = (view.to(torch.promote_types(view.dtype, torch.float32)) for view in views)
-        _advance(steps[step], gradient, *values)
+        _advance(numbers[step], gradient, *values)
         for view, value in zip(views[1:], values, strict=True):
             view.copy_(value)
 
@@ -135,7 +135,7 @@ def _advance(step: AdamWStep, gradient: Tensor, weight, first, second, average=N
 
 
 def _interpolate(start: Tensor, end: Tensor, weight: float) -> None:
-    """``start + weight * (end - start)``, from the end that is nearer: with a weight of 1 it is ``end``, exactly."""
+    """``start + weight * (end - start)``, computed from the nearer end, so that a weight of 1 gives exactly ``end``."""
     difference = end - start
     if weight < 0.5:
         start.add_(difference.mul_(weight))

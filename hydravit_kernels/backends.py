@@ -1,14 +1,15 @@
-"""Which implementation of the blocks runs: one table, asked once per module, never swapped behind its back.
+"""The backends: which implementations of the blocks exist, and which of them a module uses.
 
-``"auto"`` takes the first of ``AUTOMATIC`` that can run on the device and dtype, and says once when that is not the one
-made for them; a backend that is named runs or raises with the reason. The environment variable ``HYDRAVIT_BACKEND``
-replaces ``"auto"``.
+``"auto"`` takes the first of ``AUTOMATIC`` that can run on the device and dtype, and warns once if that is not the very
+first. A backend that is named runs, or raises with the reason. The environment variable ``HYDRAVIT_BACKEND`` replaces
+``"auto"``.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -29,25 +30,29 @@ def _reference_why_not(device: torch.device, dtype: torch.dtype) -> str:
     return "" if dtype.is_floating_point else f"needs a floating-point dtype, not {dtype}"
 
 
-# A value says why the backend cannot run there, or "".
-BACKENDS = {"native": _native_why_not, "reference": _reference_why_not, "triton": _triton.why_not}
-# What "auto" chooses from, the best first: a backend joins when committed results show it correct and faster.
+# Per backend a function that returns why it cannot run on a device and dtype, or "".
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], str]] = {
+    "native": _native_why_not,
+    "reference": _reference_why_not,
+    "triton": _triton.why_not,
+}
+# The choices of "auto", the best first. A backend joins when committed results show it correct and faster.
 AUTOMATIC = ("native", "reference")
 
 _fallbacks_told: set[str] = set()
 
 
 def check_backend(backend: str) -> str:
-    """Raise ``ValueError`` for a backend nobody knows; return the name otherwise."""
+    """Return the name of a backend, or raise ``ValueError`` if there is none of that name."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     return backend
 
 
 def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend that will run on this device and dtype.
+    """Return the backend that will run on this device and dtype.
 
-    Raises ``ValueError`` for an unknown name and ``RuntimeError``, with the reason, for a named one that cannot run.
+    Raises ``ValueError`` for an unknown name, and ``RuntimeError`` with the reason for a named one that cannot run.
     """
     device = torch.device(device)
     if check_backend(backend) == "auto":
@@ -57,11 +62,11 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
         if reason:
             raise RuntimeError(f"backend {backend!r}: {reason}")
         return backend
-    reasons = []
+    reasons: list[str] = []
     for name in AUTOMATIC:
         reason = BACKENDS[name](device, dtype)
         if not reason:
-            if device.type != "meta":  # where nothing is ever computed
+            if device.type != "meta":  # nothing is ever computed there
                 _tell_fallback(name, reasons)
             return name
         reasons.append(f"{name} {reason}")
@@ -69,12 +74,12 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
-    """Every backend that can run there, those that "auto" prefers first."""
+    """Every backend that can run there, in the order in which "auto" prefers them."""
     return [name for name, why_not in BACKENDS.items() if not why_not(torch.device(device), dtype)]
 
 
 def report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Backend name to ``"available"`` or the reason why not."""
+    """Map the name of each backend to ``"available"``, or to the reason why it cannot run."""
     return {name: why_not(torch.device(device), dtype) or "available" for name, why_not in BACKENDS.items()}
 
 

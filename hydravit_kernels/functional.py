@@ -1,11 +1,13 @@
-"""The blocks as functions: any backend, with gradients.
+"""The blocks as functions, on any backend, with gradients.
 
-A compiled backend's forward and backward are separate ops behind one ``autograd.Function``, entered only where a
-gradient is needed. Gradients are full-size tensors with exact zeros outside the slice, as PyTorch users expect. With
-``buffers`` they are added in place to the slice of those tensors instead, and autograd sees none for the parameters.
-``buffers`` is a tuple like ``parameters``, with None where no gradient is wanted.
+A compiled backend has separate ops for forward and backward, behind one ``autograd.Function`` that is entered only if a
+gradient is needed. Gradients of parameters are full-size tensors with exact zeros outside the slice, as PyTorch users
+expect. With ``buffers``, a tuple like ``parameters``, backward adds them to the slice of those tensors in place
+instead, and autograd sees none. An entry of None means that this gradient is not wanted.
 
-Under ``torch.autocast`` the triton backend keeps activations in autocast's dtype, and parameters in their own.
+``slices`` has one slice for all images, or several and ``subnet (B,)``, int64: each image's index into them.
+
+Under ``torch.autocast`` the triton backend has activations in autocast's dtype and leaves parameters in theirs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from hydravit_kernels.parameters import AttentionParameters, HeadParameters, Mlp
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
 
-# Ops that can return what their backward needs, so that it is not computed again.
+# The ops that can return activations for their backward, which it would otherwise compute again.
 _SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in schema)
 
 
@@ -36,7 +38,8 @@ def stem(
 ) -> Tensor:
     """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual stream ``(B, N, Dk)``.
 
-    Tokens are in the order class, registers, patches (ViT, arXiv 2010.11929; registers, arXiv 2309.16588).
+    The tokens are the class token, the registers and the patches, in this order (ViT, arXiv 2010.11929; registers,
+    arXiv 2309.16588).
     """
     if backend == "reference":
         return reference.stem(images, parameters, slices, subnet)
@@ -59,8 +62,8 @@ def attention_block(
     """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape.
 
     Args:
-        branch_scale: ``(B,)``, multiplies an image's branch (drop-path); None for ones.
-        queries: only the first so many tokens are computed, and returned; all tokens are still attended to.
+        branch_scale: ``(B,)``, multiplies an image's branch (drop-path); None stands for ones.
+        queries: the result has only the first ``queries`` tokens, which still attend to all. None stands for all.
     """
     queries = x.shape[1] if queries is None else queries
     if backend == "reference":
@@ -101,7 +104,8 @@ def head(
 ) -> Tensor:
     """Mean of the tokens ``[pool[0], pool[1])``, norm, classifier: ``x (B, N, Dk)`` to logits ``(B, classes)``.
 
-    Without the norm's parameters there is no norm. Without a classifier the result is the pooled features ``(B, Dk)``.
+    If the norm's parameters are None the norm is left out. If the classifier's are, the result is ``(B, Dk)``:
+    features.
     """
     if backend == "reference":
         return reference.head(x, parameters, *pool, slices, eps, subnet)
@@ -109,9 +113,9 @@ def head(
 
 
 def _run(name, backend, x, parameters, constants, buffers):
-    """Run the plain op, or the ``autograd.Function`` around it where a gradient is wanted."""
+    """Run the op, inside the ``autograd.Function`` if a gradient is wanted."""
     if backend == "triton" and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # its products cast weights themselves, tile by tile
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the kernels cast weights themselves, tile by tile
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
         return _Block.apply(name, backend, constants, buffers, x, *parameters)
     result = _op(name, backend)(x, *parameters, *constants, *((False,) if name in _SAVING else ()))
@@ -123,15 +127,16 @@ def _op(name, backend):
 
 
 def _reached(edges, parameters) -> list[bool]:
-    """Say per parameter whether this backward pass fills its ``.grad``: autograd's own rule, for gradients in place.
+    """Say for each parameter whether this backward pass is to fill its ``.grad``.
 
-    It does not where ``torch.autograd.grad`` or ``backward(inputs=...)`` asks for other tensors only. Raises
-    ``RuntimeError`` where ``torch.autograd.grad`` asks for a parameter, before anything is written.
+    Autograd's own rule holds for gradients in place too: ``torch.autograd.grad`` and ``backward(inputs=...)`` fill
+    nothing but what they ask for. Raises ``RuntimeError`` before anything is written if ``torch.autograd.grad`` asks
+    for a parameter.
     """
     nodes, reached = iter(edges), []
     for parameter in parameters:
         node = None if parameter is None else next(nodes)[0]  # a parameter that is None has no edge
-        while node is not None and not hasattr(node, "variable"):  # a view of a parameter
+        while node is not None and not hasattr(node, "variable"):  # the parameter is given as a view of itself
             node = node.next_functions[0][0]
         try:
             reached.append(node is not None and torch._C._will_engine_execute_node(node))
@@ -144,7 +149,7 @@ def _reached(edges, parameters) -> list[bool]:
 
 
 class _Block(torch.autograd.Function):
-    """Forward and backward ops of one block; ``parameters`` are in the order of the op's schema."""
+    """The forward and backward ops of one block. ``parameters`` are in the order of the op's schema."""
 
     @staticmethod
     def forward(ctx, name, backend, constants, buffers, x, *parameters):

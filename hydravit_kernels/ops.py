@@ -1,45 +1,51 @@
-"""The ops of every compiled backend: one schema and one fake kernel each, defined whether or not a library was built.
+"""The ops of every compiled backend: a schema and a fake kernel for each, whether or not a library was built.
 
-An op takes **full tensors plus slices**, never sliced weights. With ``B`` images, ``N`` tokens, ``D`` channels of the
-full model and ``Dk`` of the (widest) active subnetwork:
+An op takes **full tensors and slices**, never sliced weights. With ``B`` images, ``N`` tokens, ``D`` channels in the
+full model and ``Dk`` in the widest slice of the call:
 
-    ``x, y``            ``(B, N, Dk)``; beyond an image's own width, ``y`` is zero
-    ``queries``         ``Nq``: attention is computed for the first ``Nq`` tokens only, ``y`` is then ``(B, Nq, Dk)``
+    ``x, y``            ``(B, N, Dk)``; ``y`` is zero beyond an image's own channels
+    ``queries``         ``Nq``: only the first ``Nq`` tokens are queries, and ``y`` is ``(B, Nq, Dk)``
     parameters          as in ``parameters.py``, in the order of its tuples
     ``branch_scale``    ``(B,)``, multiplies an image's branch (drop-path)
-    ``subnet``          ``(B,)`` int64, which of the slices an image uses; None: all use the only one
+    ``slices``          the integers of one or more slices, see ``flatten``; ``scales``: their attention scales
+    ``subnet``          ``(B,)`` int64, the index of each image's slice; None if there is one slice
 
-Blocks own their residual. ``save=True`` also returns what backward needs (empty tensors otherwise), in the size of the
-largest slice, each image filling the front of its own part:
+A block includes its residual connection. With ``save=True`` it also returns activations for backward, which are empty
+tensors otherwise. They have the size of the largest slice, and an image fills the front of its own row:
 
-    ``qkv``             ``(B, N, heads * (2 * head_dim + value_dim))``, laid out Q | K | V; Q of the queries only
+    ``qkv``             ``(B, N, heads * (2 * head_dim + value_dim))``, laid out Q | K | V; Q for the queries only
     ``attended``        ``(B, Nq, heads * value_dim)``
-    ``logsumexp``       ``(B, heads * N)``, of the scaled scores, ``heads * Nq`` of them (in a dimension of that size
-                        one head and one query would be another graph)
+    ``logsumexp``       ``(B, heads * N)``, for the scaled scores. Only ``heads * Nq`` are used; with an axis of that
+                        size, ``torch.compile`` would make another graph for one head and one query
     ``hidden``          ``(B, N, hidden)``, before GELU
 
 A ``*_backward`` returns the gradient of the activations (empty unless ``x_grad``) and **adds** the gradients of the
-parameters into the slice of the full-size buffers it is given. A buffer that is None costs nothing; none is touched
-outside the slice. Activations have the dtype of ``images`` or ``x``.
+parameters to the slice of the full-size buffers ``grad_*``. It touches no buffer outside the slice, and a buffer of
+None costs nothing. Activations have the dtype of ``images`` or ``x``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from hydravit_kernels.parameters import ATTENTION, HEAD, MLP, STEM, ParameterSpec
+from hydravit_kernels.parameters import ATTENTION, HEAD, MLP, STEM, BlockParameters
 from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, unflatten
 
 LIBRARY = torch.library.Library("hydravit", "DEF")
 
+# The parameters that an op takes. Its backward takes as many gradient buffers, as its last arguments.
+PARAMETERS: dict[str, BlockParameters] = {"stem": STEM, "attention_block": ATTENTION, "mlp_block": MLP, "head": HEAD}
 
-def _tensors(specs: tuple[ParameterSpec, ...]) -> str:
-    """Schema of a block's parameters."""
+
+def _tensors(specs: BlockParameters) -> str:
+    """The schema of a block's parameters."""
     return ", ".join(f"Tensor{'?' * spec.optional} {name}" for name, spec in zip(specs._fields, specs, strict=True))
 
 
-def _buffers(specs: tuple[ParameterSpec, ...]) -> str:
-    """Schema of a block's gradient buffers: optional, mutated, each its own alias set."""
+def _buffers(specs: BlockParameters) -> str:
+    """The schema of a block's gradient buffers: optional, mutated, each in an alias set of its own."""
     return ", ".join(f"Tensor({chr(ord('a') + i)}!)? grad_{name}" for i, name in enumerate(specs._fields))
 
 
@@ -63,15 +69,15 @@ SCHEMAS = {
     "head_backward": f"(Tensor grad, {_HEAD}, bool x_grad, {_buffers(HEAD)}) -> Tensor",
 }
 
-# AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py says what the arguments
-# hold. `averages` may be empty.
+# AdamW and the average of the weights, in place on rectangles of full-size parameters; adamw.py documents the
+# arguments. `averages` may be empty.
 ADAMW = (
     "(Tensor(a!)[] weights, Tensor[] gradients, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] averages, "
     "Tensor rectangles, Tensor steps) -> ()"
 )
 
-# The whole network without gradients, on the CPU, from `packed`, which holds all parameters. A plan is one subnetwork's
-# slices, resolved to addresses in `packed` once per width; `columns` are those of the widest result.
+# The whole network without gradients, on the CPU. `packed` has all parameters in the kernels' layout. A plan is one
+# subnetwork's slices, resolved to addresses in `packed` once per width. `columns` counts those of the widest result.
 NETWORK = {
     "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[])",
     "plan_network_native": "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) "
@@ -81,20 +87,36 @@ NETWORK = {
 }
 
 
-def _stem(images, weight, bias, cls_token, reg_token, pos_embed, slices, subnet):
+def _argument_names(name: str) -> list[str]:
+    schema = SCHEMAS[name]
+    return [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
+
+
+def grouped(name: str, function: Callable) -> Callable:
+    """Make an implementation of the op ``name`` from a function that takes parameters and buffers as one tuple each."""
+    specs = PARAMETERS[name.removesuffix("_backward")]
+    kind, start, count = type(specs), _argument_names(name).index(specs._fields[0]), len(specs)
+
+    def implementation(*arguments):
+        before, parameters, after = arguments[:start], arguments[start : start + count], arguments[start + count :]
+        if name.endswith("_backward"):
+            after = (*after[:-count], kind(*after[-count:]))
+        return function(*before, kind(*parameters), *after)
+
+    return implementation
+
+
+def _stem(images, p, slices, subnet):
     batch, _, height, width = images.shape
-    tokens = (height // weight.shape[2]) * (width // weight.shape[3])
-    for prefix in (cls_token, reg_token):
+    tokens = (height // p.weight.shape[2]) * (width // p.weight.shape[3])
+    for prefix in (p.cls_token, p.reg_token):
         tokens = tokens + (0 if prefix is None else prefix.shape[1])
     return images.new_empty((batch, tokens, max(s.embed for s in unflatten(EmbedSlice, slices))))
 
 
-def _attention_block(
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, branch_scale,
-    slices, scales, eps, subnet, queries, save,
-):  # fmt: skip
-    batch, tokens, width = x.shape
-    y = x.new_empty((batch, queries, width))
+def _attention_block(x, p, branch_scale, slices, scales, eps, subnet, queries, save):
+    batch, tokens, embed = x.shape
+    y = x.new_empty((batch, queries, embed))
     if not save:
         return y, x.new_empty((0,)), x.new_empty((0,)), x.new_empty((0,))
     each = unflatten(AttentionSlice, slices)
@@ -106,10 +128,7 @@ def _attention_block(
     )
 
 
-def _mlp_block(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, branch_scale,
-    slices, eps, subnet, save,
-):  # fmt: skip
+def _mlp_block(x, p, branch_scale, slices, eps, subnet, save):
     batch, tokens, _ = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
@@ -117,15 +136,15 @@ def _mlp_block(
     return y, x.new_empty((batch, tokens, max(s.hidden for s in unflatten(MlpSlice, slices))))
 
 
-def _head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
+def _head(x, p, pool_start, pool_stop, slices, eps, subnet):
     each = unflatten(HeadSlice, slices)
-    return x.new_empty((x.shape[0], max(s.embed if weight is None else s.classes for s in each)))
+    return x.new_empty((x.shape[0], max(s.embed if p.weight is None else s.classes for s in each)))
 
 
-def _fake_backward(schema: str, activation: str):
-    """A backward's fake kernel: the gradient of one argument, or nothing."""
-    names = [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
-    x, x_grad = names.index(activation), names.index("x_grad")
+def _fake_backward(name: str):
+    """The fake kernel of a backward: it returns the gradient of the activations, or an empty tensor."""
+    names = _argument_names(name)
+    x, x_grad = names.index("images" if "images" in names else "x"), names.index("x_grad")
 
     def fake(*arguments):
         like = arguments[x]
@@ -137,20 +156,16 @@ def _fake_backward(schema: str, activation: str):
 
 
 FAKES = {
-    "stem": _stem,
-    "attention_block": _attention_block,
-    "mlp_block": _mlp_block,
-    "head": _head,
-    "stem_backward": _fake_backward(SCHEMAS["stem_backward"], "images"),
-    **{
-        name: _fake_backward(SCHEMAS[name], "x")
-        for name in ("attention_block_backward", "mlp_block_backward", "head_backward")
-    },
+    "stem": grouped("stem", _stem),
+    "attention_block": grouped("attention_block", _attention_block),
+    "mlp_block": grouped("mlp_block", _mlp_block),
+    "head": grouped("head", _head),
+    **{f"{name}_backward": _fake_backward(f"{name}_backward") for name in PARAMETERS},
 }
 
 
 def define(backend: str) -> None:
-    """Define every op of one compiled backend, ``hydravit::<op>_<backend>``, with its fake kernel."""
+    """Define the ops of a compiled backend, ``hydravit::<op>_<backend>``, with their fake kernels."""
     for name, schema in SCHEMAS.items():
         LIBRARY.define(f"{name}_{backend}{schema}")
         torch.library.register_fake(f"hydravit::{name}_{backend}", FAKES[name], lib=LIBRARY)
@@ -163,9 +178,9 @@ def _network(images, packed, plans, columns, subnet, pooled_only):
 
 
 define("native")
-for _name, _schema in NETWORK.items():  # packing and planning look at memory, so they have no fake kernels
+for _name, _schema in NETWORK.items():  # packing and planning read memory, so they have no fake kernels
     LIBRARY.define(_name + _schema)
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
-# What the native CPU kernels run on: "avx512", "avx2" or "portable". Tests set others than the best one.
+# The instruction set of the native CPU kernels: "avx512", "avx2" or "portable". Tests set others than the best one.
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("set_cpu_isa(str isa) -> ()")

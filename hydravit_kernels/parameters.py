@@ -1,6 +1,6 @@
-"""The parameters of a network: their order, timm's names, shapes, and the axes along which a subnetwork cuts them.
+"""The parameters of a network: their order, names in timm, shapes, and the axes along which a subnetwork slices them.
 
-This is the one definition in Python; ``csrc/parameters.h`` has the same tuples, field by field, for C++.
+This is the one definition in Python; ``csrc/parameters.h`` has the same structs, field by field, for C++.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hydravit_kernels.subnetwork import AttentionSlice, Intervals, Subnetwork
 class StemParameters(NamedTuple):
     """``weight (D, channels, patch, patch)``, ``bias (D,)``, tokens ``(1, count, D)``, ``pos_embed (1, P, D)``.
 
-    ``P`` is all tokens, or the patches only. Everything but ``weight`` may be None.
+    ``P`` counts all tokens, or the patches only. All but ``weight`` may be None.
     """
 
     weight: Any
@@ -57,9 +57,9 @@ class MlpParameters(NamedTuple):
 
 
 class HeadParameters(NamedTuple):
-    """Norm ``(D,)``, classifier ``weight (classes, D)`` and ``bias (classes,)``. Each pair may be None.
+    """Norm ``(D,)``, classifier ``weight (classes, D)`` and ``bias (classes,)``.
 
-    Without the norm's pair the pooled tokens are not normalised; without ``weight`` they are the result.
+    Either pair may be None: then the norm is left out, or the result is the pooled features.
     """
 
     norm_weight: Any
@@ -68,10 +68,13 @@ class HeadParameters(NamedTuple):
     bias: Any
 
 
+BlockParameters = StemParameters | AttentionParameters | MlpParameters | HeadParameters
+
+
 class NetworkParameters(NamedTuple):
     """The parameters of a whole network: one attention and one MLP tuple per layer.
 
-    A tuple holds tensors, or anything else of which there is one per parameter: specs, gradient buffers, names.
+    The entries are tensors, or anything else that belongs to one parameter: specs, gradient buffers, names.
     """
 
     stem: StemParameters
@@ -86,7 +89,7 @@ class NetworkParameters(NamedTuple):
 
 
 class ParameterSpec(NamedTuple):
-    """``name``: in timm's state dict. ``axes``: what each axis counts, see ``NetworkSizes.axis``."""
+    """``name`` is the one in timm's state dict, ``axes`` names what each axis counts (see ``NetworkSizes.axis``)."""
 
     name: str
     axes: tuple[str, ...]
@@ -129,9 +132,10 @@ HEAD = HeadParameters(
 
 
 class NetworkSizes(NamedTuple):
-    """The sizes of a full network. ``positions`` counts position embeddings, ``classes`` is 0 without a classifier.
+    """The sizes of a full network.
 
-    The head pools the tokens ``[pool_start, pool_stop)``.
+    ``positions`` counts the position embeddings, ``classes`` is 0 without a classifier, and the head pools the tokens
+    ``[pool_start, pool_stop)``.
     """
 
     layers: int
@@ -150,7 +154,7 @@ class NetworkSizes(NamedTuple):
     pool_stop: int
 
     def axis(self, name: str) -> int:
-        """Length of an axis of a parameter, by its name in a ``ParameterSpec``."""
+        """The length of an axis, by its name in a ``ParameterSpec``."""
         if name == "one":
             return 1
         if name == "qkv":
@@ -160,11 +164,11 @@ class NetworkSizes(NamedTuple):
         return getattr(self, name)
 
     def check(self, parameters: NetworkParameters) -> None:
-        """Refuse parameters that do not fit: a kernel that knows the sizes alone would read beyond them.
+        """Refuse parameters that do not fit, because kernels that know only the sizes would read beyond them.
 
         Raises:
-            ValueError: the number of layers is another, or a parameter that is not optional is absent.
-            RuntimeError: a parameter has another shape.
+            ValueError: the number of layers is wrong, or a parameter is absent that is not optional.
+            RuntimeError: a parameter has a wrong shape.
         """
         if not len(parameters.attention) == len(parameters.mlp) == self.layers:
             raise ValueError(f"parameters: {self.layers} layers expected, {len(parameters.attention)} given")
@@ -220,9 +224,9 @@ class NetworkSizes(NamedTuple):
             _check_interval(f"layer {layer} {name}", start, (attention.heads - 1) * attention.pitch + length, size)
 
     def parameter_slices(self, subnetwork: Subnetwork, final_norm: str = "norm") -> dict[str, tuple[Intervals, ...]]:
-        """Per parameter, by its name in a state dict, the intervals of every axis that the subnetwork reads.
+        """The intervals that the subnetwork reads along every axis of each parameter, by its name in a state dict.
 
-        A skipped branch reads nothing: its parameters have axes without intervals.
+        A skipped branch reads nothing, so the axes of its parameters have no intervals.
         """
         cut = [subnetwork.axes(layer) for layer in range(self.layers)]
         return {
@@ -234,7 +238,7 @@ class NetworkSizes(NamedTuple):
 def named_specs(layers: int, final_norm: str = "norm") -> Iterator[tuple[str, ParameterSpec, int]]:
     """Every parameter in order: its name in a state dict, its spec and its layer (0 for stem and head).
 
-    ``final_norm``: timm's name of the norm before the classifier, ``fc_norm`` where it follows average pooling.
+    ``final_norm`` is timm's name of the norm before the classifier: "fc_norm" if it follows average pooling.
     """
     yield from ((spec.name, spec, 0) for spec in STEM)
     for layer in range(layers):

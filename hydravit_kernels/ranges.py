@@ -1,6 +1,6 @@
 """Named ranges around phases, in the domain "hydravit", for profilers such as Nsight Systems.
 
-They need the package ``nvtx``. Whether it is there gets decided at import; without it nothing is wrapped.
+They need the package ``nvtx``. Without it, ``annotate`` leaves functions as they are.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ except ImportError:
 
 
 def annotate(name: str | Callable[..., str]):
-    """Decorator: a range of this name around every call; ``name`` may be a function of the call's arguments.
+    """Decorate a function with a range around every call; ``name`` may be a function of the call's arguments.
 
-    Compiled code has no ranges of ours: there the compiler's own kernels are the phases.
+    Code under ``torch.compile`` has no ranges, because the compiler forms phases of its own.
     """
 
     def decorate(function):

@@ -1,8 +1,9 @@
-"""Every block in plain PyTorch on views of the full weights: the oracle, the documentation, the path for any device.
+"""Every block in plain PyTorch on views of the full weights.
 
-It is differentiable to any order where a gradient is asked for. Shapes are those of ``ops.py``; a block takes its
-parameters as a tuple of ``parameters.py`` and the slices as a sequence. Maths: ViT (arXiv 2010.11929) with pre-norm
-blocks, exact GELU and an explicit attention scale, as sliced by HydraViT (arXiv 2409.17978).
+This is the oracle of all other backends, the documentation of the maths, and the backend for any device. It is
+differentiable to any order. Shapes are those of ``ops.py``; a block takes its parameters as a tuple of
+``parameters.py`` and its slices as a sequence. The maths is that of ViT (arXiv 2010.11929) with pre-norm blocks, exact
+GELU and an explicit attention scale, sliced as in HydraViT (arXiv 2409.17978).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def stem(images, p: StemParameters, slices, subnet=None) -> Tensor:
 def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, subnet=None, queries=None) -> Tensor:
     """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``.
 
-    With ``queries`` for the first so many tokens only.
+    With ``queries`` the result has only the first ``queries`` tokens, which still attend to all.
     """
 
     def single(x, branch_scale, s):
@@ -47,7 +48,7 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, subnet
         query = query[:, :, :queries]
         if torch.is_grad_enabled():
             attended = _attention(query, key, s.scale) @ value
-        else:  # the fused kernels have no second derivative, so they serve only where no gradient is asked for
+        else:  # PyTorch's fused kernels have no second derivative
             attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
         attended = attended.transpose(1, 2).flatten(2)
         columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()
@@ -75,7 +76,7 @@ def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet=None) -> Te
 def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet=None) -> Tensor:
     """Mean of tokens ``[pool_start, pool_stop)``, norm, classifier: ``(B, N, Dk)`` to ``(B, classes)``.
 
-    Without a norm there is none; without a classifier the pooled features ``(B, Dk)`` are the result.
+    If ``norm_weight`` is None the norm is left out. If ``weight`` is None the result is the features ``(B, Dk)``.
     """
 
     def single(x, _, s):
@@ -96,7 +97,7 @@ def layer_norm(x, norm_weight, norm_bias, slices, eps, subnet=None) -> Tensor:
 
 
 def attention_map(x, p: AttentionParameters, s: AttentionSlice, eps) -> Tensor:
-    """Softmax of the block's scaled scores, ``(B, heads, N, N)``: how much every token attends to every other."""
+    """How much every token attends to every other: the softmax of the scaled scores, ``(B, heads, N, N)``."""
     query, key, _ = _query_key_value(x, p, s, eps)
     return _attention(query, key, s.scale)
 
@@ -111,7 +112,7 @@ def _norm(x, weight, bias, s, eps):
 
 
 def _query_key_value(x, p, s, eps):
-    """Three tensors ``(B, heads, N, channels)``, each from its own rows of the fused weight."""
+    """Yield query, key and value, each ``(B, heads, N, channels)`` from its own rows of the fused weight."""
     normed = _norm(x, p.norm_weight, p.norm_bias, s, eps)
     columns = p.qkv_weight.narrow(1, s.embed_offset, s.embed)
     roles = ((s.query_row, s.head_dim), (s.key_row, s.head_dim), (s.value_row, s.value_dim))
@@ -122,7 +123,7 @@ def _query_key_value(x, p, s, eps):
 
 
 def _head_rows(parameter, start, length, s):
-    """Rows ``[start + h * pitch, ... + length)`` of all heads: a view where heads touch, else a copy of the slice."""
+    """Rows ``[start + h * pitch, ... + length)`` of all heads ``h``: a view if heads touch, else a copy."""
     if s.pitch == length:
         return parameter.narrow(0, start, s.heads * length)
     rows = parameter.narrow(0, start, (s.heads - 1) * s.pitch + length).unfold(0, length, s.pitch)
@@ -130,7 +131,7 @@ def _head_rows(parameter, start, length, s):
 
 
 def _add_branch(x, inner, columns, bias, layer_scale, branch_scale, s):
-    """The block's last product, its scales and the residual."""
+    """``x + branch_scale * layer_scale * (inner @ columns.T + bias)``: the end of a block."""
     bias, layer_scale = (None if p is None else p.narrow(0, s.embed_offset, s.embed) for p in (bias, layer_scale))
     branch = F.linear(inner, columns.narrow(0, s.embed_offset, s.embed), bias)
     if layer_scale is not None:
@@ -141,7 +142,10 @@ def _add_branch(x, inner, columns, bias, layer_scale, branch_scale, s):
 
 
 def _per_image(single, x, branch_scale, slices, subnet, pad=True):
-    """``single`` on the batch, or on each group of images of one width; ``pad`` fills narrower results with zeros."""
+    """Apply ``single`` to the batch, or to each group of images that share a slice.
+
+    ``pad`` fills the results of narrow images with zeros up to the widest.
+    """
     if subnet is None:
         return single(x, branch_scale, slices[0])
     torch._assert_async((subnet >= 0).all() & (subnet < len(slices)).all(), "subnet: an image's width is not possible")

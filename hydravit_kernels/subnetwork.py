@@ -1,8 +1,8 @@
-"""The description of a subnetwork: which part of every full weight one width reads.
+"""The description of a subnetwork: which slices of the full weights one width reads.
 
-A subnetwork is offsets and lengths, nothing else. Each names a contiguous interval of a full weight, so a kernel needs
-only base pointers, lengths and strides, and a new nesting method is a new constructor (``hydravit/geometry.py``), not a
-new kernel. ``csrc/subnetwork.h`` is the same in C++, field by field.
+A subnetwork consists of offsets and lengths. Each pair is a contiguous interval of a full weight, so kernels need only
+base pointers, lengths and strides, and a new nesting method is a new constructor (``hydravit/geometry.py``), not a new
+kernel. ``csrc/subnetwork.h`` has the same structs, field by field, for C++.
 
 Sources of the methods: HydraViT (arXiv 2409.17978), Scala (arXiv 2412.04786), SKD (arXiv 2511.11683).
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-# A set of channels along one axis of a weight: disjoint (offset, length) intervals in the subnetwork's own order.
+# The channels that a subnetwork reads along one axis of a weight: disjoint (offset, length), in the order it reads
+# them.
 Intervals = tuple[tuple[int, int], ...]
 
 Slice = TypeVar("Slice", "EmbedSlice", "AttentionSlice", "MlpSlice", "HeadSlice")
@@ -28,9 +29,10 @@ class EmbedSlice(NamedTuple):
 class AttentionSlice(NamedTuple):
     """The slice of one attention block. All lengths are in channels (rows or columns of the full weights).
 
-    Head ``h`` uses rows ``[role_row + h * pitch, role_row + h * pitch + head_dim)`` of ``qkv.weight`` for the query and
-    key roles, ``value_dim`` of them for the value role, and columns ``[proj_column + h * pitch, ... + value_dim)`` of
-    ``proj.weight``. ``heads == 0`` skips the branch, its norm and its biases: the block is the identity.
+    Head ``h`` reads rows ``[query_row + h * pitch, query_row + h * pitch + head_dim)`` of ``qkv.weight`` for its query,
+    as many from ``key_row + h * pitch`` for its key, and ``value_dim`` rows from ``value_row + h * pitch`` for its
+    value. It reads ``value_dim`` columns of ``proj.weight`` from ``proj_column + h * pitch``. ``heads == 0`` skips the
+    branch with its norm and its biases: the block is the identity.
     """
 
     embed_offset: int
@@ -47,7 +49,7 @@ class AttentionSlice(NamedTuple):
 
 
 class MlpSlice(NamedTuple):
-    """The slice of one MLP block: ``hidden`` rows of ``fc1``, columns of ``fc2``. ``hidden == 0`` skips the branch."""
+    """The slice of one MLP block: ``hidden`` rows of fc1 and columns of fc2. ``hidden == 0`` skips the branch."""
 
     embed_offset: int
     embed: int
@@ -56,7 +58,8 @@ class MlpSlice(NamedTuple):
 
 
 class HeadSlice(NamedTuple):
-    """The classifier's slice: ``classes`` rows of its weight (the width's own rows, if it has any), embed columns."""
+    """The classifier's slice: ``classes`` rows and ``embed`` columns of its weight. A width may have rows of its
+    own."""
 
     embed_offset: int
     embed: int
@@ -65,10 +68,11 @@ class HeadSlice(NamedTuple):
 
 
 class Subnetwork(NamedTuple):
-    """Everything one width reads: a slice of the residual stream, one attention and one MLP slice per layer, the head.
+    """Everything one width reads: a slice of the residual stream, an attention and an MLP slice per layer, and the
+    head's.
 
-    It is frozen and hashable, and it is made once per width, never inside a forward. ``heads`` is the width's label;
-    the kernels read the slices only. ``eps`` is the epsilon of every norm.
+    It is frozen and hashable, and made once per width, never inside a forward. ``heads`` names the width; kernels read
+    only the slices. ``eps`` is the epsilon of every norm.
     """
 
     heads: int
@@ -79,14 +83,14 @@ class Subnetwork(NamedTuple):
     eps: float
 
     def flat(self) -> tuple[list[int], list[float]]:
-        """Integers and attention scales in the order of ``csrc/subnetwork.h``: embed, layer by layer, head."""
+        """The integers and the attention scales, in the order of ``csrc/subnetwork.h``: embed, layer by layer, head."""
         layers = [s for layer in zip(self.attention, self.mlp, strict=True) for s in layer]
         return flatten((self.embed, *layers, self.head)), [s.scale for s in self.attention]
 
     def axes(self, layer: int) -> dict[str, Intervals]:
-        """The intervals that the subnetwork reads along every axis it cuts, by the axes' names in ``parameters.py``.
+        """The intervals that the subnetwork reads along each axis it slices, by the axes' names in ``parameters.py``.
 
-        A skipped branch reads nothing: its axes have no intervals.
+        A skipped branch reads nothing, so its axes have no intervals.
         """
         attention, mlp = self.attention[layer], self.mlp[layer]
         embed = ((self.embed.embed_offset, self.embed.embed),)
@@ -109,26 +113,26 @@ def head_intervals(attention: AttentionSlice, start: int, length: int) -> Interv
     return tuple((start + head * attention.pitch, length) for head in range(attention.heads))
 
 
-def flatten(slices: Iterable[NamedTuple]) -> list[int]:
-    """The integers of slices in order, as the ops take them; the attention scale, last of its fields, is left out."""
+def flatten(slices: Iterable[tuple]) -> list[int]:
+    """The integers of the slices in order, as the ops take them. The attention scale, the last field, is left out."""
     return [value for entry in slices for value in (entry[:-1] if isinstance(entry, AttentionSlice) else entry)]
 
 
 def unflatten(kind: type[Slice], integers: Sequence[int]) -> list[Slice]:
-    """The slices of one kind that ``flatten`` took apart; an attention slice's scale, which travels apart, is NaN.
+    """The inverse of ``flatten`` for slices of one kind; the scale of an attention slice, which it left out, is NaN.
 
-    Raises ``RuntimeError`` if the integers are not those of one slice or more.
+    Raises ``RuntimeError`` if the integers are not those of one or more slices.
     """
-    apart = (float("nan"),) if kind is AttentionSlice else ()
-    count = len(kind._fields) - len(apart)
+    scale = (float("nan"),) if kind is AttentionSlice else ()
+    count = len(kind._fields) - len(scale)
     if not integers or len(integers) % count:
         raise RuntimeError(f"slices: {count} integers for each expected, {len(integers)} given")
-    return [kind(*integers[start : start + count], *apart) for start in range(0, len(integers), count)]
+    return [kind(*integers[start : start + count], *scale) for start in range(0, len(integers), count)]
 
 
-def widest(slices: Sequence[NamedTuple]) -> int:
-    """Channels of the residual stream that serves all of ``slices``; a narrower image leaves the rest zero."""
-    width = slices[0].embed
+def widest(slices: Sequence[Slice]) -> int:
+    """How many channels the residual stream has that serves all ``slices``; narrow images leave the rest zero."""
+    embed = slices[0].embed
     for entry in slices[1:]:
-        width = max(width, entry.embed)
-    return width
+        embed = max(embed, entry.embed)
+    return embed

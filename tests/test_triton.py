@@ -175,6 +175,19 @@ def test_tokens_of_a_longer_image(name):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_saved_activations_with_rows_apart(name):
+    """Backward accepts saved activations that are views of wider tensors."""
+    block = BLOCKS[name]().on("triton", DEVICE)
+    y, *saved = block.forward(save=True)
+    runs = []
+    for tensors in (saved, [torch.nn.functional.pad(t, (0, 3))[..., :-3] for t in saved]):
+        buffers = block.zeros()
+        dx = block.backward(torch.ones_like(y), buffers, saved=tensors)
+        runs.append([dx, *(b for b in buffers if b is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_no_images(name):
     block = BLOCKS[name]().on("triton", DEVICE)

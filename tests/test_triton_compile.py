@@ -13,6 +13,7 @@ from machine import why_not
 
 from hydravit.config import resolve_config
 from hydravit.geometry import every_width, scala
+from hydravit_kernels import AttentionParameters, HeadParameters, MlpParameters, StemParameters
 from hydravit_kernels.subnetwork import flatten
 
 if reason := why_not("triton_compiler"):
@@ -58,7 +59,7 @@ def compiling(monkeypatch):
 
     def start(capability):
         table = launch._BY_CAPABILITY.get(divmod(capability, 10), launch._ANY)
-        monkeypatch.setattr(launch, "table", lambda device: table)
+        monkeypatch.setattr(launch, "tile_table", lambda device: table)
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(capability))
         return compiled
 
@@ -72,32 +73,32 @@ def run_all_ops(subnetworks, dtype, parameters_dtype, mixed=False, batch=2):
     subnet = torch.zeros(batch, dtype=torch.int64) if mixed else None
     embed = max(s.embed.embed for s in subnetworks)
 
-    def parameters(*shapes):
-        return [None if shape is None else torch.empty(shape, dtype=parameters_dtype) for shape in shapes]
+    def make(kind, *shapes):
+        return kind(*(None if shape is None else torch.empty(shape, dtype=parameters_dtype) for shape in shapes))
 
-    def zeros(parameters):
-        return [None if p is None else torch.zeros_like(p) for p in parameters]
+    def zeros(p):
+        return p._make(None if parameter is None else torch.zeros_like(parameter) for parameter in p)
 
     x = torch.empty(batch, tokens, embed, dtype=dtype)
     branch_scale, vector = torch.empty(batch, dtype=dtype), (full,)
-    p = parameters(vector, vector, (3 * full, full), (3 * full,), (full, full), vector, vector)
+    p = make(AttentionParameters, vector, vector, (3 * full, full), (3 * full,), (full, full), vector, vector)
     slices = [s.attention[0] for s in subnetworks]
     constants = (branch_scale, flatten(slices), [s.scale for s in slices], 1e-6, subnet, tokens)
-    kernels.attention_block(x, *p, *constants, False)
-    _, *saved = kernels.attention_block(x, *p, *constants, True)
-    kernels.attention_block_backward(x, x, *saved, *p, *constants, True, *zeros(p))
-    p = parameters(vector, vector, (hidden, full), (hidden,), (full, hidden), vector, vector)
+    kernels.attention_block(x, p, *constants, False)
+    _, *saved = kernels.attention_block(x, p, *constants, True)
+    kernels.attention_block_backward(x, x, *saved, p, *constants, True, zeros(p))
+    p = make(MlpParameters, vector, vector, (hidden, full), (hidden,), (full, hidden), vector, vector)
     constants = (branch_scale, flatten([s.mlp[0] for s in subnetworks]), 1e-6, subnet)
-    kernels.mlp_block(x, *p, *constants, False)
-    _, *saved = kernels.mlp_block(x, *p, *constants, True)
-    kernels.mlp_block_backward(x, x, *saved, *p, *constants, True, *zeros(p))
+    kernels.mlp_block(x, p, *constants, False)
+    _, *saved = kernels.mlp_block(x, p, *constants, True)
+    kernels.mlp_block_backward(x, x, *saved, p, *constants, True, zeros(p))
     images = torch.empty(batch, 3, 224, 224, dtype=dtype)
-    p = parameters((full, 3, 16, 16), vector, (1, 1, full), None, (1, tokens, full))
+    p = make(StemParameters, (full, 3, 16, 16), vector, (1, 1, full), None, (1, tokens, full))
     constants = (flatten([s.embed for s in subnetworks]), subnet)
-    kernels.stem_backward(kernels.stem(images, *p, *constants), images, *p, *constants, False, *zeros(p))
-    p = parameters(vector, vector, (1000, full), (1000,))
+    kernels.stem_backward(kernels.stem(images, p, *constants), images, p, *constants, False, zeros(p))
+    p = make(HeadParameters, vector, vector, (1000, full), (1000,))
     constants = (0, 1, flatten([s.head for s in subnetworks]), 1e-6, subnet)
-    kernels.head_backward(kernels.head(x, *p, *constants), x, *p, *constants, True, *zeros(p))
+    kernels.head_backward(kernels.head(x, p, *constants), x, p, *constants, True, zeros(p))
 
 
 def check_fits(compiled, capability, folder):

@@ -47,7 +47,7 @@ def fingerprint() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Literals come first, because what looks like a comment inside them is none. A quote behind a digit separates digits.
+# Literals come first, because what looks like a comment inside them is none. A quote after a digit separates digits.
 _LITERAL_OR_GAP = re.compile(
     r"""(?P<literal>R"(?P<mark>[^\s()\\]*)\(.*?\)(?P=mark)"|"(?:\\.|[^"\\])*"|(?<!\w)(?:u8|[uUL])?'(?:\\.|[^'\\])+')"""
     r"""|(?:\s|\\\n|//(?:\\\n|[^\n])*|/\*.*?\*/)+""",
@@ -85,12 +85,12 @@ def read() -> tuple[str, list[dict[str, str]]]:
 
 def resources(architecture: str) -> Iterator[dict[str, str]]:
     """A row for each kernel, with the flags of CMakeLists.txt."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-I", SOURCES.parent, "-Xptxas", "-v"]
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-I", str(SOURCES.parent), "-Xptxas", "-v"]
     flags.append(f"-arch={architecture}")
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted(SOURCES.glob("*.cu")):
             cubin = Path(folder) / "out.cubin"
-            command = ["nvcc", *flags, "-cubin", "-o", cubin, source]
+            command = ["nvcc", *flags, "-cubin", "-o", str(cubin), str(source)]
             log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             if warning := re.search(r".*\(C75\d\d\).*", log):  # wgmma serialized, or fences and waits put in
                 raise RuntimeError(f"{source.name}: {warning.group()}")
@@ -102,9 +102,10 @@ def resources(architecture: str) -> Iterator[dict[str, str]]:
 
 
 def wgmmas(cubin: Path) -> int | None:
-    """How many wgmma instructions there are; None: no disassembler, neither the toolkit's nor Triton's, was found."""
+    """Count the wgmma instructions; None: neither the toolkit's disassembler nor Triton's was found."""
     triton = importlib.util.find_spec("triton")
-    places = [f"{place}/backends/nvidia/bin" for place in (triton.submodule_search_locations if triton else ())]
+    folders = (triton.submodule_search_locations if triton else None) or ()
+    places = [f"{folder}/backends/nvidia/bin" for folder in folders]
     disassembler = shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], *places]))
     if disassembler is None:
         return None

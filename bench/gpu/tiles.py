@@ -43,7 +43,7 @@ TASKS = {
     "attention_backward": "attention_backward",
 }
 GAIN = 1.01  # a neighbour that is faster by less is not better
-_LIMITS = {"rows": (16, 256), "columns": (16, 256), "depth": (16, 128), "warps": (1, 16), "stages": (1, 8)}
+_LIMITS = {"rows": (16, 256), "columns": (16, 256), "k_step": (16, 128), "warps": (1, 16), "stages": (1, 8)}
 _EXAMPLES = """examples:
   python -m bench.gpu.tiles                                  # every problem in bf16, k=3,6,12 at batch 64
   python -m bench.gpu.tiles --problems product,gradient --dtype bf16,tf32 --minutes 8
@@ -117,7 +117,7 @@ class Search:
     def _climb(self, problem: str, dtype: str, timer: Timer) -> None:
         from hydravit_kernels.triton import launch
 
-        table = launch.table(self.device)[problem]
+        table = launch.tile_table(self.device)[problem]
         size = DTYPES[dtype].itemsize
         best = first = table[size]
         self.best[problem, dtype] = None

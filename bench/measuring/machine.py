@@ -56,7 +56,7 @@ class Machine:
     def limit_ms(self, dtype: str, flops: float, moved: float) -> tuple[float, str]:
         """The least time that the probes so far allow, and which of the two limits sets it."""
         times = {"peak": flops / self._peaks[dtype], "bandwidth": moved / self._bandwidth}
-        limit = max(times, key=times.get)
+        limit = max(times, key=lambda name: times[name])
         return times[limit] * 1e3, limit
 
     def environment(self) -> dict:
@@ -144,7 +144,7 @@ def keep_freed_memory() -> bool:
     """Stop glibc from giving freed memory back to the system. Returns whether there is a glibc that does.
 
     By default the end of the heap goes back and is taken again page by page, in every call or in none, depending on
-    what happens to lie behind it; eager PyTorch pays most for it.
+    what happens to lie after it; eager PyTorch pays most for it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -112,7 +112,7 @@ def _check_again(workload: Workload, ready: list[Ready], reference: Reference, r
             rows.append({**found, "reason": f"after timing, {found['reason']}"})
 
 
-def _reason_row(workload: Workload, peer: Peer, error: Exception, launch: str = "call") -> dict:
+def _reason_row(workload: Workload, peer: Peer, error: BaseException | None, launch: str = "call") -> dict:
     """A row without a time. A peer is foreign code: whatever it raises becomes a row and does not end the run."""
     if isinstance(error, Absent):
         return make_row(workload, peer, "absent", str(error), launch)

@@ -106,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(threads)
     measure = _training if workload.task == "training_memory" else _inference
     try:
-        answer = {"bytes": measure(workload, peer, device)}
+        answer: dict[str, int | str] = {"bytes": measure(workload, peer, device)}
     except Absent as absent:
         answer = {"absent": str(absent)}
     print("\n" + json.dumps(answer))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Ready(NamedTuple):
 
     peer: Peer
     launch: str  # "call" or "graph"
-    runs: dict[int, Callable[[], object]]  # per width
-    outputs: dict[int, Callable[[], dict[str, Tensor]]]  # per width; compared again after the timing
+    runs: dict[int, Callable[[], Any]]  # per width
+    outputs: Mapping[int, Callable[[], dict[str, Tensor]]]  # per width; compared again after the timing
     variants: dict[str, Callable[[], object]]  # what is timed
     facts: dict  # columns of its row that are known before the timing
 
@@ -54,13 +54,15 @@ def ready_graphs(workload: Workload, calls: Ready, reference: Reference, device:
     if calls.peer.uncapturable:
         raise Absent(calls.peer.uncapturable)
     try:
-        by_run = {run: captured(run, device) for run in dict.fromkeys(calls.runs.values())}
+        by_run: dict[Callable, Callable[[], Any]] = {
+            run: captured(run, device) for run in dict.fromkeys(calls.runs.values())
+        }
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # a failed capture may leave its error behind
             torch.cuda.synchronize(device)
         raise Absent(f"cannot be captured: {one_line(error)}") from error
     replays = {k: by_run[run] for k, run in calls.runs.items()}
-    outputs = {}
+    outputs: dict[int, Callable[[], dict[str, Tensor]]] = {}
     if workload.task in REPLAYS_COMPARED:
         outputs = {k: partial(_logits, workload, k, replay) for k, replay in replays.items()}
         with torch.inference_mode():
@@ -70,14 +72,14 @@ def ready_graphs(workload: Workload, calls: Ready, reference: Reference, device:
     return Ready(calls.peer, "graph", replays, outputs, _variants(workload, replays), calls.facts)
 
 
-def check(reference: Reference, peer: Peer, outputs: dict[int, Callable[[], dict[str, Tensor]]]) -> dict:
+def check(reference: Reference, peer: Peer, outputs: Mapping[int, Callable[[], dict[str, Tensor]]]) -> dict:
     """The worst error of all widths, and the allowed one. Raises ``Refused``."""
     errors = [reference.check(k, compute(), peer.weights == "e4m3") for k, compute in outputs.items()]
     error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
     return {"error": error, "allowed": allowed}
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException | None) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
@@ -102,12 +104,13 @@ def _set_up(workload: Workload, peer: Peer, model: HydraViT) -> dict[int, Step]:
 
 def _set_up_mixed(workload: Workload, peer: Peer, model: HydraViT, images: Tensor) -> tuple[dict, dict]:
     """Per width the closure that computes its images, perhaps one for all widths, and the whole batch at that width."""
+    inference = offered(peer, peer.inference)
     if peer.mixed is None:
         parts = {k: images[images_of(workload, k)].contiguous() for k in workload.heads}
-        return {k: peer.inference(model, part, (k,))[k] for k, part in parts.items()}, {}
+        return {k: inference(model, part, (k,))[k] for k, part in parts.items()}, {}
     turns = itertools.islice(itertools.cycle(workload.heads), workload.batch)
     run = peer.mixed(model, images, list(turns))
-    return dict.fromkeys(workload.heads, run), peer.inference(model, images, workload.heads)
+    return dict.fromkeys(workload.heads, run), inference(model, images, workload.heads)
 
 
 def _logits(workload: Workload, heads: int, run: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-from collections.abc import Callable, Hashable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,8 @@ _PAUSE_S = 0.005  # in this time the threads of the peer before fall asleep
 _WITNESS = object()  # the witness's name among the closures
 _FIFTHS = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
-Closures = dict[Hashable, Callable[[], object]]
-Attempt = dict[Hashable, Times]
+Closures = Mapping[Any, Callable[[], object]]  # by names of the caller's choice
+Attempt = dict[Any, Times]
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -84,13 +84,13 @@ class Witness:
 class Broken(Exception):
     """The closure ``name`` raised while it was timed; the cause is what it raised."""
 
-    def __init__(self, name: Hashable):
+    def __init__(self, name: Any):
         super().__init__(f"{name} broke while it was timed")
         self.name = name
 
 
 class Timer(NamedTuple):
-    """How a run times. ``progress`` is told what happens, for a person who waits."""
+    """Measures times. ``progress`` is told what happens, for a person who waits."""
 
     device: torch.device
     effort: Effort = Effort()

@@ -105,10 +105,12 @@ def workloads(
                 (task,), cold = PARTS[part].tasks, part == "cold"
                 result.extend(Workload(task, (k,), 1, dtype, config, cold) for k in order)
             else:
-                shapes = [(task, (k,), batch) for task in PARTS[part].tasks for batch in batches for k in order]
+                tasks = PARTS[part].tasks
+                result.extend(
+                    Workload(t, (k,), batch, dtype, config) for t in tasks for batch in batches for k in order
+                )
                 if part == "training" and len(every) > 1:
-                    shapes.extend(("training", every, batch) for batch in batches)
-                result.extend(Workload(task, k, batch, dtype, config) for task, k, batch in shapes)
+                    result.extend(Workload("training", every, batch, dtype, config) for batch in batches)
     return result
 
 
@@ -148,7 +150,7 @@ def _needs_of_width(
     params, macs = cost(config, subnetwork, pooled_only)
     batch = len(range(workload.batch)[images_of(workload, heads)])
     size = DTYPES[workload.dtype].itemsize
-    images = batch * config.in_channels * config.image_size[0] * config.image_size[1]
+    images = batch * math.prod(config.image_shape)
     if workload.task.startswith("training"):
         stepped = params if alone else cost(config, subnetworks[config.max_heads]).params
         stem = math.prod(config.grid) * subnetwork.embed.embed * config.in_channels * config.patch_size**2
@@ -195,8 +197,8 @@ def make_model(workload: Workload, device: torch.device) -> HydraViT:
 
 def make_images(workload: Workload, device: torch.device) -> Tensor:
     """Images ``(B, C, height, width)`` in the workload's dtype, the same every time."""
-    config = resolve_config(workload.config)
-    images = torch.randn(workload.batch, config.in_channels, *config.image_size, generator=_generator(1))
+    shape = resolve_config(workload.config).image_shape
+    images = torch.randn(workload.batch, *shape, generator=_generator(1))
     return images.to(device, torch.float32 if workload.task.startswith("training") else DTYPES[workload.dtype])
 
 

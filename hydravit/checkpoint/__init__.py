@@ -3,7 +3,7 @@
 Example:
     >>> checkpoint = read_checkpoint("deit_tiny.pth")       # ours, timm's, DeiT's or the authors'
     >>> model = HydraViT(model_config(checkpoint))          # ``hydravit.fused_model(checkpoint=...)`` does all three
-    >>> load_weights(model, checkpoint)                     # adapted where that has one sensible meaning
+    >>> load_weights(model, checkpoint)                     # adapts them where that has one sensible meaning
     >>> save_checkpoint("model.safetensors", model, trained_heads=(3,))
     >>> state_dict = extract(model, 3)                      # width 3 under timm's names
 """

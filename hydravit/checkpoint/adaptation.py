@@ -20,7 +20,7 @@ from hydravit.geometry import hydravit, parameter_slices
 from hydravit.model import HydraViT
 from hydravit_kernels import Intervals
 
-_PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in this order
+_PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in their order
 
 
 def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
@@ -32,18 +32,20 @@ def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *,
     * A smaller ViT of the same head dim becomes the first heads, as HydraViT (arXiv 2409.17978) starts from DeiT-tiny;
       all other weights stay as they are.
     * The model's classifier is initialised anew if the checkpoint has another number of classes or no classifier.
-    * One classifier for all widths is copied to every separate one; ``head.0.weight, head.1.weight, ...`` (or
-      ``heads.0...``) are separate ones in ascending order of widths, each of its width or of full width.
+    * One classifier for all widths is copied to every separate one. Separate ones are ``head.0.weight``,
+      ``head.1.weight``, ... (or ``heads.0.weight``, ...) in ascending order of widths, each with the channels of its
+      width or with all.
     * ``norm`` serves as ``fc_norm`` and the reverse. That changes the function: pooling and norm swap places.
 
     Args:
         weights: a checkpoint or a state dict; wrappers and prefixes as in ``hydravit.checkpoint.read_checkpoint``.
-        strict: raise where the checkpoint lacks a parameter or has one the model has not, such as the distillation
-            token of a distilled DeiT. If False, the former keep their values and the latter are dropped.
+        strict: whether to raise if the checkpoint lacks a parameter of the model, or has one that the model has not,
+            such as the distillation token of a distilled DeiT. If False, the former keeps its value, and the latter is
+            dropped.
     Returns:
         One message for every adaptation; each is also a warning.
     Raises:
-        ValueError: the weights do not fit; the message names the file, if any, what came and what is expected.
+        ValueError: the weights do not fit; the message names the file, if any, what was found and what is expected.
     """
     checkpoint = weights if isinstance(weights, Checkpoint) else Checkpoint(dict(weights))
     try:
@@ -65,11 +67,11 @@ class _Adaptation:
         self.source_config = checkpoint.config
         tensors = named_tensors(checkpoint.state_dict)
         self.source = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): t for name, t in tensors.items()}  # DeiT III
-        self.embed = model.config.embed  # channels of the source's residual stream
+        self.embed = model.config.embed  # channels of the source's residual
         self.messages: list[str] = []
 
     def run(self) -> dict[str, Tensor]:
-        """A whole state dict of the model."""
+        """Return a whole state dict of the model."""
         self._check_tensors()
         self._check_patch_embedding()
         self._check_tokens()
@@ -90,7 +92,7 @@ class _Adaptation:
             raise ValueError(f"weights must be floating-point tensors, not {_some(wrong)}")
 
     def _check_patch_embedding(self) -> None:
-        """Find the source's channels and explain sizes that cannot be adapted; ``_place`` checks any other shape."""
+        """Find the source's channels, and raise for sizes that cannot be adapted; ``_place`` checks other shapes."""
         config, weight = self.config, self.source.get("patch_embed.proj.weight")
         if weight is None or weight.dim() != 4:
             return
@@ -138,7 +140,8 @@ class _Adaptation:
 
     def _adapt_classifier(self) -> None:
         self._stack_classifiers()
-        classifier = {name: self.source.pop(name) for name in ("head.weight", "head.bias") if name in self.source}
+        names: list[str] = [name for name in ("head.weight", "head.bias") if name in self.source]
+        classifier = {name: self.source.pop(name) for name in names}
         wanted = self.config.num_classes
         if not wanted:
             if classifier:
@@ -157,7 +160,7 @@ class _Adaptation:
         self.source["head.bias"] = torch.zeros(self.own["head.bias"].shape)
 
     def _stack_classifiers(self) -> None:
-        """``head.<i>.weight`` of several widths to one tensor; channels a width does not have are zero."""
+        """Stack ``head.<i>.weight`` of all widths in one tensor, with zeros for channels that a width does not have."""
         for kind, axes in (("weight", 2), ("bias", 1)):
             names = [name for name in self.source if re.fullmatch(rf"heads?\.\d+\.{kind}", name)]
             names.sort(key=lambda name: int(name.split(".")[1]))
@@ -170,7 +173,7 @@ class _Adaptation:
                 self.source[f"head.{kind}"] = torch.stack(parts)
 
     def _count_classes(self, classifier: dict[str, Tensor]) -> int | None:
-        """The number of classes of a classifier, be it one or one for each width; None if there is none."""
+        """Return the number of classes of one classifier, or of one for each width; None if there is none."""
         widths, classes = self.config.separate_classifiers, {}
         for name, tensor in classifier.items():
             axes, shape = 2 if name == "head.weight" else 1, tuple(tensor.shape)
@@ -203,15 +206,17 @@ class _Adaptation:
         prefixes = [0, prefix] if config.no_embed_class else [prefix, 0]
         grids = [known.grid for known in (self.source_config, config) if known]
         covered, grid = position_layout(positions.shape[1], prefixes, grids)
-        rows, patches = positions[:, :covered], positions[:, covered:]
-        rows = dict(zip(counts, rows.split(list(counts.values()), 1), strict=True)) if covered else {}
+        patches = positions[:, covered:]
+        rows: dict[str, Tensor] = {}
+        if covered:
+            rows = dict(zip(counts, positions[:, :covered].split(list(counts.values()), 1), strict=True))
         if grid != config.grid:
             patches = _resample(patches, grid, config.grid)
             self.messages.append(
                 f"pos_embed is resampled from {grid[0]} x {grid[1]} to {config.grid[0]} x {config.grid[1]}"
             )
         if config.no_embed_class:
-            for name, row in rows.items():  # the model only ever uses the sum of a token and its position
+            for name, row in rows.items():  # the model uses tokens only in this sum
                 self.source[name] = self.source[name] + row
             if rows:
                 self.messages.append("positions of the class and register tokens are added to these tokens")
@@ -220,7 +225,7 @@ class _Adaptation:
         mine = {name: self.own[name].shape[1] for name in _PREFIX if name in self.own}
         if mine and not rows:
             self.messages.append("pos_embed gets zeros for the class and register tokens")
-        # With strict=False a token may be missing in the source; its positions are zeros then.
+        # With strict=False the source may lack a token, whose positions are then zeros.
         parts = [rows.get(name, positions.new_zeros(1, count, self.embed)) for name, count in mine.items()]
         self.source["pos_embed"] = torch.cat([*parts, patches], dim=1)
 
@@ -235,7 +240,7 @@ class _Adaptation:
                 self.messages.append(f"{problem} {_some(names)}")
 
     def _place(self) -> dict[str, Tensor]:
-        """The model's state dict with the source in it."""
+        """Return the model's state dict with the source in it."""
         result, slices = {}, self._slices()
         for name, own in self.own.items():
             tensor = self.source.get(name, own)
@@ -255,7 +260,7 @@ class _Adaptation:
         return result
 
     def _slices(self) -> dict[str, tuple[Intervals, ...]]:
-        """The channels of every parameter that a smaller ViT fills; empty if the source is as wide as the model."""
+        """Return the channels of every parameter that a smaller ViT fills; none for one as wide as the model."""
         if self.embed == self.config.embed:
             return {}
         heads = self.embed // self.config.head_dim
@@ -269,7 +274,7 @@ class _Adaptation:
 
 
 def _resample(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding ``(1, h * w, D)`` of another grid, ``(1, H * W, D)``, in the dtype given."""
+    """Resample a position embedding ``(1, h * w, D)`` to ``(1, H * W, D)``, and keep its dtype."""
     image = patches.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)

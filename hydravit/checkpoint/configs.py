@@ -1,4 +1,4 @@
-"""The config of the model that a checkpoint's weights belong to."""
+"""Finds the config of a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydravit.config import HydraViTConfig, check_image_size, resolve_config
 
 
 def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = None, **overrides) -> HydraViTConfig:
-    """The checkpoint's own config; where it has none, ``config``; without either, that of ``infer_config``.
+    """Return the checkpoint's own config; if it has none, ``config``; without either, that of ``infer_config``.
 
     Args:
         config: a name or a config.
@@ -22,13 +22,13 @@ def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = N
         ValueError: ``config`` differs from the checkpoint's in a field that ``overrides`` does not settle, or the
             shapes of the weights leave no single answer. The message names the file, if there is one.
     """
-    if checkpoint.config is None and config is None:
+    if checkpoint.config is None:
+        if config is not None:
+            return resolve_config(config, **overrides)
         try:
             return infer_config(checkpoint.state_dict, **overrides)
         except ValueError as error:
             raise ValueError(f"{checkpoint.where}{error}") from error
-    if checkpoint.config is None:
-        return resolve_config(config, **overrides)
     if config is not None:
         asked, has = resolve_config(config).to_dict(), checkpoint.config.to_dict()
         differ = [name for name in asked if asked[name] != has[name] and name not in overrides]
@@ -43,13 +43,13 @@ def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = N
 
 
 def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **known) -> HydraViTConfig:
-    """The config of a plain ViT, from the shapes of its weights.
+    """Infer the config of a plain ViT from the shapes of its weights.
 
     Args:
         state_dict: names as in timm's ``VisionTransformer``; wrappers and prefixes as in ``read_checkpoint``.
-        known: fields of the config. Shapes do not tell drop-path, norm epsilon or which of two non-square grids it is.
+        known: fields of the config. Shapes tell neither drop-path rate nor the epsilon of norms nor a non-square grid.
     Raises:
-        ValueError: these are no weights of a ViT, or the shapes leave no single answer.
+        ValueError: these are not the weights of a ViT, or the shapes leave no single answer.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(state_dict).items()}
     _check_shapes(shapes, head_dim)
@@ -81,9 +81,10 @@ def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **know
 
 
 def position_layout(positions: int, prefixes: list[int], grids: list[tuple[int, int]]) -> tuple[int, tuple[int, int]]:
-    """How many of the positions belong to tokens before the patches, and the grid of all others.
+    """Return how many positions belong to tokens before the patches, and the grid of the others.
 
-    The answer is the first that fits: ``grids`` in their order, then a square, each with all ``prefixes`` in theirs.
+    Every grid is tried with all ``prefixes``: those of ``grids`` in order, then a square. The first that fits is the
+    answer. Raises ``ValueError`` if none fits.
     """
     for grid in (*grids, None):
         for prefix in prefixes:
@@ -96,7 +97,7 @@ def position_layout(positions: int, prefixes: list[int], grids: list[tuple[int, 
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], head_dim: int) -> None:
-    """Raise ``ValueError`` unless these are the weights of one plain ViT with such heads."""
+    """Raise ``ValueError`` unless these are the weights of one plain ViT with heads of ``head_dim`` channels."""
     expected = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
     if "reg_token" in shapes:
         expected["reg_token"] = 3
@@ -120,5 +121,5 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], head_dim: int) -> None:
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """The number of layers in a state dict of these names."""
+    """Count the layers in a state dict of these names."""
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})

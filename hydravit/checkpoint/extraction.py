@@ -14,11 +14,11 @@ from hydravit_kernels import Intervals, Subnetwork
 
 
 def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
-    """The weights of one width as a standalone ViT of that width, under timm's names.
+    """Extract the weights of one width as a standalone ViT of that width, under timm's names.
 
     Args:
         heads: a width, or any subnetwork that is a plain ViT: the same slices in every layer, no branch skipped, and
-            heads that together are as wide as the residual stream.
+            heads that together have as many channels as the residual.
     Returns:
         Contiguous copies in the model's dtype, on its device. An attention scale other than ``head_dim ** -0.5`` is
         folded into the query rows of ``qkv``. They load strictly into a ``VisionTransformer(**extract_config(...))``.
@@ -44,14 +44,14 @@ def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
 
 
 def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
-    """The part of a full parameter, or of its gradient, that ``Subnetwork.parameter_slices`` names."""
+    """Copy the part of a full parameter, or of its gradient, that ``hydravit.geometry.parameter_slices`` names."""
     for axis, intervals in enumerate(axes):
         tensor = torch.cat([tensor.narrow(axis, *interval) for interval in intervals], axis)
     return tensor
 
 
 def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
-    """Keyword arguments of timm's ``VisionTransformer`` for what ``extract`` returns; raises as it does."""
+    """Return the keyword arguments of timm's ``VisionTransformer`` for the result of ``extract``; raise as it does."""
     subnetwork, config = _plain(model, heads), model.config
     width, hidden = subnetwork.embed.embed, subnetwork.mlp[0].hidden
     ratio = hidden / width
@@ -64,7 +64,7 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         "embed_dim": width,
         "depth": config.depth,
         "num_heads": subnetwork.attention[0].heads,
-        # timm rounds width * ratio down, so a ratio that was rounded down would lose a channel
+        # timm rounds width * ratio down, so a quotient just below the true ratio would lose a channel
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
         "qkv_bias": config.qkv_bias,
         "init_values": config.layer_scale,
@@ -76,7 +76,7 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
 
 
 def _plain(model: HydraViT, heads: int | Subnetwork) -> Subnetwork:
-    """The subnetwork of ``heads``; raises ``ValueError`` unless a plain ViT has its shape."""
+    """Return the subnetwork of ``heads``; raise ``ValueError`` unless a plain ViT has its shape."""
     subnetwork = model.config.sizes.validate(heads) if isinstance(heads, Subnetwork) else model.subnetwork(heads)
     attention, mlp, width = subnetwork.attention[0], subnetwork.mlp[0], subnetwork.embed.embed
     reason = ""
@@ -87,9 +87,7 @@ def _plain(model: HydraViT, heads: int | Subnetwork) -> Subnetwork:
     elif attention.head_dim != attention.value_dim:
         reason = f"its heads have {attention.head_dim} query and {attention.value_dim} value channels"
     elif attention.heads * attention.head_dim != width:
-        reason = (
-            f"{attention.heads} heads of {attention.head_dim} channels are not as wide as its residual stream, {width}"
-        )
+        reason = f"{attention.heads} heads of {attention.head_dim} channels are not as wide as its residual, {width}"
     if reason:
         raise ValueError(f"heads={subnetwork.heads} cannot be extracted as a plain Vision Transformer: {reason}")
     return subnetwork

@@ -1,4 +1,4 @@
-"""Checkpoint files, ``.safetensors`` and torch's: tensors and plain containers only, no other object is unpickled."""
+"""Checkpoint files, ``.safetensors`` and torch's. Reading unpickles tensors and plain containers only."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 
-# Training scripts keep the weights of a torch file under these names. HydraViT's authors evaluate the moving average.
+# Under these names training scripts keep the weights in a torch file. HydraViT's authors evaluate the moving average.
 _AVERAGED, _LATEST = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _METADATA = "hydravit"  # our entry in a torch file, or in the header of a safetensors file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint file. Every field but the weights is None where the file does not have it."""
+    """The content of a checkpoint file. Every field but the weights is None if the file does not have it."""
 
     state_dict: dict[str, Tensor]
     config: HydraViTConfig | None = None
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def where(self) -> str:
-        """The start of every message about this checkpoint: it names the file, if there is one."""
+        """The beginning of every message about this checkpoint: it names the file, if there is one."""
         return "" if self.path is None else f"checkpoint {self.path}: "
 
 
@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike, *, prefer_ema: bool = True) -> Chec
         raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    open(path, "rb").close()  # any later error is about the content, although torch raises OSError for a torn file
+    open(path, "rb").close()  # raises if the file cannot be read: torch raises OSError for a torn file too
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -125,7 +125,7 @@ def save_checkpoint(
 
 
 def named_tensors(content: object, prefer_ema: bool = True) -> dict[str, Tensor]:
-    """The named tensors inside a checkpoint's wrappers, without prefixes of DDP, ``torch.compile`` and averaging."""
+    """Return the tensors inside a checkpoint's wrappers, without prefixes of DDP, ``torch.compile`` and averaging."""
     wrappers = _AVERAGED + _LATEST if prefer_ema else _LATEST + _AVERAGED
     while isinstance(content, Mapping):
         inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
@@ -150,7 +150,7 @@ def named_tensors(content: object, prefer_ema: bool = True) -> dict[str, Tensor]
 
 
 def _parse_metadata(metadata: object) -> dict:
-    """The fields of a ``Checkpoint``; raises ``ValueError`` or ``TypeError`` for anything unexpected."""
+    """Return the fields of a ``Checkpoint``; raise ``ValueError`` or ``TypeError`` for anything unexpected."""
     if not isinstance(metadata, dict):
         raise ValueError(f"metadata {_METADATA!r} must be a dict, not {type(metadata).__name__}")
     config, heads, preprocessing, names = (

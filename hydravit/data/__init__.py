@@ -29,7 +29,7 @@ def load_dataset(
     preprocessing: Preprocessing | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Dataset:
-    """The part ``split`` of a data set.
+    """Load the part ``split`` of a data set.
 
     Args:
         source: ``"digits"`` (scikit-learn's scans), ``"fashion-mnist"`` (where Debian's package installs it),
@@ -40,15 +40,15 @@ def load_dataset(
         image_size: pixels of a side, or (height, width); None: 8 for digits, 28 for Fashion-MNIST, 224 for a folder.
         augment: light random changes: small shifts, turns and zooms of digits, random crops and flips of photos. See
             ``Dataset`` on what makes them repeatable.
-        skip_corrupt: leave unreadable files and empty class folders of a folder out, count the files in ``skipped`` and
-            say so in one warning. Decodes every file once. Otherwise only the headers are read, and a bad file raises
-            here or, damaged behind its header, when it is asked for.
-        seed: of a folder's split only. Training and evaluation must use the same one.
+        skip_corrupt: leave out unreadable files and empty class folders, list the files in ``skipped`` and warn once.
+            This decodes every file. Without it only the headers are read, and a bad file raises
+            here or, if it is damaged after its header, when its item is asked for.
+        seed: the seed of a folder's split. Training and evaluation must use the same one.
         preprocessing: a trained model's; replaces ``image_size`` and the data set's own mean and deviation.
-        class_names: a trained model's classes: labels are places in it.
+        class_names: a trained model's classes: a label is a class's index in it.
     Raises:
-        ValueError, OSError: an unknown source or split; missing, unreadable, damaged or empty files and folders, by
-            name; classes that ``class_names`` does not have.
+        ValueError, OSError: the source or the split is unknown; a file or folder, which the message names, is missing,
+            unreadable, damaged or empty; ``class_names`` lacks a class of the data.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -70,8 +70,8 @@ def load_dataset(
         if not root.exists() and len(root.parts) == 1:
             raise ValueError(f"data {str(source)!r} is neither digits, fashion-mnist nor a folder")
         preprocessing = preprocessing or Preprocessing(image_size=image_size or 224)
-        augmentation = augmentations.PHOTOS if augment else None
-        return load_folder(root, split, preprocessing, class_names, augmentation, skip_corrupt, seed)
+        photos = augmentations.PHOTOS if augment else None
+        return load_folder(root, split, preprocessing, class_names, photos, skip_corrupt, seed)
     preprocessing = preprocessing or Preprocessing(image_size=image_size or size, mean=mean, std=std)
     label = agreed_classes(found, class_names, name)
     labels = [label[found[target]] for target in targets]

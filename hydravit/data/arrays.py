@@ -1,4 +1,4 @@
-"""Small grey images that a dependency or an operating system ships."""
+"""Data sets of small grey images that a dependency or the operating system brings along."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ FASHION_MNIST_CLASSES = (
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1,797 scans, 8x8: images ``(n, 8, 8)`` uint8 and labels. A third of every class is "test"."""
+    """Load scikit-learn's 1,797 scans: images ``(n, 8, 8)`` uint8 and labels. A third of every class is "test"."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    images = np.round(scans.images * (255 / 16)).astype(np.uint8)  # the scans count 0..16
+    images = np.round(scans.images * (255 / 16)).astype(np.uint8)  # the scans have grey values 0..16
     chosen = slice(None) if split == "all" else held_out(scans.target, seed=0) == (split == "test")
     return images[chosen], scans.target[chosen]
 
 
 def fashion_mnist(split: str, folder: Path = FASHION_MNIST_FOLDER) -> tuple[np.ndarray, np.ndarray]:
-    """Fashion-MNIST (arXiv 1708.07747): images ``(n, 28, 28)`` uint8 and labels, 60,000 "train" and 10,000 "test".
+    """Load Fashion-MNIST (arXiv 1708.07747): images ``(n, 28, 28)`` uint8 and labels, 60,000 "train", 10,000 "test".
 
     Raises ``FileNotFoundError`` or ``ValueError`` naming the file that is missing or damaged.
     """

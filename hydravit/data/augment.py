@@ -15,8 +15,8 @@ class Affine:
     """Ranges of a random affine map, drawn uniformly per image.
 
     Args:
-        zoom: smallest and largest side of the part shown, as a fraction of the image's; below 1 it is a random crop.
-        shift: largest shift on each axis, as a fraction of the side, beyond that of a crop inside the image.
+        zoom: smallest and largest side of the part that is shown, as a fraction of the image's; below 1 it is a crop.
+        shift: largest shift along each axis, as a fraction of the side, on top of the place of the crop in the image.
         rotate: largest rotation in degrees.
         flip: probability of a left-right flip.
     """
@@ -27,14 +27,14 @@ class Affine:
     flip: float = 0.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` float to the same shape. Draws five numbers per image from torch's global CPU generator.
+        """Map float images ``(B, C, H, W)`` to the same shape; pixels outside an image repeat its border.
 
-        What lies outside the image repeats its border.
+        It draws five numbers per image from torch's global CPU generator.
         """
         draws = torch.rand(5, len(images)).to(images)
         zoom = self.zoom[0] + (self.zoom[1] - self.zoom[0]) * draws[0]
         angle = math.radians(self.rotate) * (2 * draws[1] - 1)
-        # affine_grid's coordinates run from -1 to 1, so a side is 2 long: a fraction f of it is 2f.
+        # affine_grid's coordinates run from -1 to 1: a side has the length 2, and a fraction f of it 2f.
         room = (1 - zoom).clamp_min(0) + 2 * self.shift
         shift = room * (2 * draws[2:4] - 1)
         mirror = torch.where(draws[4] < self.flip, -1.0, 1.0)
@@ -48,8 +48,8 @@ class Affine:
         return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-# By the kind of image. Scans of 8x8 pixels must not be mirrored, and blur easily: about twice these ranges cost one
-# head 12 points of accuracy in 60 epochs. Small photos lose too much in a strong crop.
+# Ranges per kind of image. Scans of 8x8 pixels must not be mirrored, and blur easily: ranges about twice as large cost
+# the width of one head 12 points of accuracy in 60 epochs. Small photos lose too much in a strong crop.
 SCANS = Affine(zoom=(0.95, 1.05), shift=0.04, rotate=6.0)
 SMALL_PHOTOS = Affine(zoom=(0.85, 1.0), flip=0.5)
 PHOTOS = Affine(zoom=(0.5, 1.0), flip=0.5)

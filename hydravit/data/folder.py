@@ -1,4 +1,4 @@
-"""A folder of class folders, with any images Pillow reads."""
+"""Data sets in a folder of class folders, with any images that Pillow reads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from hydravit.data.dataset import Dataset, agreed_classes, held_out
 from hydravit.preprocessing import Preprocessing
 
-# What Pillow and the preprocessing raise for damaged, huge or unsuitable images.
+# Pillow and the preprocessing raise these for damaged, huge or unsuitable images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 
 
 class FolderDataset(Dataset):
-    """Images are read when they are asked for; a file that cannot be read then raises ``ValueError`` naming it."""
+    """Reads an image when its item is asked for; ``ValueError`` names a file that cannot be read then."""
 
     def __init__(self, files: list[Path], class_names, labels, preprocessing, augmentation=None, skipped=()):
         super().__init__(class_names, labels, preprocessing, augmentation)
@@ -30,7 +30,7 @@ class FolderDataset(Dataset):
 
 
 def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
-    """The image ``(C, H, W)`` float32 in ``path``. Raises ``ValueError`` naming the file if it cannot be read."""
+    """Read the image ``(C, H, W)`` float32 in ``path``; ``ValueError`` names a file that cannot be read."""
     try:
         with Image.open(path) as image:
             return preprocessing(image)
@@ -41,7 +41,7 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
 def load_folder(
     root: Path, split: str, preprocessing, class_names, augmentation, skip_corrupt: bool, split_seed: int
 ) -> FolderDataset:
-    """The part ``split`` of ``root``; arguments and errors as in ``load_dataset``."""
+    """Load the part ``split`` of ``root``; arguments and errors are those of ``load_dataset``."""
     all_folders, chosen_folders = _split_folders(root, split)
     # Classes are those of all splits, so that a class without test images does not move the others' labels.
     names = sorted({name for folder in all_folders for name in _class_folders(folder)})
@@ -66,15 +66,15 @@ def load_folder(
         chosen = [i for i in range(len(files)) if test[i] == (split == "test")]
         files, labels = [files[i] for i in chosen], [labels[i] for i in chosen]
     if skipped:
-        path, reason = skipped[0]
-        warnings.warn(f"{root}: skipped {len(skipped)} unreadable file(s), first {path} ({reason})", stacklevel=3)
+        first, reason = skipped[0]
+        warnings.warn(f"{root}: skipped {len(skipped)} unreadable file(s), first {first} ({reason})", stacklevel=3)
     if not files:
         raise ValueError(f"{root}: no readable images for split {split!r}")
     return FolderDataset(files, list(label), labels, preprocessing, augmentation, skipped)
 
 
 def image_files(path: Path) -> list[Path]:
-    """``path`` itself if it is a file, else all image files below it, sorted. Raises ``ValueError`` where none are."""
+    """Return ``path`` itself if it is a file, else all image files below it, sorted. Raise ``ValueError`` for none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -86,7 +86,7 @@ def image_files(path: Path) -> list[Path]:
 
 
 def _split_folders(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The folders that hold classes: all, and those of ``split``. Both are ``[root]`` where there is no split."""
+    """Return the folders that hold classes: all, and those of ``split``. Both are ``[root]`` if there is no split."""
     names = {folder.name for folder in _visible_folders(root)}
     splits = sorted(names & {"train", "test", "val"})
     # A class may be called "train": split folders stand alone, or are a train folder with its counterpart.
@@ -122,9 +122,9 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Files below ``folder`` whose extension Pillow can open; others (notes, caches of thumbnails) are no images."""
+    """Return the files below ``folder`` whose extension Pillow can open; others, such as notes, are no images."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    _visible_folders(folder)  # rglob passes over a folder it may not read; this names it
+    _visible_folders(folder)  # raises for a folder that may not be read, which rglob passes over
     return sorted(
         path
         for path in folder.rglob("*")
@@ -133,7 +133,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _unreadable(files: list[Path], preprocessing: Preprocessing | None) -> list[tuple[Path, str]]:
-    """The files whose header (or, with ``preprocessing``, whose pixels) cannot be read, and why."""
+    """Return the files whose header (or, with ``preprocessing``, whose pixels) cannot be read, and the reasons."""
 
     def check(path: Path) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Reader of IDX files, the format of MNIST and its successors: a magic, the sizes, then the bytes."""
+"""A reader of IDX files, the format of MNIST and its successors: a magic number, the sizes, then the bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UINT8 = 0x08  # the only element type these data sets use
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """The ``uint8`` array of ``dims`` axes in ``path``, which may be gzipped.
+    """Read the ``uint8`` array of ``dims`` axes in ``path``, which may be gzipped.
 
     Raises ``ValueError`` naming the file when it is empty, damaged, truncated, too long, or of another type or rank.
     """
@@ -42,7 +42,7 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
 
 
 def find_idx(folder: Path, name: str) -> Path:
-    """``folder/name`` or ``folder/name.gz``. Raises ``FileNotFoundError``."""
+    """Return ``folder/name`` or ``folder/name.gz``. Raise ``FileNotFoundError`` if there is neither."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path

@@ -1,4 +1,4 @@
-"""Inference from packed weights: inside ordinary calls of a model, and as an engine with everything made beforehand."""
+"""Inference from packed weights: inside ordinary calls of a model, and by an engine that makes all beforehand."""
 
 from hydravit.inference.engine import DTYPES, Engine, make_network, with_e4m3_weights
 from hydravit.inference.packed import PackedInference

@@ -1,4 +1,4 @@
-"""An inference engine: weights packed once for all widths, and everything else that a call needs, made beforehand."""
+"""An inference engine: it packs the weights once for all widths, and makes all else that calls need beforehand."""
 
 from __future__ import annotations
 
@@ -12,32 +12,30 @@ import hydravit_kernels as kernels
 from hydravit.inference.packable import Packable
 from hydravit.inference.staleness import Fingerprint, Structure
 
-# Dtypes of weights and activations, per type of device; the first is the default. Beside 8-bit weights activations are
-# fp16.
+# Dtypes of weights and activations per type of device, the default first. With 8-bit weights, activations are float16.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float8_e4m3fn)}
 
 
 class Engine:
-    """``engine(images, heads=k)``: float32 logits of evaluation mode, at any width and any batch up to ``max_batch``.
+    """Computes ``engine(images, heads=k)``, the float32 logits of evaluation mode, at any width and batch.
 
-    Another width or batch in every call costs nothing: no allocation but the logits', no copy of weights, no graph to
-    be made. The engine notices when the model's weights change, by optimizer steps, ``load_state_dict``, in-place
-    operations and replaced parameters, and packs them again; writes that torch cannot see need
-    ``model.weights_changed()``. It never runs hooks or other code of the model's modules. One engine serves one thread
-    and one CUDA stream at a time: make one for each. On CUDA a batch of more than 8 images gets its graph in its first
-    call.
+    Calls may change the width and the batch at no cost: a call allocates the logits, copies no weights and makes no
+    graph, but for the first call of a batch above 8 on CUDA, which makes its graph. The engine notices when optimizer
+    steps, ``load_state_dict``, in-place operations or replaced parameters change the model's weights, and packs them
+    again; after writes that torch cannot see, call ``model.weights_changed()``. It never runs hooks or other code of
+    the model's modules. One engine serves one thread and one CUDA stream at a time: make one for each.
 
     On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. An
     image's logits have the same bits at any batch that the same kernel family serves.
 
     Args:
         max_batch: the most images of one call.
-        dtype: of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16, and
-            float8_e4m3fn for the matrices beside float16 activations: half the bytes, and other logits
-            (``with_e4m3_weights`` shows which).
+        dtype: the dtype of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16,
+            and float8_e4m3fn, which is for the matrices, with float16 activations: it halves their bytes and changes
+            the logits (``with_e4m3_weights`` shows how).
         cuda: options of ``hydravit_kernels.CudaNetwork``, for CUDA only.
     Raises:
-        ValueError, RuntimeError: a dtype or a model that the kernels cannot compute, or kernels that were not built.
+        ValueError, RuntimeError: the kernels cannot compute the dtype or the model, or they were not built.
     """
 
     def __init__(self, model: Packable, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str):
@@ -56,7 +54,14 @@ class Engine:
         self._remember()
 
     def __call__(self, images: Tensor, heads: int | None = None) -> Tensor:
-        """Logits ``(B, classes)`` of images ``(B, in_channels, height, width)``; ``heads`` None: ``model.heads``."""
+        """Compute the logits ``(B, classes)`` of images ``(B, in_channels, height, width)``.
+
+        Args:
+            heads: active heads; None: ``model.heads``.
+        Raises:
+            TypeError, ValueError: images or heads that do not fit the model or the engine.
+            RuntimeError: the model was moved to another device.
+        """
         model = self.model
         if model.pos_embed.device != self.device:
             raise RuntimeError(f"the model was moved from {self.device} to {model.pos_embed.device}: make a new engine")
@@ -65,11 +70,11 @@ class Engine:
             raise ValueError(f"images: at most max_batch={self.max_batch} expected, {len(images)} given")
         heads = model.heads if heads is None else heads
         if type(heads) is not int or heads not in self._subnetworks:
-            model.subnetwork(heads)  # refuses what is no width of the model
+            model.subnetwork(heads)  # raises for what is no width of the model
             raise ValueError(f"heads={heads} was no width of the model when the engine was made")
         subnetworks = (self._subnetworks[heads],)
         logits = self._network.run(images, subnetworks)
-        # Checked after the launch, where a GPU hides it: stale weights cost a second run, fresh ones no time.
+        # The check comes after the launch, while a GPU computes: fresh weights cost no time, stale ones a second run.
         if self._is_stale():
             self._network.pack(model.network_parameters())
             self._remember()
@@ -77,7 +82,7 @@ class Engine:
         return logits
 
     def _remember(self) -> None:
-        """Note what the packed weights were made of."""
+        """Note the modules and parameters that were packed."""
         self._structure = Structure(self.model)
         self._fingerprint = Fingerprint.take(self._structure.parameters())
         self._unseen_writes = self.model.unseen_writes
@@ -85,12 +90,12 @@ class Engine:
     def _is_stale(self) -> bool:
         if self._unseen_writes != self.model.unseen_writes or not self._structure.holds():
             return True
-        # Without a fingerprint torch sees no changes, and only `weights_changed` tells of them.
+        # Where there is no fingerprint torch tracks no changes, and only `weights_changed` tells of them.
         return self._fingerprint is not None and not self._fingerprint.holds(self._structure.parameters())
 
 
 def make_network(model: Packable, dtype: torch.dtype, max_batch: int, **cuda: str) -> kernels.Network:
-    """The network of the model's device, with every allowed width; raises what ``Engine`` does."""
+    """Make the network of the model's device, with every allowed width; raise what ``Engine`` raises."""
     parameters, sizes = model.network_parameters(), model.config.sizes
     subnetworks = {heads: model.subnetwork(heads) for heads in model.allowed_heads}
     if dtype in DTYPES["cuda"]:  # the CPU has float32 only, which CUDA lacks
@@ -105,7 +110,7 @@ Model = TypeVar("Model", bound=Packable)
 
 
 def with_e4m3_weights(model: Model) -> Model:
-    """A copy of the model whose matrices are rounded as engines of dtype float8_e4m3fn round them, for any device."""
+    """Copy the model, on any device, and round its matrices as an engine of dtype float8_e4m3fn does."""
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in rounded.network_parameters().flat():

@@ -12,14 +12,14 @@ from hydravit.config import HydraViTConfig
 
 
 class Packable(Protocol):
-    """What packed inference and engines need of a model; ``hydravit.HydraViT`` has it."""
+    """A model as packed inference and engines see it; ``hydravit.HydraViT`` is one."""
 
     config: HydraViTConfig
     backend: str
     training: bool
     heads: int
     blocks: nn.ModuleList
-    pos_embed: Tensor
+    pos_embed: nn.Parameter
     unseen_writes: int  # how often `weights_changed` was called
 
     @property

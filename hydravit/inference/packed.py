@@ -1,4 +1,4 @@
-"""Inference inside ordinary calls of a model, through one packed copy of the weights that serves every width."""
+"""Inference of ordinary calls of a model from one packed copy of the weights, which serves every width."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hydravit.inference.staleness import Fingerprint, Structure
 
 
 class PackedInference:
-    """Runs a model's whole forward as one op where only the clock can tell the difference.
+    """Runs a model's whole forward as one op, wherever that changes nothing but the time it takes.
 
-    The packed copy is as large as the parameters. It is made when a second call finds the parameters as the first did,
-    so that turns with training, or ``torch.func.functional_call``, pack nothing in vain. It is dropped as soon as a
-    call finds them changed. Several threads may use it.
+    The packed copy is as large as the parameters. It is made in the second call that finds the same parameters, so that
+    a model which is trained between its calls, or called by ``torch.func.functional_call``, packs nothing in vain. It
+    is dropped in the first call that finds them changed. Several threads may use it.
 
     Args:
-        pooled_only: the last block computes only the tokens that the head pools. The logits are the same, bit for bit.
+        pooled_only: whether the last block computes only the tokens that the head pools. The logits have the same bits.
     """
 
     def __init__(self, pooled_only: bool = True):
@@ -36,7 +36,7 @@ class PackedInference:
 
     @property
     def network(self) -> kernels.CpuNetwork | None:
-        """The packed copy as it is now, stale or not; None where there is none."""
+        """The packed copy, which may be stale; None where there is none."""
         kept = self._packed
         return None if kept is None else kept[1]
 
@@ -46,7 +46,7 @@ class PackedInference:
             self._seen = self._packed = None
 
     def run(self, model: Packable, images: Tensor, widths: Widths) -> Tensor | None:
-        """The logits; or None where the model's blocks must run one by one, or the weights are not packed yet."""
+        """Compute the logits; return None if the blocks must run one by one, or the weights are not packed yet."""
         if model.backend != "native" or model.training or torch.compiler.is_compiling():
             return None
         structure = self._structure
@@ -65,6 +65,7 @@ class PackedInference:
         return network.run(images, widths.subnetworks, widths.subnet, pooled_only=self.pooled_only)
 
     def _fresh(self, model: Packable, parameters: list[Tensor | None]) -> kernels.CpuNetwork | None:
+        """Return the packed copy if it is up to date, or make it if the last call found the same parameters."""
         kept = self._packed
         if kept is not None and kept[0].holds(parameters):
             return kept[1]

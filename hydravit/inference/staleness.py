@@ -1,7 +1,7 @@
-"""When a packed copy is stale: older than the parameters it was made of.
+"""Finds out whether a packed copy is stale, older than the parameters it was made of.
 
-``Structure`` notices other modules, ``Fingerprint`` other or changed parameters. Writes that torch cannot see, through
-``.data`` or a NumPy view, are noticed by neither: ``HydraViT.weights_changed`` tells of them.
+``Structure`` notices replaced modules, ``Fingerprint`` replaced or changed parameters. Neither notices writes that
+torch cannot see, through ``.data`` or a NumPy view: ``HydraViT.weights_changed`` tells of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hydravit.inference.packable import Packable
-from hydravit.layers import hooks_of, is_ours
+from hydravit.layers import Block, hooks_of
 
 
 class Structure:
@@ -24,17 +24,19 @@ class Structure:
         modules = list(model.modules())
         self._parameters = [module._parameters for module in modules]
         self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._blocks = list(model.blocks)
+        # A network calls no module, so it cannot serve a block of another class or with a patched forward.
+        self._foreign = any(type(block) is not Block for block in model.blocks)
+        self._attributes = [block.__dict__ for block in model.blocks]
         tables = {id(hooks): hooks for block in model.blocks for hooks in hooks_of(block)}
         self._hooks = list(tables.values())
 
     def holds(self) -> bool:
-        """Whether the modules are still these."""
+        """Whether the model still has the same modules."""
         return all(list(now.values()) == then for now, then in self._children)
 
     def seen_from_outside(self) -> bool:
-        """Whether a hook or a foreign block would miss its call, because a network calls no module."""
-        return any(self._hooks) or not all(map(is_ours, self._blocks))
+        """Whether a hook or a foreign block would miss its call."""
+        return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 
     def parameters(self) -> list[Tensor | None]:
         return [parameter for of_module in self._parameters for parameter in of_module.values()]
@@ -45,15 +47,15 @@ class Fingerprint:
 
     def __init__(self, parameters: Sequence[Tensor | None]):
         self._optimizer_steps = _optimizer_steps
-        # By identity: another tensor may get the memory of one that is gone.
+        # An address would not do: a new tensor may get the memory of one that was freed.
         self._tensors = [_nothing if p is None else weakref.ref(p) for p in parameters]
         self._states = _states(parameters)
 
     @classmethod
     def take(cls, parameters: Sequence[Tensor | None]) -> Fingerprint | None:
-        """The parameters' fingerprint; None where changes cannot be seen.
+        """Return the parameters' fingerprint; None where torch does not track changes.
 
-        They cannot in tensors made under ``torch.inference_mode``, in fake tensors and inside ``torch.func.vmap``.
+        It does not for tensors made under ``torch.inference_mode``, for fake tensors and inside ``torch.func.vmap``.
         """
         if any(p is not None and type(p) not in (Tensor, Parameter) for p in parameters):
             return None
@@ -63,7 +65,7 @@ class Fingerprint:
             return None
 
     def holds(self, parameters: Sequence[Tensor | None]) -> bool:
-        """Whether these are the same parameters, unchanged as far as torch can see."""
+        """Whether these are the same parameters, and unchanged as far as torch can see."""
         same = self._optimizer_steps == _optimizer_steps and len(self._tensors) == len(parameters)
         same = same and all(tensor() is p for tensor, p in zip(self._tensors, parameters, strict=True))
         return same and self._states == _states(parameters)
@@ -86,5 +88,5 @@ def _count_step(*_) -> None:
     _optimizer_steps += 1
 
 
-# Fused optimizers change parameters without a trace in their version.
+# Fused optimizers change parameters, but not their versions.
 register_optimizer_step_post_hook(_count_step)

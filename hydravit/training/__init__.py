@@ -1,4 +1,4 @@
-"""Training of all widths at once: sampled widths, gradients in place, exact resuming."""
+"""Training of all widths at once: a sampled width per step, gradients in place, exact resuming."""
 
 from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches

@@ -1,9 +1,10 @@
-"""AdamW on the active slice: one pass over the weights, moments and average of what a step trained."""
+"""AdamW on the slices that a step trained: one pass over their weights, moments and average."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +18,24 @@ from hydravit.training.regions import Box, Region, Regions
 class SliceAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) for a model with ``SliceGradients``, whose steps read and write the trained slice only.
 
-    Weights, moments and averages outside the slice rest: a step neither decays nor moves them, unlike dense AdamW, for
-    which their gradient is zero. Bias correction and ``ema_decay`` count, for every entry, only the steps that it took
-    part in, because moments that rested are still as near to zero, where they began, as those steps left them. Inside
-    the slice ``native`` computes the bits of torch's ``AdamW(fused=True)``, except in a parameter's last elements that
-    fill no whole vector, which torch rounds in another way.
+    A step leaves weights, moments and averages outside the slice as they are. Dense AdamW, for which their gradient is
+    zero, decays and moves them. Every entry has its own count of steps, those that it took part in, for bias correction
+    and ``ema_decay``: moments begin at zero, and only these steps have moved them away from it. Inside the slice
+    ``native`` computes the bits of torch's ``AdamW(fused=True)``, except in the last elements of a parameter, which
+    fill no whole vector and which torch rounds in another way.
 
     ``SliceGradients.zero_`` clears the gradients. Parameters that are frozen when the optimizer gets them are left out.
-    A step that a ``GradScaler`` skips is no step. No CUDA graph can hold a step, because each has its own numbers.
+    A step that a ``GradScaler`` skips does not count. A CUDA graph cannot hold a step, because its numbers change from
+    step to step.
 
     Args:
-        params: parameters of ``model``, or groups of them, as for ``torch.optim.AdamW``; the options, ``lr`` above all,
+        params: parameters of ``model``, or groups of them, as for ``torch.optim.AdamW``; the options, such as ``lr``,
             may change from step to step.
-        average: a copy of ``model``, in which the optimizer keeps the moving average of its weights. As with torch's
-            ``AveragedModel`` the first step makes it equal to them, and weights enter it after they moved.
-        ema_decay: the decay of the average; or a function that gives it for the number of steps before this one, which
-            is at least 1.
+        average: a copy of ``model``, in which the optimizer keeps the moving average of the model's weights. As in
+            torch's ``AveragedModel`` the first step makes the two equal, and every step updates the weights first.
+        ema_decay: the decay of the average; or a function from the number of earlier steps, at least 1, to the decay.
     Raises:
-        ValueError: options out of range or not offered, parameters that are not the model's, an average that does not
+        ValueError: an option is out of range or not offered, a parameter is not the model's, or ``average`` does not
             fit.
         TypeError: ``average`` is no ``HydraViT``.
     """
@@ -64,7 +65,7 @@ class SliceAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict) -> None:
-        """As in torch. Parameters that come later begin with their own first step."""
+        """Add a group as in torch. Its parameters begin with a first step of their own."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check_options(group)
@@ -88,8 +89,8 @@ class SliceAdamW(torch.optim.Optimizer):
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step of what the forward passes since ``SliceGradients.zero_`` read; returns what ``closure`` does.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Train what the forward passes since ``SliceGradients.zero_`` have read; return what ``closure`` returns.
 
         Raises:
             RuntimeError: the model has no gradients in place, or a gradient buffer was taken away.
@@ -102,9 +103,11 @@ class SliceAdamW(torch.optim.Optimizer):
         if gradients is None:
             raise RuntimeError("the model has no gradients in place: make SliceGradients(model) and keep it open")
         by_age = self._regions.read_by(gradients.marked)
+        buffers = []
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 raise RuntimeError(f"parameter {name!r} has no gradient in place: it was frozen for SliceGradients")
+            buffers.append(parameter.grad)
         if not by_age:
             return loss
         options = [_options(group) for group in self.param_groups]
@@ -113,7 +116,7 @@ class SliceAdamW(torch.optim.Optimizer):
         averages = [self._averages[name] for name in self._parameters] if self._averages else []
         kernels.adamw(
             list(self._parameters.values()),
-            [parameter.grad for parameter in self._parameters.values()],
+            buffers,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             averages,
@@ -135,20 +138,20 @@ class SliceAdamW(torch.optim.Optimizer):
             return 0.0  # the first step makes the average equal to the weights
         return self.ema_decay(age) if callable(self.ema_decay) else self.ema_decay
 
-    # Saving and going on ----------------------------------------------------------------------------------------------
+    # Saving and loading -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """As ``torch.optim.AdamW``'s, in which ``"step"`` counts the steps of a parameter.
+        """Return a state dict like that of ``torch.optim.AdamW``, in which ``"step"`` counts a parameter's steps.
 
-        Where a parameter's entries took part in different numbers of steps, ``"step"`` is an int64 tensor
-        ``(boxes, 1 + 2 * axes)``: the count, then the first index and the length per axis.
+        If a parameter's entries took part in different numbers of steps, ``"step"`` is an int64 tensor
+        ``(boxes, 1 + 2 * axes)``. A row has the count, and then start and length per axis.
         """
         for name, parameter in self._parameters.items():
             self.state[parameter]["step"] = _pack_ages(name, self._regions.all)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes a ``state_dict`` of this class or of ``torch.optim.AdamW``, with the same groups."""
+        """Load a ``state_dict`` of this class or of ``torch.optim.AdamW``, with the same groups."""
         for group in state_dict["param_groups"]:
             _check_options(group)
         super().load_state_dict(state_dict)
@@ -169,7 +172,7 @@ class SliceAdamW(torch.optim.Optimizer):
 
 
 def _options(group: dict) -> dict:
-    """A group's numbers as floats: ``lr`` may be a tensor."""
+    """Return a group's numbers as floats: ``lr`` may be a tensor."""
     options = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
     return {**options, "betas": tuple(map(float, group["betas"]))}
 

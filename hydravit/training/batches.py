@@ -1,4 +1,4 @@
-"""The order of the data: a function of seed, epoch and batch, so that training can stop and go on anywhere."""
+"""Batches whose order depends on seed and epoch only, so that training can stop after any batch and go on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Batch(NamedTuple):
 
 
 class _Seeded(Dataset):
-    """Items of a batch, augmented alike whether a worker process or this one makes them, and in any order."""
+    """Seeds the augmentation of each batch, so that any process may make it, in any order."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -30,13 +30,13 @@ class _Seeded(Dataset):
 
 
 class Batches:
-    """Shuffled batches of a data set; every rank of a distributed run gets its own part, as large as the others'.
+    """Shuffled batches of a data set; every rank of a distributed run gets its own part, all of one size.
 
     A last batch that is not full is left out, unless it is the only one. Augmentation may draw from torch's global CPU
-    generator, which is seeded per batch and put back.
+    generator, which is seeded for each batch and restored after it.
 
     Raises:
-        ValueError: if the data set has fewer items than there are ranks.
+        ValueError: the data set has fewer items than there are ranks.
     """
 
     def __init__(self, dataset, batch_size: int, *, seed: int = 0, rank: int = 0, world: int = 1, workers: int = 0):
@@ -50,22 +50,22 @@ class Batches:
         return max(len(self.dataset) // self.world // self.batch_size, 1)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches ``start``, ``start + 1``, ... of an epoch: float images ``(B, C, H, W)`` and labels.
+        """Make the batches ``start``, ``start + 1``, ... of an epoch: float images ``(B, C, H, W)`` and labels.
 
         uint8 images are divided by 255.
         """
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        indices = torch.randperm(len(self.dataset), generator=order)[self.rank :: self.world]
-        indices = indices[: len(self.dataset) // self.world].tolist()
-        seeds = torch.randint(2**62, (len(self) * self.world,), generator=order)[self.rank :: self.world].tolist()
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.dataset), generator=random)[self.rank :: self.world]
+        indices = order[: len(self.dataset) // self.world].tolist()
+        seeds = torch.randint(2**62, (len(self) * self.world,), generator=random)[self.rank :: self.world].tolist()
         size = self.batch_size
         batches = [_Batch(seeds[i], indices[i * size : (i + 1) * size]) for i in range(start, len(self))]
         loader = DataLoader(
             _Seeded(self.dataset),
-            batch_sampler=batches,
+            batch_sampler=batches,  # type: ignore[arg-type]  # a batch is its indices and its seed
             num_workers=self.workers,
             collate_fn=default_collate,
-            generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global generator
+            generator=torch.Generator(),  # for the workers' seed: without it the loader draws from the global one
         )
         for images, labels in loader:
             yield images.float() / 255 if images.dtype == torch.uint8 else images, labels

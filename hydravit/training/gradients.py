@@ -1,8 +1,8 @@
-"""Gradients in place: backward adds into the slice of a persistent buffer, and later passes touch that slice only.
+"""Gradients in place: backward adds to the slice of a persistent buffer, and what follows touches that slice only.
 
 Ordinary PyTorch allocates and fills a full-size gradient per parameter and step, whatever the width. Here every
-trainable parameter has one full-size ``.grad`` for good. Outside the slices used since the last ``zero_`` it is exactly
-zero, so clearing it and its norm need those slices only.
+trainable parameter keeps one full-size ``.grad``. It is exactly zero outside the slices that were used since the last
+``zero_``, so clearing it and computing its norm take those slices only.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hydravit.geometry import parameter_slices
 from hydravit.layers import Parameters
+from hydravit.model import HydraViT
 from hydravit.training.memory import zeros_like
 from hydravit_kernels import Intervals, Subnetwork
 
-# Unions of widths whose views are kept. Per-image widths make many different unions.
+# How many unions of widths keep their views. One width per image makes many different unions.
 _CACHED_UNIONS = 64
 
 
 class LiveSlices(NamedTuple):
-    """The part of one parameter's gradient that may be other than zero: disjoint views of ``parameter.grad``."""
+    """The part of one parameter's gradient that may be nonzero, as disjoint views of ``parameter.grad``."""
 
     name: str
     parameter: nn.Parameter
@@ -40,16 +42,19 @@ class SliceGradients:
         gradients = SliceGradients(model)
         gradients.zero_(); loss(model(images, heads=k)).backward(); gradients.clip_norm_(1.0); optimizer.step()
 
-    The gradients equal the ordinary ones. What autograd would do with them does not happen, because it never sees them:
-    tensor hooks and post-accumulate hooks on parameters are refused in the next forward; ``torch.autograd.grad`` for
-    parameters and double backward raise with compiled backends; ``DistributedDataParallel`` around the model would
-    never be told: ranks call ``average_`` instead. A deep copy or a pickle of the model is in ordinary mode.
+    The gradients equal the ordinary ones, but autograd never sees them. So the next forward refuses parameters with
+    tensor hooks or post-accumulate hooks, and with compiled backends ``torch.autograd.grad`` for parameters and double
+    backward raise. ``DistributedDataParallel`` would wait for the gradients in vain: ranks call ``average_`` instead. A
+    deep copy or a pickle of the model is in ordinary mode.
 
     Raises:
-        RuntimeError: if the model is already in this mode.
+        RuntimeError: the model is already in this mode.
     """
 
-    def __init__(self, model: nn.Module):
+    model: HydraViT
+    _hook: RemovableHandle
+
+    def __init__(self, model: HydraViT):
         if model.slice_gradients is not None:
             raise RuntimeError("the model already has its gradients in place; close the other SliceGradients first")
         self.model = model
@@ -68,7 +73,7 @@ class SliceGradients:
         return type(None), ()
 
     def close(self) -> None:
-        """Back to ordinary gradients; what was accumulated stays in ``.grad``."""
+        """Return to ordinary gradients; the sums so far stay in ``.grad``."""
         self._hook.remove()
         if self.model.slice_gradients is self:
             self.model.slice_gradients = None
@@ -77,7 +82,7 @@ class SliceGradients:
         """Note that these subnetworks' slices are about to receive gradients. The model calls it in every forward.
 
         Raises:
-            RuntimeError: if a parameter has hooks, which would never fire, or its buffer was taken away.
+            RuntimeError: a parameter has hooks, which would never fire, or its buffer was taken away.
         """
         for name, (parameter, _) in self._buffers.items():
             if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -86,7 +91,7 @@ class SliceGradients:
                     "remove it, or close SliceGradients"
                 )
         self._check_buffers()
-        if torch.compiler.is_compiling():  # a set of symbolic widths would make a graph for each: all is live
+        if torch.compiler.is_compiling():  # symbolic widths would each need a graph: mark all
             subnetworks = [self.model.subnetwork(self.model.config.max_heads)]
         self._forward = tuple(subnetworks)
         self._marked.update(self._forward)
@@ -96,22 +101,22 @@ class SliceGradients:
         """The subnetworks whose slices may hold gradients: those of the forward passes since the last ``zero_``.
 
         Raises:
-            RuntimeError: if a parameter's buffer was taken away.
+            RuntimeError: a parameter's buffer was taken away.
         """
         self._check_buffers()
         return frozenset(self._marked)
 
     def buffers_of(self, parameters: Parameters) -> Parameters:
-        """The tensors to which backward adds the gradients of a tuple of ``hydravit_kernels``' parameters."""
-        return type(parameters)(*(None if p is None else self.buffer(p) for p in parameters))
+        """Return the buffers of ``StemParameters``, ``AttentionParameters``, ... in a tuple of the same kind."""
+        return type(parameters)(*(None if p is None else self.buffer(p) for p in parameters))  # type: ignore[arg-type]
 
     def buffer(self, parameter: Tensor) -> Tensor | None:
-        """The tensor to which the gradient of a parameter, or of a view of one, is added; None if it is frozen.
+        """Return the tensor to which backward adds the gradient of a parameter or of a view of one; None if frozen.
 
-        It is a view of ``.grad``.
+        It is the parameter's ``.grad``, or the same view of it.
 
         Raises:
-            RuntimeError: if the buffer was taken away.
+            RuntimeError: the buffer was taken away.
         """
         if not parameter.requires_grad:
             return None
@@ -125,10 +130,10 @@ class SliceGradients:
         return base.grad.as_strided(parameter.size(), parameter.stride(), base.grad.storage_offset() + offset)
 
     def live(self) -> Iterator[LiveSlices]:
-        """Every parameter with a gradient since the last ``zero_``, and where: no entry outside is other than zero.
+        """Iterate over the parameters that have got gradients since the last ``zero_``; outside the views all is zero.
 
-        Per axis the union of the marked subnetworks' intervals; the rectangles are their products. Parameters of
-        skipped branches are left out.
+        The views are the products of intervals, which are per axis the union of what the marked subnetworks read.
+        Parameters of skipped branches are left out.
         """
         marked = self.marked
         if marked not in self._views:
@@ -138,7 +143,7 @@ class SliceGradients:
         return iter(self._views[marked])
 
     def zero_(self) -> None:
-        """Set every gradient to zero, by clearing the live part, and forget what was live."""
+        """Set every gradient to zero, by clearing its live part, and forget what was marked."""
         views = self._live_views()
         if views:
             torch._foreach_zero_(views)
@@ -146,22 +151,22 @@ class SliceGradients:
 
     @torch.no_grad()
     def average_(self, group: dist.ProcessGroup | None = None) -> None:
-        """Make every gradient the mean over the ranks of a process group; only the live part travels.
+        """Make every gradient the mean over the ranks of a process group; the ranks exchange its live part only.
 
-        All ranks call it, after their backward passes and before clipping. Each must have used the same subnetworks
-        since the last ``zero_``, as with one ``WidthSampler`` seed and rank for all.
+        All ranks must call it, after their backward passes and before clipping. Since the last ``zero_`` all must have
+        used the same subnetworks, which they do if their ``WidthSampler`` has the same seed and rank.
         """
         views = self._live_views()
         for dtype in dict.fromkeys(view.dtype for view in views):
             alike = [view for view in views if view.dtype == dtype]
             joined = torch.cat([view.flatten() for view in alike])
-            joined /= dist.get_world_size(group)  # before they are added, so that no sum overflows that need not
+            joined /= dist.get_world_size(group)  # before the sum, which could overflow
             dist.all_reduce(joined, group=group)
             parts = joined.split([view.numel() for view in alike])
             torch._foreach_copy_(alike, [part.view(view.shape) for part, view in zip(parts, alike, strict=True)])
 
     def clip_norm_(self, max_norm: float) -> Tensor:
-        """``torch.nn.utils.clip_grad_norm_`` over the live part: scales it, returns the norm it had, a scalar."""
+        """Do what ``torch.nn.utils.clip_grad_norm_`` does, on the live part; return the norm before, a scalar."""
         views = self._live_views()
         norm = torch.nn.utils.get_total_norm(views)
         if views:
@@ -194,9 +199,9 @@ class SliceGradients:
 
 
 def _mark_in_backward(model, inputs, output) -> None:
-    """So that ``zero_`` between a forward and its backward does not forget what that backward will write.
+    """Mark a forward's subnetworks again in its backward, because ``zero_`` may come between the two.
 
-    A forward hook; not a method, so that the model can be copied and pickled with it.
+    This forward hook is not a method, so that the model can be copied and pickled with it.
     """
     gradients = model.slice_gradients
     if gradients is None or torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.requires_grad):
@@ -212,7 +217,7 @@ _GONE = (
 
 
 def merge(intervals: Iterable[tuple[int, int]]) -> Intervals:
-    """The union of ``(offset, length)`` intervals as ascending, disjoint ones that do not touch."""
+    """Return the union of ``(offset, length)`` intervals as ascending intervals that neither overlap nor touch."""
     merged: list[list[int]] = []
     for offset, length in sorted(intervals):
         if merged and offset <= merged[-1][1]:

@@ -1,4 +1,4 @@
-"""Memory for what is as large as the parameters, but mostly written in slices."""
+"""Memory for tensors as large as the parameters, of which training may write slices only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def zeros_like(parameter: Tensor) -> Tensor:
-    """Zeros in a parameter's shape, strides, dtype and device.
+    """Return zeros in a parameter's shape, strides, dtype and device.
 
-    On a CPU of a POSIX system every page is there from the first write to it on: where narrow widths are trained, the
-    rest of the full size is only addresses.
+    On the CPU of a POSIX system the first write to a page allocates it, so what narrow widths never write takes no
+    memory.
     """
     if parameter.device.type != "cpu" or parameter.numel() == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros_like(parameter)

@@ -1,8 +1,8 @@
-"""Which entries of the parameters take part in the same optimizer steps: regions, split where a new subnetwork appears.
+"""Regions: the entries of the parameters that take part in the same optimizer steps.
 
-A region holds the entries that the same subnetworks read, whatever their offsets and layers, so that all its entries
-have taken part in the same steps. Of nested widths, each adds one ring of entries to the narrower ones. Every entry of
-every parameter is in exactly one region.
+A region holds the entries that the same subnetworks read, in all layers, so that all its entries have taken part in the
+same steps. A new subnetwork splits the regions. If widths are nested, each adds one region: the entries that the next
+narrower width does not read. Every entry of every parameter is in exactly one region.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hydravit.config import HydraViTConfig
 from hydravit.geometry import parameter_slices
 from hydravit_kernels import Subnetwork, rectangles_of
 
-# A part of a parameter: the interval ``(start, length)`` per axis.
+# A part of a parameter: an interval ``(start, length)`` per axis.
 Box = tuple[tuple[int, int], ...]
 
-# How many tables are kept.
+# How many tables of rectangles are kept.
 _CACHED_TABLES = 256
 
 
@@ -32,8 +32,8 @@ class Region:
 
     Attributes:
         boxes: disjoint boxes per parameter name.
-        age: how many steps the entries took part in, which is what bias correction counts.
-        readers: the known subnetworks that read the entries.
+        age: the number of steps that the entries took part in, which bias correction counts.
+        readers: the subnetworks, of those seen so far, that read the entries.
     """
 
     boxes: dict[str, list[Box]]
@@ -46,7 +46,7 @@ class Regions:
 
     Args:
         parameters: by name; only their shapes and strides count.
-        groups: the index of the parameter group, by name.
+        groups: the index of each parameter's group, by the parameter's name.
         found: disjoint regions that cover the parameters.
     """
 
@@ -59,7 +59,7 @@ class Regions:
         self._table = functools.lru_cache(_CACHED_TABLES)(self._make_table)
 
     def read_by(self, subnetworks: frozenset[Subnetwork]) -> dict[int, tuple[Region, ...]]:
-        """The regions that at least one of these subnetworks reads, by their age."""
+        """Return the regions that at least one of these subnetworks reads, by their age."""
         for subnetwork in subnetworks - self._known:
             self._split(subnetwork)
         by_age: dict[int, tuple[Region, ...]] = {}
@@ -69,7 +69,7 @@ class Regions:
         return by_age
 
     def table(self, sets: Iterable[tuple[Region, ...]]) -> Tensor:
-        """The rectangles of sets of regions, for ``kernels.adamw``.
+        """Return the rectangles of sets of regions, for ``kernels.adamw``.
 
         Each set has one step per parameter group: the step of set ``i`` has index ``group * number of sets + i``. Equal
         sets get the same tensor again, because backends keep what they derive from it.
@@ -78,7 +78,7 @@ class Regions:
 
     def _make_table(self, sets: tuple[tuple[Region, ...], ...]) -> Tensor:
         rows = []
-        # Parameters are the outer loop, because the regions of one parameter lie side by side in memory.
+        # The outer loop is over parameters, because the regions of one parameter lie side by side in memory.
         for index, (name, parameter) in enumerate(self._parameters.items()):
             for i, regions in enumerate(sets):
                 step = self._groups[name] * len(sets) + i
@@ -87,7 +87,7 @@ class Regions:
         return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
 
     def _split(self, subnetwork: Subnetwork) -> None:
-        """Split every region into what a new subnetwork reads of it and the rest."""
+        """Split every region into the entries that a new subnetwork reads, and the others."""
         slices = parameter_slices(self._config, subnetwork)
         read = {}
         for name, parameter in self._parameters.items():
@@ -96,22 +96,23 @@ class Regions:
             read[name] = list(itertools.product(*axes, *whole))
         regions = []
         for region in self.all:
-            inside, outside = {}, {}
+            inside: dict[str, list[Box]] = {}
+            outside: dict[str, list[Box]] = {}
             for name, boxes in region.boxes.items():
                 shared = [intersection(box, other) for box in boxes for other in read[name]]
                 inside[name] = join(box for box in shared if box)
                 outside[name] = join(rest for box in boxes for rest in subtract(box, read[name]))
-            for boxes, readers in ((inside, {*region.readers, subnetwork}), (outside, region.readers)):
-                boxes = {name: found for name, found in boxes.items() if found}
-                if boxes:
-                    regions.append(Region(boxes, region.age, readers))
+            for part, readers in ((inside, {*region.readers, subnetwork}), (outside, region.readers)):
+                part = {name: boxes for name, boxes in part.items() if boxes}
+                if part:
+                    regions.append(Region(part, region.age, readers))
         self.all = regions
         self._known.add(subnetwork)
         self._table.cache_clear()
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """What two boxes share, or None."""
+    """Return the box that two boxes share, or None."""
     shared = []
     for (a_start, a_length), (b_start, b_length) in zip(a, b, strict=True):
         start, stop = max(a_start, b_start), min(a_start + a_length, b_start + b_length)
@@ -122,7 +123,7 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 
 def subtract(box: Box, others: Iterable[Box]) -> list[Box]:
-    """The part of a box that lies in none of the others, as disjoint boxes."""
+    """Return the part of a box that lies in none of the others, as disjoint boxes."""
     left = [box]
     for other in others:
         left = [part for box in left for part in _around(box, intersection(box, other))]
@@ -130,7 +131,7 @@ def subtract(box: Box, others: Iterable[Box]) -> list[Box]:
 
 
 def _around(box: Box, hole: Box | None) -> list[Box]:
-    """A box without a hole inside it: per axis, the parts below and above the hole."""
+    """Return a box without the hole inside it: per axis, the parts below and above the hole."""
     if hole is None:
         return [box]
     parts = []
@@ -142,7 +143,7 @@ def _around(box: Box, hole: Box | None) -> list[Box]:
 
 
 def join(boxes: Iterable[Box]) -> list[Box]:
-    """The same entries in fewer boxes: two boxes that touch in one axis and agree in all others become one."""
+    """Return the same entries in fewer boxes: two that touch along one axis and agree in all others become one."""
     boxes, before = list(boxes), None
     while boxes != before:
         before = boxes

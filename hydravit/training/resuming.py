@@ -1,4 +1,4 @@
-"""Training states to resume from, and signals that stop a run where it can write one."""
+"""Files from which training resumes, and signals that stop training when it can write one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -16,11 +17,11 @@ _FORMAT = 1
 
 
 def save_state(path: str | os.PathLike, state: dict, identity: dict) -> None:
-    """Write a training state, whole or not at all.
+    """Write the state of a training run, whole or not at all.
 
     Args:
         state: tensors and plain values in dicts and lists.
-        identity: plain values that the resumed run must share: recipe, model, data.
+        identity: plain values in which the resumed run must agree: recipe, model, data.
     Raises:
         OSError: the file could not be written; an older file at ``path`` is then unchanged.
     """
@@ -29,7 +30,7 @@ def save_state(path: str | os.PathLike, state: dict, identity: dict) -> None:
 
 
 def load_state(path: str | os.PathLike, identity: dict) -> dict:
-    """The state in ``path``, on the CPU. Only tensors and plain values are read, never code.
+    """Read the state in ``path``, on the CPU. Only tensors and plain values are read, never code.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -52,7 +53,7 @@ def load_state(path: str | os.PathLike, identity: dict) -> dict:
 
 
 def _first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | None:
-    """``(dotted name, saved, wanted)`` of the first field that differs, or None."""
+    """Return ``(dotted name, saved, wanted)`` of the first field that differs, or None."""
     for key in [*saved, *(key for key in wanted if key not in saved)]:
         a, b = saved.get(key), wanted.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -67,9 +68,9 @@ def _first_difference(saved: dict, wanted: dict, prefix: str = "") -> tuple | No
 class Interrupt:
     """In a ``with`` block, SIGINT and SIGTERM only set ``signal``; a second SIGINT stops the program."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}  # handlers
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers

@@ -1,4 +1,4 @@
-"""Which width, or widths, the next batch trains."""
+"""A random choice of the width, or the widths, that the next batch trains."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ class WidthSampler:
         weights: their relative frequencies; None: all alike.
         per_image: one width per image instead of one per batch.
         seed: equal seeds draw equal widths.
-        rank: the rank of a distributed run, so that each draws its own widths (as the reference does: ranks then wait
-            for the widest), or 0 on all, so that they draw alike.
-
+        rank: the rank in a distributed run: each rank then draws widths of its own, as in the paper's code, and waits
+            for the widest. Or 0 on all ranks, which then draw the same widths.
     Raises:
-        ValueError: for no or repeated widths, or weights that do not fit them.
+        ValueError: there are no widths, one is repeated, or the weights do not fit them.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class WidthSampler:
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
 
     def draw(self, batch: int) -> int | Tensor:
-        """The width of the next batch, or an int64 tensor ``(batch,)`` with one per image."""
+        """Draw the width of the next batch, or an int64 tensor ``(batch,)`` with one width per image."""
         count = batch if self.per_image else 1
         chosen = self._heads[torch.multinomial(self._weights, count, replacement=True, generator=self._generator)]
         return chosen if self.per_image else int(chosen)

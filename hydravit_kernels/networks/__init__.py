@@ -1,6 +1,6 @@
-"""Whole networks for inference, one per kind of device: ``CpuNetwork`` and ``CudaNetwork``.
+"""Whole networks for inference, one class per kind of device: ``CpuNetwork`` and ``CudaNetwork``.
 
-A network packs a model's weights once, in the layout its kernels read, and one packed copy serves every width.
+A network packs a model's weights once, in the layout that its kernels read; the packed weights serve every width.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from hydravit_kernels.subnetwork import Subnetwork
 
 
 class Network(Protocol):
-    """What the two have in common."""
+    """The interface that both have."""
 
     def pack(self, parameters: NetworkParameters) -> None:
-        """Read the parameters again."""
+        """Pack the parameters anew, after they have changed."""
 
     def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], subnet: Tensor | None = None) -> Tensor:
-        """Logits ``(B, classes)`` of images ``(B, C, height, width)``; ``subnet (B,)``: each image's subnetwork."""
+        """The logits ``(B, classes)`` of images ``(B, C, height, width)``.
+
+        ``subnet (B,)``, int64, is the index of each image's subnetwork; None if there is one subnetwork.
+        """
         ...
 
 

@@ -1,7 +1,7 @@
 """The whole network as one op on the CPU, from packed weights.
 
-Packing lays every weight out in panels of ``PANEL`` output channels, input channel by input channel, in one tensor. The
-slice of a narrower width is the beginning of some panels, so one copy serves every width that begins on a panel.
+Packing lays out every weight in panels of ``PANEL`` output channels, input channel by input channel, all in one tensor.
+The slice of a width is the beginning of some panels, so one copy serves every width whose slices begin on a panel.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from hydravit_kernels.subnetwork import Subnetwork
 
 PANEL = 32  # kPanel of csrc/hydravit.h
 
-# What is resolved once per subnetwork is kept for so many. A model has a dozen, but a call may bring any other.
+# How many subnetworks keep their plan. A model has a dozen widths, but callers may bring any subnetwork.
 _MOST_KEPT = 256
 
 
 class _Packed(NamedTuple):
-    """``offsets``: where every parameter begins in ``weights``, -1 where it is absent.
+    """The packed weights, and what belongs to this copy of them.
 
-    ``plans``: per subnetwork its slices, resolved to addresses in ``weights``.
+    ``offsets`` says where each parameter begins in ``weights``, or -1 if it is absent. A plan is a subnetwork's slices,
+    resolved to addresses in ``weights``.
     """
 
     weights: Tensor
@@ -36,13 +37,13 @@ class _Packed(NamedTuple):
 
 
 class CpuNetwork:
-    """A network in float32 by the native kernels. Several threads may use it; workspaces belong to the threads.
+    """A network in float32, computed by the native kernels. Threads may share it: each has a workspace of its own.
 
     Args:
         parameters: tensors on the CPU, which are copied; weights of products in float32.
-        sizes: of the full network.
+        sizes: the sizes of the full network.
     Raises:
-        RuntimeError: the native kernels cannot run here, or a parameter has another shape than ``sizes`` say.
+        RuntimeError: the native kernels cannot run here, or a parameter has not the shape that ``sizes`` demands.
         ValueError: a parameter is missing.
     """
 
@@ -54,9 +55,9 @@ class CpuNetwork:
     @staticmethod
     @functools.lru_cache(_MOST_KEPT)
     def why_not(subnetwork: Subnetwork) -> str:
-        """Why packed weights cannot serve the subnetwork, or "".
+        """Return why packed weights cannot serve the subnetwork, or "".
 
-        They serve rows that begin on a panel and lie side by side.
+        They serve slices whose rows begin on a panel and follow each other without gaps.
         """
         starts = [subnetwork.embed.embed_offset, subnetwork.head.class_offset]
         for layer, s in enumerate(subnetwork.attention):
@@ -68,7 +69,7 @@ class CpuNetwork:
         return f"row {inside[0]} begins inside a panel of {PANEL}" if inside else ""
 
     def pack(self, parameters: NetworkParameters) -> None:
-        """Copy the parameters again. A call in another thread finishes with the copy it began with."""
+        """Copy the parameters anew. A call that runs in another thread finishes with the copy it began with."""
         self.sizes.check(parameters)
         with torch.no_grad():
             weights, offsets = torch.ops.hydravit.pack_network_native(parameters.flat(), self.sizes)
@@ -83,14 +84,14 @@ class CpuNetwork:
         *,
         pooled_only: bool = True,
     ) -> Tensor:
-        """Images ``(B, C, height, width)`` to logits ``(B, classes)``, without gradients.
+        """Compute the logits ``(B, classes)`` of images ``(B, C, height, width)``, without gradients.
 
         Args:
-            subnet: ``(B,)`` int64, which of the subnetworks an image uses; None: all use the only one.
+            subnet: ``(B,)`` int64, the index of each image's subnetwork; None if there is one subnetwork.
             pooled_only: the last block computes only the tokens that the head pools, which gives the same bits with
-                less work. False computes all, for comparisons.
+                less work. False computes all tokens, for comparisons.
         Returns:
-            Without a classifier the pooled features ``(B, Dk)``. Beyond an image's own width they are zero.
+            Without a classifier the pooled features ``(B, Dk)``, zero beyond an image's own channels.
         """
         packed = self._packed
         plans = [self._plan(packed, s) for s in subnetworks]

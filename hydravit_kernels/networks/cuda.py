@@ -1,6 +1,6 @@
-"""The whole network as one call on CUDA: packed weights and a workspace for every width and batch, made beforehand.
+"""The whole network as one call on CUDA. The packed weights and a workspace serve every width and batch.
 
-It was never run on a GPU, only on the emulator of tests/cuda.
+It has never run on a GPU, only on the emulator of tests/cuda.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydravit_kernels.parameters import NetworkParameters, NetworkSizes
 from hydravit_kernels.subnetwork import Subnetwork
 
 try:
-    from hydravit_kernels import _cuda
+    from hydravit_kernels import _cuda  # type: ignore[attr-defined]  # a library without annotations
 
     _import_error = ""
 except ImportError as error:
@@ -27,49 +27,52 @@ except ImportError as error:
 class PhaseTime(NamedTuple):
     """How long one phase of a call takes with one shape of its tiles.
 
-    ``tile``: rows and columns of a product's tile, as in "32x64". ``count``: phases of a call that are alike.
-    ``planned``: whether the plan has this tile. ``microseconds``: of one phase, the mean over all layers.
+    Attributes:
+        tile: rows and columns of a product's tile, as in "32x64".
+        count: how many phases of a call are alike.
+        planned: whether calls use this tile.
+        microseconds: for one phase, the mean over all layers.
     """
 
     name: str
     tile: str
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of this name
     planned: bool
     blocks: int
     microseconds: float
 
 
 def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in float8_e4m3fn and their float scales ``(rows, 1)``, bit for bit what a network of that dtype packs.
+    """Convert rows to float8_e4m3fn and their float scales ``(rows, 1)``, bit for bit as a network of that dtype packs.
 
-    The largest weight of a row becomes the largest number of the dtype. The row is that of the full matrix, so that
-    every width has the same weights. NaN and infinite weights become NaN and do not count for the scale.
+    The scale maps the largest weight of a row to the largest number of the dtype. It is taken over the full row, so
+    that every width has the same weights. NaN and infinite weights become NaN and do not count for the scale.
     """
     rows = weight.detach().flatten(1).float()
     finite = rows.isfinite()
     largest = rows.abs().where(finite, 0.0).amax(1, keepdim=True)
     highest = rows.new_full((), torch.finfo(torch.float8_e4m3fn).max)  # a tensor: CUDA does not divide by it exactly
     scales = (largest / highest).clamp(min=torch.finfo(torch.float32).tiny)
-    # Versions of PyTorch convert an infinite number differently.
+    # Versions of PyTorch convert infinity differently, so it is replaced first.
     return (rows / scales).where(finite, torch.nan).to(torch.float8_e4m3fn), scales
 
 
 class CudaNetwork:
-    """A network in bf16 or fp16 with float accumulation; the residual stream is float.
+    """A network in bf16 or fp16 with float accumulation and a float residual stream.
 
-    With float8_e4m3fn the matrices alone have that dtype, each row with a float scale; activations are then fp16.
-    One network serves one thread and one stream at a time.
+    With float8_e4m3fn only the matrices have that dtype, with a float scale per row; activations are then fp16.
+    A network serves one thread and one CUDA stream at a time.
 
     Args:
-        parameters: on one CUDA device, in any floating dtype of 16 or 32 bits; they are copied.
-        sizes: of the full network.
-        subnetworks: those that calls may name.
+        parameters: tensors on one CUDA device, in any floating dtype of 16 or 32 bits, which are copied.
+        sizes: the sizes of the full network.
+        subnetworks: the ones that calls may name.
         dtype: of weights and activations: bfloat16, float16 or float8_e4m3fn.
         max_batch: the most images of one call.
-        loader: "best" for the device, or "async": the way of sm_80, on a newer device too.
+        loader: how tiles are loaded: "best" for the device, or "async", which is sm_80's way on newer devices too.
     Raises:
-        RuntimeError: the kernels cannot run there, or a parameter has another shape than ``sizes`` say.
-        ValueError: a model, subnetwork or dtype that the kernels cannot compute, or a missing parameter.
+        RuntimeError: the kernels cannot run there, or a parameter has not the shape that ``sizes`` demands.
+        ValueError: the kernels cannot compute the model, a subnetwork or the dtype, or a parameter is missing.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class CudaNetwork:
 
     @staticmethod
     def why_not(device: torch.device) -> str:
-        """Why there is no CUDA network on this device, or ""."""
+        """Return why there is no CUDA network on this device, or ""."""
         if device.type != "cuda":
             return f"has no kernels for device {device.type!r}"
         if _cuda is None:
@@ -115,7 +118,7 @@ class CudaNetwork:
         return self._memory[0]
 
     def pack(self, parameters: NetworkParameters) -> None:
-        """Read the parameters again, on the current stream."""
+        """Pack the parameters anew, on the current stream."""
         self.sizes.check(parameters)
         rows = [None if p is None else _rows(p.detach()) for p in parameters.flat()]
         table = [(0, "float32", 0) if r is None else (r.data_ptr(), _name(r.dtype), r.stride(0)) for r in rows]
@@ -123,10 +126,11 @@ class CudaNetwork:
             self._network.pack(table, self._stream())
 
     def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], subnet: Tensor | None = None) -> Tensor:
-        """Images ``(B, C, height, width)`` of 16 or 32 bits to float32 logits, on the current stream.
+        """Compute the float32 logits of images ``(B, C, height, width)`` of 16 or 32 bits, on the current stream.
 
-        Raises ``ValueError`` for more than one subnetwork: a call on CUDA has one width.
+        Raises ``ValueError`` for more than one subnetwork, because a call on CUDA has one width.
         """
+        images = images.contiguous()  # a copy has to live until the call is launched
         index, ends, logits = self._ends(images, subnetworks)
         if len(images):
             with self._current():
@@ -134,24 +138,24 @@ class CudaNetwork:
         return logits
 
     def time_phases(self, images: Tensor, subnetwork: Subnetwork, repeats: int = 20) -> list[PhaseTime]:
-        """How long each phase of a call takes by itself, in every shape that its tiles can have; waits for it."""
-        index, ends, _ = self._ends(images, [subnetwork])
+        """Measure how long each phase of a call takes by itself, with every shape of its tiles; wait for the result."""
+        images = images.contiguous()
+        index, ends, _logits = self._ends(images, [subnetwork])
         with self._current():
             times = self._network.time_phases(index, len(images), *ends, repeats, self._stream())
         return [PhaseTime(*time) for time in times]
 
     def _ends(self, images: Tensor, subnetworks: Sequence[Subnetwork]) -> tuple[int, tuple[int, str, int], Tensor]:
-        """The subnetwork's index, where a call reads and writes, and its logits."""
+        """The subnetwork's index, where a call reads contiguous images and writes logits, and these logits."""
         if len(subnetworks) != 1:
             raise ValueError(f"subnetworks: one for all images expected on CUDA, {len(subnetworks)} given")
         (subnetwork,) = subnetworks
-        images = images.contiguous()
         columns = subnetwork.head.classes if self.sizes.classes else subnetwork.embed.embed
         logits = torch.empty(images.shape[0], columns, device=self.device)
         return self._index[subnetwork], (images.data_ptr(), _name(images.dtype), logits.data_ptr()), logits
 
     def _current(self) -> AbstractContextManager:
-        """The network makes its device the current one, for torch too: within this context and no longer."""
+        """A context in which the network may make its device the current one; afterwards torch has its own again."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _stream(self) -> int:
@@ -166,7 +170,7 @@ class CudaNetwork:
 
 
 def _rows(parameter: Tensor) -> Tensor:
-    """The parameter as a vector, or as a matrix of contiguous rows: a view wherever that is possible."""
+    """The parameter as a vector or as a matrix with contiguous rows, as a view if possible."""
     if parameter.dim() == 3:  # tokens: (1, count, channels)
         parameter = parameter[0]
     if parameter.dim() > 2:

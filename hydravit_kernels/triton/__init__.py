@@ -1,8 +1,8 @@
-"""The blocks in Triton, for GPU training and throughput; never run on a GPU yet.
+"""The blocks in Triton, for training and throughput on GPUs, one file per block.
 
-Tests run them on Triton's interpreter and compile them for GPUs that are not there.
-
-One file per block; the arguments of the functions here are those of the ops in ``hydravit_kernels/ops.py``.
+The functions take the arguments of the ops in ``hydravit_kernels/ops.py``, with the parameters as one tuple and the
+gradient buffers as another. They have never run on a GPU: tests run them on Triton's interpreter, and compile them for
+GPUs that need not be there.
 """
 
 from hydravit_kernels.triton.adamw import adamw

@@ -1,8 +1,9 @@
 """AdamW and the moving average of the weights in one launch; arguments as in ``hydravit_kernels/adamw.py``.
 
-The kernel reads and writes every element once. The host copies to the device, once per table of rectangles, where the
-rectangles lie and which program takes which part of them. A call copies the numbers of its steps, some hundred bytes,
-and waits for nothing. No captured graph can hold a call, because these numbers differ from call to call.
+The kernel reads and writes every element once. The host plans a table of rectangles once: it copies to the device where
+the rectangles lie and which program takes which tile of them. A call then copies only the numbers of its steps, some
+hundred bytes, and waits for nothing. No captured graph can contain a call, because these numbers differ from call to
+call.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hydravit_kernels.adamw import AdamWStep
 from hydravit_kernels.triton.launch import INTERPRETED, launch
 
-_TILE, _WARPS = 1024, 8  # elements of a program, four per thread: a vector of float32
+_TILE, _WARPS = 1024, 8  # elements per program, which are four per thread: one vector of float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_KEPT = 2  # plans per table: one more than needed, for tensors that are replaced now and then
+_MOST_PLANS = 2  # per table; one suffices until tensors are replaced, and then the next call may bring the old ones
 
 
 class _Rectangle(NamedTuple):
-    """A row on the device. Addresses are those of the rectangle's first element; an average of 0 means none."""
+    """A rectangle on the device, a row of int64.
+
+    The first five are addresses of its first element in each array; an ``average`` of 0 means that there is none.
+    ``step`` is the index of its step, and ``first_tile`` is the program that takes its first tile.
+    """
 
     weight: int
     gradient: int
@@ -39,41 +44,51 @@ class _Rectangle(NamedTuple):
     first_tile: int
 
 
-_INTS = tl.constexpr(len(_Rectangle._fields))
+_INTEGERS = tl.constexpr(len(_Rectangle._fields))
 _NUMBERS = tl.constexpr(len(AdamWStep._fields))
 
 
 @triton.jit
 def _interpolate(start, end, weight):
-    """``start + weight * (end - start)``, from the end that is nearer: with a weight of 1 it is ``end``, exactly."""
+    """``start + weight * (end - start)``, computed from the nearer end, so that a weight of 1 gives exactly ``end``."""
     near_start = weight < 0.5
     return tl.fma(end - start, tl.where(near_start, weight, weight - 1.0), tl.where(near_start, start, end))
 
 
 @triton.jit
-def _array(address, like, ALIGN: tl.constexpr):
+def _pointer(address, like, ALIGN: tl.constexpr):
+    """The address as a pointer of the type of ``like``, a multiple of ``ALIGN`` elements."""
     return tl.multiple_of(address.to(like.dtype), ALIGN * (like.dtype.element_ty.primitive_bitwidth // 8))
 
 
-# Grid: (tiles,). `like` is any of the arrays; all addresses, strides and columns are multiples of ALIGN elements.
 @triton.jit(do_not_specialize=["like"])
 def _adamw_kernel(like, tiles, rectangles, steps, ALIGN: tl.constexpr, TILE: tl.constexpr):
-    row = rectangles + tl.load(tiles + tl.program_id(0)) * _INTS
+    """Take ``TILE`` elements of one rectangle, counted row by row, through their step.
+
+    Grid: (tiles,)
+
+    like: any of the arrays, for its dtype
+    tiles: (tiles,) int32, per program the index of its rectangle
+    rectangles: (rectangles, fields) int64; ALIGN elements divide all addresses, strides and columns
+    steps: (steps, fields) float32, rows as ``AdamWStep``
+    """
+    row = rectangles + tl.load(tiles + tl.program_id(0)) * _INTEGERS
+    average_address = tl.load(row + 4)
     rectangle = _Rectangle(
-        _array(tl.load(row), like, ALIGN),
-        _array(tl.load(row + 1), like, ALIGN),
-        _array(tl.load(row + 2), like, ALIGN),
-        _array(tl.load(row + 3), like, ALIGN),
-        _array(tl.load(row + 4), like, ALIGN),
+        _pointer(tl.load(row), like, ALIGN),
+        _pointer(tl.load(row + 1), like, ALIGN),
+        _pointer(tl.load(row + 2), like, ALIGN),
+        _pointer(tl.load(row + 3), like, ALIGN),
+        _pointer(average_address, like, ALIGN),
         tl.load(row + 5),
         tl.load(row + 6).to(tl.int32),
         tl.multiple_of(tl.load(row + 7).to(tl.int32), ALIGN),
         tl.multiple_of(tl.load(row + 8).to(tl.int32), ALIGN),
         tl.load(row + 9).to(tl.int32),
     )
-    i = (tl.program_id(0) - rectangle.first_tile) * TILE + tl.arange(0, TILE)  # row by row
+    i = (tl.program_id(0) - rectangle.first_tile) * TILE + tl.arange(0, TILE)
     here = i < rectangle.rows * rectangle.columns
-    averaged = here & (rectangle.average.to(tl.int64) != 0)
+    averaged = here & (average_address != 0)
     place = i // rectangle.columns * rectangle.row_stride + i % rectangle.columns
 
     weight = tl.load(rectangle.weight + place, mask=here, other=0.0).to(tl.float32)
@@ -105,15 +120,19 @@ def _adamw_kernel(like, tiles, rectangles, steps, ALIGN: tl.constexpr, TILE: tl.
     tl.store(rectangle.average + place, average.to(dtype), mask=averaged)
 
 
-class _Part(NamedTuple):
-    """Rectangles on the device, for tensors at certain addresses."""
+class _Launch(NamedTuple):
+    """The arguments of a launch that stay the same from call to call; the kernel documents them.
 
-    align: int  # elements; more than one: memory is read and written in vectors
-    tiles: Tensor  # int32: per program the index of its rectangle
-    rectangles: Tensor  # int64, rows as ``_Rectangle``
+    With an ``align`` of more than one element, memory is read and written in vectors.
+    """
+
+    align: int
+    tiles: Tensor
+    rectangles: Tensor
 
 
-_plans = WeakTensorKeyDictionary()  # per table, a list of parts per number of steps and addresses
+# Per table, and then per number of steps and addresses of the tensors, the launches.
+_plans = WeakTensorKeyDictionary()
 
 
 def adamw(
@@ -132,40 +151,41 @@ def adamw(
     addresses = tuple(tuple(t.data_ptr() for t in array) for array in arrays)
     plans, key = _plans.setdefault(rectangles, {}), (len(steps), addresses)
     if key not in plans:
-        if len(plans) >= _KEPT:
+        if len(plans) >= _MOST_PLANS:
             plans.clear()
         _check_arrays(*arrays)
         _check_rectangles(weights, rectangles, len(steps))
         plans[key] = _make_plan(like, addresses, rectangles)
     _check_steps(steps)
     numbers = _on_device(steps, like)
-    for part in plans[key]:  # nearly always only one has tiles
+    for planned in plans[key]:
         launch(
-            _adamw_kernel, (len(part.tiles),), like, like, part.tiles, part.rectangles, numbers,
-            ALIGN=part.align, TILE=_TILE,
-            # The kernel itself says what is fused, so that both of its variants compute the same bits.
+            _adamw_kernel, (len(planned.tiles),), like, like, planned.tiles, planned.rectangles, numbers,
+            ALIGN=planned.align, TILE=_TILE,
+            # The compiler must not fuse on its own: both variants of the kernel compute the same bits.
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def _make_plan(like: Tensor, addresses: Sequence[Sequence[int]], rectangles: Tensor) -> list[_Part]:
+def _make_plan(like: Tensor, addresses: Sequence[Sequence[int]], rectangles: Tensor) -> list[_Launch]:
+    """One launch for rectangles that can be read in vectors and one for the others, of which one is mostly empty."""
     size = like.element_size()
     tensor, step, offset, rows, row_stride, columns = rectangles.unbind(1)
     starts = [torch.tensor(a)[tensor] + offset * size if a else torch.zeros_like(offset) for a in addresses]
-    counts = (rows * columns + _TILE - 1) // _TILE
-    table = torch.stack([*starts, step, rows, row_stride, columns, counts], 1)
-    vectors = ((torch.stack([*starts, row_stride * size, columns * size]) % 16) == 0).all(0)
-    parts = []
-    for align, chosen in ((16 // size, vectors), (1, ~vectors)):
-        part, counts = table[chosen], table[chosen, -1]
-        part[:, -1] = counts.cumsum(0) - counts
+    tile_counts = (rows * columns + _TILE - 1) // _TILE
+    table = torch.stack([*starts, step, rows, row_stride, columns, tile_counts], 1)
+    in_vectors = ((torch.stack([*starts, row_stride * size, columns * size]) % 16) == 0).all(0)
+    launches = []
+    for align, chosen in ((16 // size, in_vectors), (1, ~in_vectors)):
+        chosen_table, counts = table[chosen], tile_counts[chosen]
+        chosen_table[:, -1] = counts.cumsum(0) - counts  # first_tile
         tiles = torch.repeat_interleave(counts).to(torch.int32)
-        parts.append(_Part(align, _on_device(tiles, like), _on_device(part, like)))
-    return parts
+        launches.append(_Launch(align, _on_device(tiles, like), _on_device(chosen_table, like)))
+    return launches
 
 
 def _on_device(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy from pinned memory, for which the host need not wait."""
+    """Copy to the device of ``like`` from pinned memory, so that the host does not wait."""
     return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
 
 
@@ -176,7 +196,7 @@ def _check_arrays(weights, gradients, firsts, seconds, averages) -> None:
     if INTERPRETED and like.device.type != "cpu":
         raise RuntimeError(f"weights: device cpu expected by Triton's interpreter, {like.device} given")
     for i, weight in enumerate(weights):
-        if _reach(weight) >= 2**30:  # kernels count in 32 bits, beyond the last element too
+        if _reach(weight) >= 2**30:  # the kernel counts in 32 bits, and masked elements lie behind the last one
             raise RuntimeError(f"weights[{i}]: less than 2**30 elements from the first to the last expected")
     _check_like("weights", weights, weights)
     _check_like("gradients", gradients, weights)
@@ -187,7 +207,7 @@ def _check_arrays(weights, gradients, firsts, seconds, averages) -> None:
 
 
 def _check_like(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Check that tensors have the dtype and device of the first weight, and each the shape and strides of its own."""
+    """Check that all tensors have the weights' dtype and device, and each the shape and strides of its weight."""
     if len(tensors) != len(weights):
         raise RuntimeError(f"{name}: as many tensors as weights expected, {len(tensors)} for {len(weights)} given")
     dtype, device = weights[0].dtype, weights[0].device
@@ -202,7 +222,7 @@ def _check_like(name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor])
 
 
 def _reach(tensor: Tensor) -> int:
-    """The number of elements from the first in memory to the last."""
+    """How many elements of memory the tensor spans, from its first element to its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return last + 1 if tensor.numel() else 0
 

@@ -1,6 +1,6 @@
-"""What the ops check of their arguments: kernels get pointers and would read whatever lies there.
+"""Checks of the ops' arguments, because a kernel that got a wrong pointer or size would read whatever lies there.
 
-Everything raises ``RuntimeError`` in the words of the native backend: what was expected, and what was given.
+All raise ``RuntimeError`` in the words of the native backend: what was expected, and what was given.
 """
 
 from __future__ import annotations
@@ -10,37 +10,41 @@ import math
 import torch
 from torch import Tensor
 
+from hydravit_kernels.parameters import BlockParameters
 from hydravit_kernels.triton.launch import INTERPRETED, Batch
-from hydravit_kernels.triton.parts import Parts
+from hydravit_kernels.triton.slices import ProductSlices
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def enter(x: Tensor, width: int, subnet: Tensor | None, count: int) -> tuple[Batch, Tensor]:
-    """The batch, and ``x (B, N, width)`` as rows: a view, unless the images do not lie one after the other."""
+def batch_of(x: Tensor, channels: int, subnet: Tensor | None, count: int) -> tuple[Batch, Tensor]:
+    """Check ``x (B, N, channels)`` and the ``count`` slices; return the batch, and ``x`` as rows."""
     check_activation("x", x)
-    if x.dim() != 3 or x.shape[2] != width or x.shape[1] == 0:
-        raise RuntimeError(f"x: shape (B, N, {width}) with a token at least expected, {tuple(x.shape)} given")
-    if width > 1 and x.stride(2) != 1:
+    if x.dim() != 3 or x.shape[2] != channels or x.shape[1] == 0:
+        raise RuntimeError(f"x: shape (B, N, {channels}) with a token at least expected, {tuple(x.shape)} given")
+    if channels > 1 and x.stride(2) != 1:
         raise RuntimeError(f"x: innermost stride 1 expected, {x.stride(2)} given")
     check_subnet(subnet, x, count)
-    return Batch(x.shape[0], x.shape[1], subnet), joined(x, width)
+    return Batch(x.shape[0], x.shape[1], subnet), as_rows(x)
 
 
-def joined(tensor: Tensor, width: int) -> Tensor:
-    """All axes but the last joined, of ``width``: a view where they can be and kernels can count along it."""
-    rows = tensor.reshape(math.prod(tensor.shape[:-1]), width)
-    return rows if rows.stride(0) < 2**24 else rows.contiguous()  # inside a tile they count in 32 bits
-
-
-def as_rows(name: str, tensor: Tensor, x: Tensor, *shape: int) -> Tensor:
-    """An activation of this shape beside ``x``, all but its last axis joined: a view where they can be."""
+def rows_like(x: Tensor, name: str, tensor: Tensor, *shape: int) -> Tensor:
+    """Check an activation's shape, and that its dtype and device are those of ``x``; return it as rows."""
     if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
         given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise RuntimeError(f"{name}: {x.dtype} {shape} on {x.device} expected, {given} given")
     if shape[-1] > 1 and tensor.stride(-1) != 1:
         raise RuntimeError(f"{name}: innermost stride 1 expected, {tensor.stride(-1)} given")
-    return joined(tensor, shape[-1])
+    return as_rows(tensor)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """``(rows, columns)``: all axes but the last joined. It is a view where the strides allow one.
+
+    Rows far apart are copied too, because kernels count in 32 bits inside a tile.
+    """
+    rows = tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return rows if rows.stride(0) < 2**24 else rows.contiguous()
 
 
 def check_activation(name: str, x: Tensor) -> None:
@@ -51,6 +55,7 @@ def check_activation(name: str, x: Tensor) -> None:
 
 
 def check_subnet(subnet: Tensor | None, x: Tensor, count: int) -> None:
+    """Check the images' indices into ``count`` slices; None means that there is one slice."""
     if subnet is None:
         if count != 1:
             raise RuntimeError(f"slices: one expected where subnet is not given, {count} given")
@@ -63,9 +68,10 @@ def check_subnet(subnet: Tensor | None, x: Tensor, count: int) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | None, ...]) -> None:
-    """A parameter of this shape (None: any size) that can be read in place: on the device of ``x``, rows without gaps.
+    """Check that kernels can read a parameter of this shape in place; None stands for any size.
 
-    Rows, of tokens those behind a first axis of one, may lie any number of elements apart, but nothing else may.
+    It must lie on the device of ``x``. Its rows may lie any number of elements apart, but there are no gaps inside a
+    row. Tokens ``(1, count, channels)`` have their rows behind the first axis.
     """
     expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
     if tensor.dim() != len(shape) or any(s not in (None, t) for s, t in zip(shape, tensor.shape, strict=True)):
@@ -81,25 +87,26 @@ def check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | None, 
         raise RuntimeError(f"{name}: less than 2**31 elements from the first to the last expected")
 
 
-def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
-    for name, vector in vectors.items():
-        if vector is not None:
+def check_vectors(x: Tensor, size: int, parameters: BlockParameters, *names: str) -> None:
+    """Check the named parameters, each a vector of ``size`` or None."""
+    for name in names:
+        if (vector := getattr(parameters, name)) is not None:
             check_tensor(name, vector, x, (size,))
 
 
-def check_weight(name: str, weight: Tensor, x: Tensor, parts: Parts, shape: tuple[int | None, ...]) -> None:
-    """Also that it holds the parts."""
+def check_weight(name: str, weight: Tensor, x: Tensor, slices: ProductSlices, shape: tuple[int | None, ...]) -> None:
+    """Check a weight, and that it contains the slices."""
     check_tensor(name, weight, x, shape)
-    rows, columns = parts.reach()
+    rows, columns = slices.reach()
     if rows > weight.shape[0]:
         raise RuntimeError(f"{name}: rows up to {rows} expected, {weight.shape[0]} given")
     if columns > weight[:1].numel():
         raise RuntimeError(f"{name}: columns up to {columns} expected, {weight[:1].numel()} given")
 
 
-def check_buffers(x: Tensor, **pairs: tuple[Tensor | None, Tensor | None]) -> None:
-    """By the name of a parameter: the parameter, and the buffer that its gradient is added to."""
-    for name, (parameter, buffer) in pairs.items():
+def check_buffers(x: Tensor, parameters: BlockParameters, buffers: BlockParameters) -> None:
+    """Check the buffers to which the gradients of ``parameters`` are added."""
+    for name, parameter, buffer in zip(parameters._fields, parameters, buffers, strict=True):
         if buffer is None:
             continue
         if parameter is None:

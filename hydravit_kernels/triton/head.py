@@ -1,86 +1,79 @@
-"""Head: mean of the pooled tokens, norm, classifier, the last two where given; arguments as in ``ops.py``.
+"""Head: mean of the pooled tokens, norm and classifier, each if given; arguments as in ``ops.py``.
 
-The mean is PyTorch's: one pass over what is read once, and of a single token only a view. From there on the rows are
-the images, few and cheap.
+The mean is PyTorch's, as it reads every token once anyway; a single token needs none and is a view. After it the batch
+has one row per image, which is little work.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hydravit_kernels.triton.checks import as_rows, check_buffers, check_vectors, check_weight, enter
+from hydravit_kernels.parameters import HeadParameters
+from hydravit_kernels.triton.checks import batch_of, check_buffers, check_vectors, check_weight, rows_like
 from hydravit_kernels.triton.gradients import add_column_sums, add_weight_gradient
 from hydravit_kernels.triton.norm import norm_backward, norm_forward
-from hydravit_kernels.triton.parts import Parts, head_parts, table
 from hydravit_kernels.triton.product import product
+from hydravit_kernels.triton.slices import ProductSlices, head_products, slice_table
 
 
 def _pooled(x, pool_start, pool_stop):
-    """``(B, 1, Dk)``: one row per image."""
+    """The mean of the tokens ``[pool_start, pool_stop)``: ``(B, 1, Dk)``."""
     if not 0 <= pool_start < pool_stop <= x.shape[1]:
         raise RuntimeError(f"pool: a range in [0, {x.shape[1]}) expected, [{pool_start}, {pool_stop}) given")
     tokens = x[:, pool_start:pool_stop]
     return tokens if pool_stop - pool_start == 1 else tokens.mean(dim=1, keepdim=True)
 
 
-def _own_channels(rows, parts: Parts, subnet):
-    """``rows``, zero beyond an image's own width; a copy."""
+def _own_channels(rows, features: ProductSlices, subnet):
+    """A copy of ``rows (B, Dk)`` that is zero beyond each image's own channels."""
     if subnet is None:
         return rows.clone()
-    own = table(parts.parts, rows.device)[subnet, 1]
+    own = slice_table(features.each, rows.device)[subnet, 1]  # the field ``columns``
     return torch.where(torch.arange(rows.shape[1], device=rows.device) < own[:, None], rows, 0.0)
 
 
-def _enter(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet):
-    """What forward and backward check; the parts, the batch, and the pooled tokens as rows."""
-    classifier, features = head_parts(tuple(slices))
-    batch, rows = enter(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.parts))
-    if norm_weight is not None:
-        check_vectors(x, norm_weight.shape[0], norm_weight=norm_weight, norm_bias=norm_bias)
+def _check(x, p: HeadParameters, pool_start, pool_stop, slices, subnet):
+    """Check the arguments of forward and backward; return both products, the batch, and the pooled tokens as rows."""
+    classifier, features = head_products(tuple(slices))
+    batch, rows = batch_of(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.each))
+    if p.norm_weight is not None:
+        check_vectors(x, p.norm_weight.shape[0], p, "norm_weight", "norm_bias")
         reached = features.reach()[1]
-        if reached > norm_weight.shape[0]:
-            raise RuntimeError(f"norm_weight: {reached} channels expected, {norm_weight.shape[0]} given")
-    if weight is not None:
-        check_weight("weight", weight, x, classifier, (None, None))
-        check_vectors(x, weight.shape[0], bias=bias)
+        if reached > p.norm_weight.shape[0]:
+            raise RuntimeError(f"norm_weight: {reached} channels expected, {p.norm_weight.shape[0]} given")
+    if p.weight is not None:
+        check_weight("weight", p.weight, x, classifier, (None, None))
+        check_vectors(x, p.weight.shape[0], p, "bias")
     return classifier, features, batch, rows
 
 
-def head(x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet):
-    classifier, features, batch, rows = _enter(
-        x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
-    )
-    if norm_weight is not None:
-        rows = norm_forward(batch, rows, norm_weight, norm_bias, features, eps).y
-    elif weight is None:
+def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet):
+    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, subnet)
+    if p.norm_weight is not None:
+        rows = norm_forward(batch, rows, p.norm_weight, p.norm_bias, features, eps).y
+    elif p.weight is None:
         rows = _own_channels(rows, features, subnet)
-    return rows if weight is None else product(batch, rows, weight, classifier, bias=bias)
+    return rows if p.weight is None else product(batch, rows, p.weight, classifier, bias=p.bias)
 
 
 def head_backward(
-    grad, x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, eps, subnet, x_grad,
-    grad_norm_weight, grad_norm_bias, grad_weight, grad_bias,
-):  # fmt: skip
-    classifier, features, batch, rows = _enter(
-        x, norm_weight, norm_bias, weight, bias, pool_start, pool_stop, slices, subnet
-    )
-    check_buffers(
-        x, norm_weight=(norm_weight, grad_norm_weight), norm_bias=(norm_bias, grad_norm_bias),
-        weight=(weight, grad_weight), bias=(bias, grad_bias),
-    )  # fmt: skip
-    grad = as_rows("grad", grad, x, batch.images, features.columns if weight is None else classifier.rows)
-    norm = None if norm_weight is None else norm_forward(batch, rows, norm_weight, norm_bias, features, eps)
-    if weight is not None:
-        add_weight_gradient(batch, grad, rows if norm is None else norm.y, grad_weight, classifier)
-        add_column_sums(batch, grad, grad_bias, None, classifier)
-        grad = product(batch, grad, weight, classifier, transposed=True)
+    grad, x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet, x_grad, buffers: HeadParameters
+):
+    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, subnet)
+    check_buffers(x, p, buffers)
+    grad = rows_like(x, "grad", grad, batch.images, features.columns if p.weight is None else classifier.rows)
+    norm = None if p.norm_weight is None else norm_forward(batch, rows, p.norm_weight, p.norm_bias, features, eps)
+    if p.weight is not None:
+        add_weight_gradient(batch, grad, rows if norm is None else norm.y, buffers.weight, classifier)
+        add_column_sums(batch, grad, buffers.bias, None, classifier)
+        grad = product(batch, grad, p.weight, classifier, transposed=True)
     if norm is not None:
-        add_column_sums(batch, grad, grad_norm_bias, grad_norm_weight, features, x=rows, norm=norm)
+        add_column_sums(batch, grad, buffers.norm_bias, buffers.norm_weight, features, x=rows, norm=norm)
     if not x_grad:
         return x.new_empty(0)
     if norm is not None:
-        grad = norm_backward(batch, grad, rows, norm, norm_weight, features)
-    elif weight is None:
+        grad = norm_backward(batch, grad, rows, norm, p.norm_weight, features)
+    elif p.weight is None:
         grad = _own_channels(grad, features, subnet)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dx[:, pool_start:pool_stop] = (grad / (pool_stop - pool_start))[:, None]

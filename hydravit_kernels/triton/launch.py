@@ -1,7 +1,8 @@
 """How kernels are launched: on which device, in tiles of which size, for which rows.
 
-Tile sizes go by device and problem, never by width: one configuration serves all, so another width compiles nothing.
-Those below follow from shared memory and registers; none was measured on a GPU yet.
+Tile sizes depend on the device and the problem, never on the width, so that another width compiles nothing. Those below
+were chosen by the shared memory and the registers they need; none was measured on a GPU yet. Kernels name their sizes
+in ``do_not_specialize`` for the same reason: Triton would compile anew for a size of 1 and for multiples of 16.
 """
 
 from __future__ import annotations
@@ -16,21 +17,27 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
-ROWS, CHUNK = 32, 64  # rows and columns that a norm or a sum takes at a time, so that no block grows with the width
+# Norms and sums take this many rows and columns at a time, so that no block grows with the width.
+ROWS, CHUNK = 32, 64
 
 
 class Tiles(NamedTuple):
-    """Rows and columns of a program's result, depth of one step of its loop; of attention: queries, keys, -."""
+    """The tile of one program, and how it is compiled.
+
+    A matrix product computes ``rows`` times ``columns`` of its result and takes ``k_step`` elements of the reduction
+    axis K at a time. Attention takes ``rows`` queries and ``columns`` keys at a time, and all of the head: ``k_step``
+    is 0.
+    """
 
     rows: int
     columns: int
-    depth: int
+    k_step: int
     warps: int
     stages: int
 
 
-# By compute capability and bytes per element: of a product, of one that ends with the derivative of GELU (its tile is
-# there twice), of a weight's gradient, of attention forward and backward.
+# Problem -> bytes per element -> tiles, one table per kind of GPU. "gelu_backward" is a product whose epilogue
+# multiplies with the derivative of GELU, for which it holds a second tile; "gradient" is the gradient of a weight.
 _HOPPER = {
     "product": {2: Tiles(128, 128, 64, 8, 3), 4: Tiles(128, 64, 32, 8, 3)},
     "gelu_backward": {2: Tiles(128, 64, 64, 8, 3), 4: Tiles(64, 64, 32, 8, 3)},
@@ -52,7 +59,7 @@ _ANY = {  # small enough for 64 KiB of shared memory
     "attention": {2: Tiles(64, 32, 0, 4, 1), 4: Tiles(32, 32, 0, 4, 1)},
     "attention_backward": {2: Tiles(32, 32, 0, 4, 1), 4: Tiles(16, 16, 0, 4, 1)},
 }
-_SMALL = {  # for the interpreter: several tiles also of what is small enough for it
+_SMALL = {  # for the interpreter, whose problems are small: they too shall take several tiles
     "product": dict.fromkeys((2, 4), Tiles(64, 64, 64, 1, 1)),
     "gelu_backward": dict.fromkeys((2, 4), Tiles(64, 64, 64, 1, 1)),
     "gradient": dict.fromkeys((2, 4), Tiles(64, 64, 32, 1, 1)),
@@ -63,25 +70,26 @@ _BY_CAPABILITY = {(9, 0): _HOPPER, (8, 0): _AMPERE}
 
 
 @functools.cache
-def table(device: torch.device) -> dict[str, dict[int, Tiles]]:
-    """Of the device's kind, by problem and bytes per element; whoever looks for better ones changes it."""
+def tile_table(device: torch.device) -> dict[str, dict[int, Tiles]]:
+    """The tiles for the device, by problem and bytes per element. The search for better ones changes this table."""
     if INTERPRETED:
         return _SMALL
     if torch.version.hip:
-        return _ANY  # such a GPU's capability is no compute capability
+        return _ANY  # the capability of such a GPU is no compute capability
     return _BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _ANY)
 
 
 def tiles(problem: str, like: Tensor, align: int, weight: Tensor | None = None) -> Tiles:
-    """For activations like these, times such a weight; ``align`` divides all sizes and offsets.
+    """The tiles for activations like ``like``, multiplied by ``weight`` if given.
 
-    Where that makes no vectors of 16 bytes, addresses alone would take the registers of large tiles. A weight in more
-    precision than the activations is read in thinner tiles, so that as many fit into shared memory.
+    ``align`` divides all sizes and offsets. Where it allows no accesses of 16 bytes, the tiles are small, because the
+    addresses of a large tile alone would fill the registers. Where the weight has more bytes per element than the
+    activations, ``k_step`` is halved, so that as many stages fit into shared memory.
     """
     size = like.element_size()
-    found = table(like.device) if align * size >= 16 or INTERPRETED else _ANY
-    t = found[problem][size]
-    return t if weight is None or weight.element_size() <= size else t._replace(depth=t.depth // 2)
+    table = tile_table(like.device) if align * size >= 16 or INTERPRETED else _ANY
+    t = table[problem][size]
+    return t if weight is None or weight.element_size() <= size else t._replace(k_step=t.k_step // 2)
 
 
 @functools.cache
@@ -90,27 +98,27 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """Of products of float32: TensorFloat-32 where PyTorch's own products may use it, and the GPU is NVIDIA's."""
+    """How float32 is multiplied: "tf32" where PyTorch's own products may use it and the GPU is NVIDIA's, or "ieee"."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED and not torch.version.hip
     return "tf32" if allowed else "ieee"
 
 
 @triton.jit
 def _tf32(x):
-    """Rounded to nearest: tensor cores would cut the bits off that they do not take, always towards zero."""
+    """Round to the nearest TF32 number, because tensor cores truncate: their results would shrink towards zero."""
     return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r, r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b`` in float32, ``total`` None for zero; ``PRECISION`` (see ``precision``) is of float32."""
+    """``total + a @ b`` in float32; a ``total`` of None is zero. ``PRECISION``, see ``precision``, concerns float32."""
     if PRECISION == "tf32" and a.dtype == tl.float32:
         a, b = _tf32(a), _tf32(b)
     return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, tiles: Tiles | None = None, **options) -> None:
-    """``kernel`` on the current stream of the device of ``like``; an empty grid is nothing to do."""
+    """Launch ``kernel`` on the current stream of the device of ``like``. An empty grid launches nothing."""
     if math.prod(grid) == 0:
         return
     if tiles is not None:
@@ -120,7 +128,11 @@ def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, tiles: Tiles
 
 
 class Batch(NamedTuple):
-    """The rows of a call's activations. Rows of a group share a slice: all rows, or with ``subnet`` an image's."""
+    """The rows of a call's activations, one per token, image after image.
+
+    The rows of a group share a slice. All rows are one group, or each image is a group where ``subnet (B,)`` gives
+    every image a slice of its own.
+    """
 
     images: int
     tokens: int
@@ -138,38 +150,38 @@ class Batch(NamedTuple):
     def rows_per_group(self) -> int:
         return self.rows if self.subnet is None else self.tokens
 
-    def new(self, like: Tensor, width: int) -> Tensor:
-        """Rows of this width in the dtype of ``like``; zero where an image may leave some unwritten."""
-        return like.new_empty(self.rows, width) if self.subnet is None else like.new_zeros(self.rows, width)
+    def new(self, like: Tensor, columns: int) -> Tensor:
+        """A new ``(rows, columns)`` in the dtype of ``like``; zeros where narrow images leave columns unwritten."""
+        return like.new_empty(self.rows, columns) if self.subnet is None else like.new_zeros(self.rows, columns)
 
 
-class Splits(NamedTuple):
-    """How a sum over rows is cut, so that few and narrow sums still fill the device, evenly.
+class RowSplits(NamedTuple):
+    """How a sum over rows is split among programs, so that a sum of few columns still fills the device (split-K).
 
-    Each of ``count`` parts takes ``groups_per_split`` groups of ``rows_per_group`` rows, one after the other; without
-    one slice per image a group is just a piece of the rows.
+    Each of ``number`` partial sums takes ``groups_per_split`` of the ``groups``, which have ``rows_per_group`` rows.
+    Where all images share a slice, a group is here a block of successive rows.
     """
 
-    count: int
+    number: int
     groups: int
     groups_per_split: int
     rows_per_group: int
 
 
-def split_rows(batch: Batch, programs: int, tile_rows: int, least: int, device: torch.device) -> Splits:
-    """For a sum of which ``programs`` run beside each other anyway.
+def split_rows(batch: Batch, programs: int, tile_rows: int, per_processor: int, device: torch.device) -> RowSplits:
+    """Split the rows of a sum that has ``programs`` programs per split, which take ``tile_rows`` rows at a time.
 
-    The fewest pieces that give every multiprocessor ``least`` programs, and most of them equally many: the device is
-    as late as its last multiprocessor.
+    It takes the fewest splits with which every multiprocessor gets at least ``per_processor`` programs and the last
+    wave of programs leaves few multiprocessors idle, because the slowest one determines the time.
     """
     programs, processors = max(programs, 1), _multiprocessors(device)
-    wanted = triton.cdiv(least * processors, programs)
+    wanted = triton.cdiv(per_processor * processors, programs)
     while wanted * programs < 0.9 * processors * triton.cdiv(wanted * programs, processors):
         wanted += 1
     wanted = max(1, min(wanted, batch.groups * triton.cdiv(batch.rows_per_group, tile_rows)))
     if batch.subnet is None:
         rows = triton.cdiv(triton.cdiv(batch.rows, wanted), tile_rows) * tile_rows
-        count = triton.cdiv(batch.rows, max(rows, 1))
-        return Splits(count, count, 1, rows)
+        number = triton.cdiv(batch.rows, max(rows, 1))
+        return RowSplits(number, number, 1, rows)
     groups = triton.cdiv(batch.images, wanted)
-    return Splits(triton.cdiv(batch.images, max(groups, 1)), batch.images, groups, batch.tokens)
+    return RowSplits(triton.cdiv(batch.images, max(groups, 1)), batch.images, groups, batch.tokens)

@@ -64,7 +64,7 @@ def test_what_is_no_plain_vit_is_not_extracted():
     model = make()
     config = model.config
     cases = [
-        (geometry.dynabert(config, 2), "2 heads of 16 channels are not as wide as its residual stream, 64"),
+        (geometry.dynabert(config, 2), "2 heads of 16 channels are not as wide as its residual, 64"),
         (geometry.skd(config, [(16, 256), (8, 256)]), "its layers differ"),
         (geometry.skd(config, [(8, 256), (8, 256)]), "4 heads of 8 channels"),
         (geometry.skd(config, [(0, 256), (0, 256)]), "it skips a branch"),

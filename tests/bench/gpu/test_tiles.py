@@ -22,7 +22,7 @@ def search(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "report", lambda device: {"triton": "available"})
     monkeypatch.setattr(tiles, "Reference", lambda *_: None)
     table = {"product": {2: FIRST, 4: FIRST}}
-    monkeypatch.setattr(launch, "table", lambda device: table)
+    monkeypatch.setattr(launch, "tile_table", lambda device: table)
     clock = FakeClock()
 
     def make(cost):
@@ -44,7 +44,7 @@ def test_neighbours_change_one_number():
     for other in found:
         changed = [(a, b) for a, b in zip(FIRST, other, strict=True) if a != b]
         assert len(changed) == 1
-    assert all(other.depth == 0 for other in tiles.neighbours(FIRST._replace(depth=0)))  # attention has none
+    assert all(other.k_step == 0 for other in tiles.neighbours(FIRST._replace(k_step=0)))  # attention has no such axis
     assert all(other.rows >= 16 for other in tiles.neighbours(FIRST._replace(rows=16)))  # the least of a product
 
 
