@@ -143,9 +143,9 @@ def test_features_of_another_width(model):
         model.forward_head(features, 2)
 
 
-def test_geometry_of_another_model(model):
+def test_subnetwork_of_another_model(model):
     other = hydravit.geometry.hydravit(hydravit.CONFIGS["base"], 3)
-    with pytest.raises(ValueError, match="geometry has 12 attention"):
+    with pytest.raises(ValueError, match="subnetwork has 12 attention"):
         model(IMAGES, heads=other)
 
 

@@ -223,8 +223,8 @@ def test_arbitrary_offsets(backend):
         heads_of(7, 11), heads_of(80, 11), heads_of(131, 9), heads_of(3, 9), 3, 0.21, list(range(19, 120))
     )
     subnet = plain.Subnet(embed, [layer] * 2, 1e-3, list(range(2, 9)))
-    any_geometry = kernels.Subnetwork(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
-    check(make(backend), any_geometry, subnet, images_for(config))
+    any_subnetwork = kernels.Subnetwork(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
+    check(make(backend), any_subnetwork, subnet, images_for(config))
 
 
 def test_width_by_attribute_and_argument(backend):

@@ -223,7 +223,7 @@ def test_forward_allocates_nothing_of_a_weights_size(backend, heads):
 
 
 def test_switching_width_prepares_nothing(backend):
-    """The first call at a width resolves its geometry; from then on nothing is made per width."""
+    """The first call at a width resolves its slices; from then on nothing is made per width."""
     model, images = hydravit.fused_model(config=TWELVE, backend=backend), torch.randn(1, 3, 32, 32)
     for heads in range(1, 13):
         model(images, heads=heads)
