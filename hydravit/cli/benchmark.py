@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hydravit
+from hydravit.extras import extra
 
 
 def add_parser(subparsers) -> None:
@@ -21,7 +22,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Becomes ``python -m bench.run``, whose exit code is then the command's.
 
-    Raises ``RuntimeError`` where hydravit was installed without its repository.
+    Raises ``RuntimeError`` where hydravit was installed without its repository, or matplotlib is missing.
     """
     checkout = Path(hydravit.__file__).resolve().parents[1]
     if not (checkout / "bench" / "run.py").is_file():
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
             f"the benchmarks are part of the repository, not of the installed package in {checkout}: "
             "clone the repository, then `make bench` or `pip install -e .` there"
         )
+    with extra("demo", "the report of the benchmarks"):
+        import matplotlib  # noqa: F401
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Safe path: a folder named bench where the user stands is not ours (from Python 3.11 on).
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
