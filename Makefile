@@ -1,15 +1,20 @@
-# `make demo` and `make test` do everything, set-up included, on a machine with Python 3.10+ and a C++ compiler.
+# `make demo` and `make test` do everything, set-up included, on a machine with Python 3.10+ and a C++ compiler. The demo
+# installs and builds only what it needs itself, any other target the rest.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# An editable install: only native sources, and what steers the installation, make it stale.
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.NOTPARALLEL:  # one environment
 
 .PHONY: help demo test test-long bench gpu lint format build resources report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
-demo: build  ## train a small HydraViT on real images, evaluate every width, draw the plot
-	hydravit train --recipe demo --out runs/demo
+demo: .venv/demo  ## train every width on small images, time every width of ViT-B, draw both; ARGS="--epochs 5"
+	HYDRAVIT_BUILD=cpu hydravit demo --out runs/demo $(ARGS)
 
 # Triton's interpreter replaces its compiler in a whole process: what runs on it has one of its own.
 INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/test_triton.py tests/test_adamw_kernel.py
@@ -40,7 +45,7 @@ format: build  ## put Python and C++ in that style
 	ruff format .
 	clang-format -i $(CXX_FILES)
 
-build: .venv/built  ## the environment and the native library, incrementally
+build: .venv/test  ## the whole environment and the native library, incrementally
 
 resources:  ## registers and spills of every CUDA kernel, to csrc/cuda/resources.csv; needs nvcc, no GPU
 	$(PYTHON) -m bench.resources
@@ -60,7 +65,11 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 	$(INSTALL) torch "setuptools>=70.1" "cmake>=3.25" ninja
 	touch $@
 
-# An editable install: only native sources, and what steers the installation, make it stale.
-.venv/built: .venv/torch setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-	$(INSTALL) --no-build-isolation -e '.[test]'
+.venv/demo: .venv/torch $(NATIVE)
+	HYDRAVIT_BUILD=cpu $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
+
+# Has all that the demo needs, which then has nothing to do.
+.venv/test: .venv/torch $(NATIVE)
+	$(INSTALL) --no-build-isolation -e '.[test]'
+	touch .venv/demo $@

@@ -4,9 +4,10 @@ The outcome is recorded in hydravit_kernels/_build_info.py.
 
 HYDRAVIT_BUILD says what must come of it:
     auto (or unset)  as much as this machine allows: CPU and CUDA kernels, CPU kernels only, or pure Python
-    cpu              the library must be built (CUDA kernels too where nvcc is found)
-    cuda             the library must be built with CUDA kernels
+    cpu              CPU kernels; nvcc is not looked for
+    cuda             CPU and CUDA kernels
     none             no library
+What ``cpu`` or ``cuda`` asks for must be built, or the build fails.
 HYDRAVIT_TORCH_DIR names the directory of the torch package to build against; without it, the installed one is found.
 """
 
@@ -88,9 +89,9 @@ def build_native() -> tuple[list[Path], dict]:
         return json.loads((build / "build_info.json").read_text())
 
     try:
-        info = compile_with("ON" if MODE == "cuda" else "AUTO")
+        info = compile_with({"auto": "AUTO", "cpu": "OFF", "cuda": "ON"}[MODE])
     except NotBuilt as reason:
-        if MODE == "cuda":
+        if MODE != "auto":
             raise
         info = {**compile_with("OFF"), "cuda_why_not": str(reason)}  # an nvcc that does not work costs no CPU kernels
     built = LIBRARIES if info["cuda_architectures"] else LIBRARIES[:1]

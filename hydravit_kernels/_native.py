@@ -4,8 +4,8 @@
     why_not     "" if loaded, else the reason, worded to follow the backend's name
     build_info  what setup.py built, with what
 
-``HYDRAVIT_BUILD``, the variable that steers the build, holds at run time too: ``cpu`` (the library) and ``cuda`` (the
-library with its CUDA kernels) make a missing part an ``ImportError``; ``none`` leaves the library alone.
+``HYDRAVIT_BUILD``, the variable that steers the build, holds at run time too: ``cpu`` (CPU kernels) and ``cuda`` (CUDA
+kernels too) make a missing part an ``ImportError``; ``none`` leaves the library alone.
 """
 
 from __future__ import annotations

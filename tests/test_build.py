@@ -20,8 +20,8 @@ NO_COMPILER = {"CXX": "/nonexistent/c++"}
 
 
 def python(*arguments, cwd, **variables):
-    """Run Python with these environment variables and no HYDRAVIT_BUILD but the one given."""
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRAVIT_BUILD"}
+    """Run Python with these environment variables and no HYDRAVIT_BUILD or CUDACXX but the one given."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HYDRAVIT_BUILD", "CUDACXX")}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True)
 
@@ -168,12 +168,68 @@ def test_failed_build_ships_no_earlier_library(source):
 
 
 @pytest.mark.long
-def test_install_without_nvcc(source, tmp_path):
+def test_what_each_mode_makes_of_nvcc(source, tmp_path):
+    """Of one that does not work, and notes its calls; the CPU kernels are compiled once."""
     if not _native.loaded:
         pytest.skip(f"native {_native.why_not}")
+    calls, nvcc = tmp_path / "calls", tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 1\n')
+    nvcc.chmod(0o755)
+    path = {"PATH": f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"}
+
     install = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", ".")
-    result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", CUDACXX="/nonexistent/nvcc")
+    result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", **path)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not calls.exists()
     result = python("-m", "hydravit_kernels", cwd=tmp_path / "site", HYDRAVIT_BUILD="cpu")
     assert str(tmp_path / "site") in result.stdout, result.stderr
-    assert re.search(r"CUDA kernels +none: \w+", result.stdout)
+    assert "none: switched off for this build" in result.stdout
+
+    result, _ = build(source, HYDRAVIT_BUILD="cuda", **path)
+    assert result.returncode and calls.exists()
+    assert "HYDRAVIT_BUILD=cuda, but no native library: cmake failed" in result.stderr
+
+    result, target = build(source, HYDRAVIT_BUILD="auto", **path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " True " in load(target, HYDRAVIT_BUILD="cpu").stdout
+    result = load(target, HYDRAVIT_BUILD="cuda")
+    assert "has no CUDA kernels: CMake found no working nvcc" in result.stderr
+
+
+@pytest.fixture
+def make(source):
+    """What `make` would run in a clone where these stamps are there, newer than every source."""
+    if not shutil.which("make"):
+        pytest.skip("make was not found")
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, source)
+    (source / ".venv").mkdir()
+
+    def run(target, *stamps):
+        for stamp in stamps:
+            (source / ".venv" / stamp).touch()
+        result = subprocess.run(["make", "-n", target], cwd=source, capture_output=True, text=True, check=True)
+        return result.stdout
+
+    return run
+
+
+def test_the_demo_installs_and_builds_no_more_than_it_needs(make):
+    fresh = make("demo")
+    (install,) = [line for line in fresh.splitlines() if " -e " in line]
+    assert "-e '.[demo]'" in install and install.startswith("HYDRAVIT_BUILD=cpu ")
+    assert "hydravit demo" in make("demo", "torch", "demo") and "pip" not in make("demo")
+
+
+def test_the_tests_bring_the_rest_and_the_demo_then_needs_nothing(make):
+    after = make("test", "torch", "demo")
+    assert "-e '.[test]'" in after and "HYDRAVIT_BUILD" not in after and "-m venv" not in after
+    assert "touch .venv/demo .venv/test" in after
+    for target in ("demo", "test"):
+        assert "pip" not in make(target, "torch", "demo", "test")
+
+
+def test_make_help_fits_a_screen():
+    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 120
