@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, purpose: str) -> Iterator[None]:
-    """Around imports of packages that the extra ``name`` installs.
+    """Guard imports of packages that the extra ``name`` installs.
 
     Example:
         >>> with extra("images", "reading image files"):

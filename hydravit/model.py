@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,7 +15,10 @@ from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Widths, every_width, position
 from hydravit.inference import Engine, PackedInference
 from hydravit.layers import Block, Classifier, GradientBuffers, PatchEmbed, buffers_of, hooks_of, init_weights, is_ours
-from hydravit_kernels import Subnetwork
+from hydravit_kernels import NetworkSizes, Subnetwork
+
+# Calls name the same few subnetworks again and again: validating one takes longer than looking it up.
+_validate = functools.lru_cache(maxsize=256)(NetworkSizes.validate)
 
 
 class HydraViT(nn.Module):
@@ -120,9 +124,9 @@ class HydraViT(nn.Module):
 
     def _resolve_subnetworks(self) -> None:
         """Make the subnetworks of all widths, so that a call only looks them up."""
+        self._sizes = self.config.sizes
         self._subnetworks = every_width(self.config)
         self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
-        self._validated: set[Subnetwork] = set()  # other ones that calls have named
 
     def _make_subnetwork(self, heads: int) -> Subnetwork:
         return GEOMETRIES[self.config.geometry](self.config, heads)
@@ -152,9 +156,8 @@ class HydraViT(nn.Module):
         """Return the subnetworks of one call; ``heads`` is that of ``forward``."""
         heads = self.heads if heads is None else heads
         if isinstance(heads, Subnetwork):
-            if torch.compiler.is_compiling() or heads not in self._validated:
-                self._validated.add(self.config.sizes.validate(heads))
-            return Widths((heads,), None)
+            validate = NetworkSizes.validate if torch.compiler.is_compiling() else _validate
+            return Widths((validate(self._sizes, heads),), None)
         if not isinstance(heads, Tensor):
             return Widths((self.subnetwork(heads),), None)
         if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:

@@ -1,7 +1,7 @@
 """The command line: ``hydravit demo | train | compare | evaluate | predict | info | extract | benchmark``.
 
-A command is a module with ``add_parser(subparsers)`` and ``run(args)``. Whatever a user can get wrong ends in one line
-on standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
+A command is a module with ``add_parser(subparsers)`` and ``run(args)``. A user's mistake ends in one line on
+standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Every command has its own --help with examples.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for wrong input, or 130 when interrupted."""
+    """Run one command; return the exit code: 0, 2 for wrong input, or 130 when interrupted."""
     args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
             args.run(args)
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has enough; nothing more may be written, not even at exit
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; writing, even at exit, would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if os.environ.get("HYDRAVIT_DEBUG") == "1":
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of every command; what it parses has the command's ``run``."""
+    """Make the parser of all commands; its result has the command's ``run``."""
     from importlib import import_module
 
     parser = argparse.ArgumentParser(
@@ -66,13 +66,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_heads(text: str, max_heads: int) -> tuple[int, ...]:
-    """Widths, ascending, from ``"all"``, ``"6"``, ``"3,6,12"``, ``"3-12"`` or ``"1,3-5"``.
+    """Return the widths, ascending, that ``"all"``, ``"6"``, ``"3,6,12"``, ``"3-12"`` or ``"1,3-5"`` names.
 
-    Raises ``ValueError`` for anything else, and for widths outside ``1..max_heads``.
+    Raise ``ValueError`` for anything else, and for widths outside ``1..max_heads``.
     """
     if text.strip().lower() == "all":
         return tuple(range(1, max_heads + 1))
-    heads = set()
+    heads: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         last = last if dash else first

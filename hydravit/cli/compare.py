@@ -1,4 +1,4 @@
-"""``hydravit compare``: which settings of a recipe are best, found by cross-validation on the training part alone."""
+"""``hydravit compare``: compare settings of a recipe by cross-validation on the training part alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--folds {args.folds}: expected at least 2")
     settings = ["", *args.settings]
     recipes = {}
-    for setting in settings:  # a wrong one is an error before anything is trained
+    for setting in settings:  # a wrong one raises before any training
         changed = copy.copy(args)
         changed.set = args.set + shlex.split(setting)
         recipes[setting] = make_recipe(changed)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 class _Results:
-    """A file with a line of JSON for every fold that was trained: what identifies it, and its top-1 of every width."""
+    """A file with a line of JSON for every trained fold: its identity, and its top-1 at every width."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -81,7 +81,7 @@ class _Results:
         self._entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def find(self, identity: dict) -> dict[int, float] | None:
-        identity = json.loads(json.dumps(identity))  # as the file holds it
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
         for entry in self._entries:
             if entry["identity"] == identity:
                 return {int(heads): top1 for heads, top1 in entry["top1"].items()}

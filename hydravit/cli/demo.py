@@ -78,7 +78,7 @@ def _recipe(training: argparse.Namespace) -> Recipe:
 
 
 def _unfinished(out: Path, training: argparse.Namespace) -> dict | None:
-    """What an earlier run of the same recipe found that was stopped after the training; None: there is no such run."""
+    """Return the results of an earlier run of the same recipe that was stopped after its training, or None."""
     try:
         results = json.loads((out / RESULTS).read_text())
     except (OSError, ValueError):
@@ -88,7 +88,7 @@ def _unfinished(out: Path, training: argparse.Namespace) -> dict | None:
 
 
 def _train(training: argparse.Namespace, out: Path) -> dict:
-    """Train, or go on with a training that was interrupted; what ``evaluate`` finds on the part that was held out."""
+    """Train, or resume an interrupted training; return the results of ``evaluate`` on the part that was held out."""
     from hydravit.checkpoint import read_checkpoint
     from hydravit.cli import train
     from hydravit.data import load_dataset

@@ -1,4 +1,4 @@
-"""``hydravit extract``: one width as a plain Vision Transformer's file, for tools that know nothing of slices."""
+"""``hydravit extract``: write one width as a plain Vision Transformer, for tools without slices."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = read_checkpoint(args.checkpoint)
     model = fused_model(checkpoint=checkpoint, backend="reference", allow_untrained=args.allow_untrained)
-    weights, geometry = extract(model, args.heads), model.subnetwork(args.heads)
-    heads, width = geometry.attention[0].heads, geometry.embed.embed
+    weights, subnetwork = extract(model, args.heads), model.subnetwork(args.heads)
+    heads, width = subnetwork.attention[0].heads, subnetwork.embed.embed
     config = resolve_config(
         model.config,
-        geometry="hydravit",  # of which the plain ViT is the full width
+        geometry="hydravit",  # its full width is the plain ViT
         max_heads=heads,
         head_dim=width // heads,
-        mlp_ratio=geometry.mlp[0].hidden / width,
-        norm_eps=geometry.eps,
+        mlp_ratio=subnetwork.mlp[0].hidden / width,
+        norm_eps=subnetwork.eps,
         separate_classifiers=(),
     )
     plain = HydraViT(config, backend="reference")
@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> None:
         class_names=checkpoint.class_names,
     )
     arguments = extract_config(model, args.heads)
-    arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={geometry.eps})"
+    arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={subnetwork.eps})"
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
     print("timm's VisionTransformer(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")

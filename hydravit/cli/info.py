@@ -1,4 +1,4 @@
-"""``hydravit info``: what is installed, or what a model is made of and what each of its widths costs."""
+"""``hydravit info``: report on the installation, or on a model and the cost of each width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that use a trained model share: their arguments, and the model these name."""
+"""The arguments that name a trained model, and loading it, for all commands that use one."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> Non
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Parse an argument that counts something."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
     return int(text)
 
 
 def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preprocessing]:
-    """The model, ready for inference, what else its checkpoint says, and how its images are prepared."""
+    """Return the model, ready for inference, its checkpoint, and the preprocessing of its images."""
     checkpoint = read_checkpoint(args.checkpoint)
     model = fused_model(
         checkpoint=checkpoint,
@@ -43,7 +43,7 @@ def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preproce
 
 
 def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:
-    """The widths of ``--heads``; ``all`` is all the model allows."""
+    """Return the widths that ``--heads`` names; ``all`` names all that the model allows."""
     if args.heads.strip().lower() == "all":
         return model.allowed_heads
     heads = parse_heads(args.heads, model.config.max_heads)
@@ -55,7 +55,7 @@ def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name. Raises ``ValueError`` for CUDA where torch finds none."""
+    """Return the device of that name. Raise ``ValueError`` for CUDA if torch finds none."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: torch finds no CUDA device")

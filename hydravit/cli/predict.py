@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,10 +72,10 @@ def _batches(files, preprocessing, size: int, skip_corrupt: bool) -> Iterator[tu
 
 @torch.inference_mode()
 def _predict(model, files, images, heads, names, top: int) -> list[dict]:
-    """Per file ``{"file", "widths": [{"heads", "classes": [{"name", "label", "probability"}]}]}``."""
+    """Return per file ``{"file", "widths": [{"heads", "classes": [{"name", "label", "probability"}]}]}``."""
     parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
-    answers = [{"file": str(file), "widths": []} for file in files]
+    answers: list[dict[str, Any]] = [{"file": str(file), "widths": []} for file in files]
     for k in heads:
         probabilities = model(images, heads=k).float().softmax(1)
         if not probabilities.isfinite().all():

@@ -1,4 +1,4 @@
-"""``hydravit train``: a recipe, some of its values replaced, to a checkpoint with the accuracy of every width."""
+"""``hydravit train``: train all widths by a recipe, some of whose values may be replaced, and evaluate them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def add_parser(subparsers) -> None:
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a recipe and its data are made of, for every command that trains."""
+    """Add the arguments that make a recipe and its data, for every command that trains."""
     parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
     parser.add_argument(
         "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
@@ -100,14 +101,14 @@ def run(args: argparse.Namespace) -> None:
     resume = None if args.resume is None else Path(args.resume or out / CHECKPOINT)
     if resume is None and (out / CHECKPOINT).exists() and main:
         raise ValueError(f"{out / CHECKPOINT} exists: go on with --resume, or choose another --out")
-    data = {"seed": args.split_seed, "skip_corrupt": args.skip_corrupt}
+    data: dict[str, Any] = {"seed": args.split_seed, "skip_corrupt": args.skip_corrupt}
     size = recipe.config.image_size
     dataset = load_dataset(recipe.data, split="train", image_size=size, augment=recipe.augment, **data)
     preprocessing, class_names = dataset.preprocessing, dataset.class_names
     evaluation = None
     if args.validate_every or not args.no_evaluate:
-        common = {"preprocessing": preprocessing, "class_names": class_names}
-        evaluation = load_dataset(recipe.data, split="test", **common, **data)
+        data.update(preprocessing=preprocessing, class_names=class_names)
+        evaluation = load_dataset(recipe.data, split="test", **data)
 
     config = dataclasses.replace(
         recipe.config, image_size=dataset.image_size, in_channels=dataset.in_channels, num_classes=len(class_names)
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     trained.trained_heads = recipe.trained_heads
     path = out / "model.safetensors"
     save_checkpoint(path, trained, preprocessing=preprocessing, class_names=class_names)
-    (out / CHECKPOINT).unlink(missing_ok=True)  # nothing is left to go on with
+    (out / CHECKPOINT).unlink(missing_ok=True)  # the training is complete
     print("wrote", path)
     if not args.no_evaluate:
         _evaluate(trained, evaluation, args, recipe, path)
@@ -177,14 +178,14 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe with all that the command line replaces. Raises ``ValueError`` naming a wrong field or value."""
+    """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
     recipe = get_recipe(args.recipe)
     config = recipe.config if args.config is None else resolve_config(args.config)
     changes = {name: getattr(args, name) for name in ("data", "epochs", "batch_size", "lr", "seed")}
     changes = {name: value for name, value in changes.items() if value is not None}
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}
-    config_changes = {}
+    config_changes: dict[str, Any] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
         if not equals or name not in config_fields | recipe_fields:
@@ -193,7 +194,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         target, owner = (changes, recipe) if name in recipe_fields else (config_changes, config)
         target[name] = _parse(setting, value, getattr(owner, name))
     config = dataclasses.replace(config, **config_changes)
-    # The widths of a recipe are those of its own model.
+    # A recipe's widths are those of its own model, so another model does not take them.
     if config.max_heads != recipe.config.max_heads or args.heads is not None:
         changes = {"heads": (), "weights": (), **changes}
     if args.heads is not None:
@@ -202,7 +203,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _parse(setting: str, text: str, default: object) -> object:
-    """A value of the kind the field holds: strings need no quotes, numbers and tuples are Python's."""
+    """Return a value of the field's type: strings need no quotes, numbers and tuples are Python's."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -217,7 +218,7 @@ def _parse(setting: str, text: str, default: object) -> object:
 
 
 def _start_ranks(name: str) -> tuple[torch.device, bool]:
-    """The device, and whether this process is the one that writes; joins the others under torchrun."""
+    """Return the device, and whether this process writes; under torchrun join the other ranks first."""
     device = usable_device(name)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device, True

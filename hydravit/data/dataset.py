@@ -1,4 +1,4 @@
-"""What every data set offers, whatever its source."""
+"""The base class of data sets, the one of data sets in memory, and how their items and classes are divided."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Dataset(torch.utils.data.Dataset):
 
     Attributes:
         class_names: one name per label.
-        in_channels, image_size: of every image; ``image_size`` is (height, width).
+        in_channels, image_size: every image has them; ``image_size`` is (height, width).
         preprocessing: turns a Pillow image into what the items hold (without augmentation).
         labels: int64 tensor ``(len,)``.
         skipped: files left out because they could not be read, as ``(path, reason)``.
 
-    Augmentation draws from torch's global CPU generator and nothing else, once per batch (``__getitems__``): whoever
-    seeds it, or saves and restores ``torch.get_rng_state()``, gets the same images again.
+    Augmentation draws only from torch's global CPU generator, once per batch (``__getitems__``). With the same seed, or
+    with ``torch.get_rng_state()`` saved and restored, the images are the same again.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Dataset(torch.utils.data.Dataset):
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
         self.preprocessing = preprocessing
         self.in_channels = len(preprocessing.mean)
+        assert isinstance(preprocessing.image_size, tuple)  # its `__post_init__` sees to it
         self.image_size = preprocessing.image_size
         self.augmentation = augmentation
         self.skipped: tuple[tuple[str, str], ...] = ()
@@ -49,14 +50,14 @@ class Dataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """The items of a whole batch, augmented at once: what a ``DataLoader`` asks for."""
+        """Return the items of a whole batch, augmented at once. A ``DataLoader`` asks for them."""
         images = torch.stack([self.image(index) for index in indices])
         if self.augmentation is not None:
             images = self.augmentation(images)
         return [(image, int(self.labels[index])) for image, index in zip(images, indices, strict=True)]
 
     def image(self, index: int) -> Tensor:
-        """The image ``(C, H, W)`` without augmentation."""
+        """Return the image ``(C, H, W)`` without augmentation."""
         raise NotImplementedError
 
 
@@ -66,7 +67,7 @@ class ArrayDataset(Dataset):
     def __init__(self, arrays: np.ndarray, class_names, labels, preprocessing, augmentation=None):
         super().__init__(class_names, labels, preprocessing, augmentation)
         if self.in_channels == 1 and preprocessing.crop == 1 and arrays.shape[1:] == self.image_size:
-            # Nothing to resize or convert (and a crop of 1 keeps all): the same arithmetic on all images at once.
+            # The images need no resizing, cropping or converting, so the arithmetic takes all at once.
             pixels = torch.from_numpy(arrays.copy()).float().div_(255)
             self.images = pixels.sub_(preprocessing.mean[0]).div_(preprocessing.std[0]).unsqueeze(1)
             return
@@ -82,32 +83,32 @@ class ArrayDataset(Dataset):
 
 
 def held_out(labels: Sequence[int], seed: int) -> np.ndarray:
-    """A third of every class, ``(n,)`` bool; the same for the same labels and seed on every machine."""
-    labels = np.asarray(labels)
-    chosen = np.zeros(len(labels), dtype=bool)
-    random = np.random.RandomState(seed)  # unlike default_rng its stream is frozen across numpy versions
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    """Choose a third of every class, ``(n,)`` bool; the same for the same labels and seed on every machine."""
+    of_item = np.asarray(labels)
+    chosen = np.zeros(len(of_item), dtype=bool)
+    random = np.random.RandomState(seed)  # unlike default_rng's, its numbers never change with numpy's version
+    for label in np.unique(of_item):
+        members = np.flatnonzero(of_item == label)
         chosen[random.permutation(members)[: round(len(members) / 3)]] = True
     return chosen
 
 
 def folds(labels: Sequence[int], count: int, seed: int) -> np.ndarray:
-    """To which of ``count`` folds every item belongs, ``(n,)`` int; each class is spread evenly over them.
+    """Return to which of ``count`` folds every item belongs, ``(n,)`` int; each class is spread evenly over them.
 
-    The same for the same labels and seed on every machine.
+    The result is the same for the same labels and seed on every machine.
     """
-    labels = np.asarray(labels)
-    fold = np.empty(len(labels), dtype=np.int64)
+    of_item = np.asarray(labels)
+    fold = np.empty(len(of_item), dtype=np.int64)
     random = np.random.RandomState(seed)  # as in held_out
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    for label in np.unique(of_item):
+        members = np.flatnonzero(of_item == label)
         fold[random.permutation(members)] = np.arange(len(members)) % count
     return fold
 
 
 def agreed_classes(found: Sequence[str], wanted: Sequence[str] | None, source: str) -> dict[str, int]:
-    """Label of every class: the place in ``wanted`` (a model's classes) if given, else in ``found``.
+    """Return the label of every class: its index in ``wanted`` (a model's classes) if given, else in ``found``.
 
     Raises ``ValueError`` for a class in ``found`` that ``wanted`` does not have.
     """

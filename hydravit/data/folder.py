@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,17 +27,18 @@ class FolderDataset(Dataset):
     def __init__(self, files: list[Path], class_names, labels, preprocessing, augmentation=None, skipped=()):
         super().__init__(class_names, labels, preprocessing, augmentation)
         self.files = files
+        self.transform: Callable[[Image.Image], Tensor] = preprocessing  # training may replace it by a random one
         self.skipped = tuple(skipped)
 
     def image(self, index: int) -> Tensor:
-        return read_image(self.files[index], self.preprocessing)
+        return read_image(self.files[index], self.transform)
 
 
-def read_image(path: Path, preprocessing: Preprocessing) -> Tensor:
+def read_image(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     """Read the image ``(C, H, W)`` float32 in ``path``; ``ValueError`` names a file that cannot be read."""
     try:
         with Image.open(path) as image:
-            return preprocessing(image)
+            return transform(image)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as an image ({_reason(error)})") from None
 

@@ -1,4 +1,4 @@
-"""What every width delivers (accuracy) and costs (parameters, multiply-accumulates, latency, memory)."""
+"""The accuracy of every width, and its cost: parameters, multiply-accumulates, latency and memory."""
 
 from hydravit.evaluation.accuracy import accuracy, interval
 from hydravit.evaluation.cost import Cost, cost, costs

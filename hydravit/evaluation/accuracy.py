@@ -1,9 +1,10 @@
-"""How often a model is right at every width, and how sure that number is."""
+"""The accuracy of a model at every width, and the interval that contains it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,24 +13,32 @@ from tqdm import tqdm
 from hydravit.model import HydraViT
 
 
+class SizedDataset(Protocol):
+    """A data set ``(image, label)`` that knows its length; torch's ``Dataset`` need not."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @torch.inference_mode()
 def accuracy(
     model: HydraViT,
-    dataset: torch.utils.data.Dataset,
+    dataset: SizedDataset,
     heads: Sequence[int],
     *,
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = False,
 ) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 in percent per width. Every image is read once, for all widths. Errors as in ``evaluate``."""
+    """Compute top-1 and top-5 in percent per width, reading each image once. Errors are those of ``evaluate``."""
     if len(dataset) == 0:
         raise ValueError("dataset is empty")
     if model.num_classes == 0:
         raise ValueError("the model has no classifier (num_classes=0)")
     parameter = next(model.parameters())
     correct = {k: torch.zeros(2, dtype=torch.int64) for k in heads}
-    batches: Iterable = DataLoader(dataset, batch_size, num_workers=num_workers)
+    batches: DataLoader = DataLoader(dataset, batch_size, num_workers=num_workers)  # type: ignore[arg-type]
     for images, labels in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
         if labels.max() >= model.num_classes:
             raise ValueError(f"label {int(labels.max())} in the data, but the model has {model.num_classes} classes")
@@ -44,7 +53,7 @@ def accuracy(
 
 
 def interval(percent: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy in ``percent`` that was found on ``count`` images (Wilson's, 1927).
+    """Compute the 95 % interval of an accuracy in ``percent`` that was found on ``count`` images (Wilson, 1927).
 
     It stays inside 0..100 and is not symmetric near the ends, unlike the normal approximation.
     """

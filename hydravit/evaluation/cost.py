@@ -1,4 +1,4 @@
-"""What a subnetwork costs, counted from its geometry."""
+"""The cost of a subnetwork, counted from its slices."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ class Cost(NamedTuple):
     macs: int
 
 
-def cost(config: HydraViTConfig, geometry: Subnetwork, pooled_only: bool = False) -> Cost:
-    """Parameters and multiply-accumulates of one subnetwork.
+def cost(config: HydraViTConfig, subnetwork: Subnetwork, pooled_only: bool = False) -> Cost:
+    """Count parameters and multiply-accumulates of one subnetwork.
 
-    The products of attention count (queries by keys, weights by values), as they are in the figures of the ViT
-    literature; norms, softmax, GELU, residuals and pooling do not. ``pooled_only``: without what the last block
-    computes for tokens that the head does not pool.
+    As in the ViT literature, attention's products (queries by keys, weights by values) count; norms, softmax, GELU,
+    residuals and pooling do not. ``pooled_only`` leaves out the last block's work on tokens that are not pooled.
     """
-    tokens, embed = config.tokens, geometry.embed.embed
+    tokens, embed = config.tokens, subnetwork.embed.embed
     macs = math.prod(config.grid) * embed * config.in_channels * config.patch_size**2
-    macs += sum(attention_macs(tokens, attention) for attention in geometry.attention)
-    macs += sum(mlp_macs(tokens, mlp) for mlp in geometry.mlp)
-    macs += embed * geometry.head.classes
+    macs += sum(attention_macs(tokens, attention) for attention in subnetwork.attention)
+    macs += sum(mlp_macs(tokens, mlp) for mlp in subnetwork.mlp)
+    macs += embed * subnetwork.head.classes
     if pooled_only:
-        attention, mlp = geometry.attention[-1], geometry.mlp[-1]
+        attention, mlp = subnetwork.attention[-1], subnetwork.mlp[-1]
         keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
         unpooled = config.prefix_tokens if config.pool == "avg" else tokens - 1
         macs -= unpooled * ((embed + tokens) * (keys + values) + 2 * embed * mlp.hidden)  # all but key and value
 
-    slices = parameter_slices(config, geometry)
+    slices = parameter_slices(config, subnetwork)
     params = 0
     for name, shape in _parameter_shapes(config).items():
         read = [sum(length for _, length in axis) for axis in slices.get(name, ())]
@@ -46,14 +45,14 @@ def cost(config: HydraViTConfig, geometry: Subnetwork, pooled_only: bool = False
 
 
 def attention_macs(tokens: int, attention: AttentionSlice) -> int:
-    """Multiply-accumulates of one attention block on one image."""
+    """Count the multiply-accumulates of one attention block on one image."""
     keys, values = attention.heads * attention.head_dim, attention.heads * attention.value_dim
     products = tokens * attention.embed * (2 * keys + 2 * values)  # Q and K; V and the projection
     return products + tokens**2 * (keys + values)
 
 
 def mlp_macs(tokens: int, mlp: MlpSlice) -> int:
-    """Multiply-accumulates of one MLP block on one image."""
+    """Count the multiply-accumulates of one MLP block on one image."""
     return tokens * mlp.embed * 2 * mlp.hidden
 
 
@@ -64,5 +63,5 @@ def _parameter_shapes(config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def costs(config: HydraViTConfig) -> dict[int, Cost]:
-    """The cost of every width the config's nesting has, by number of heads."""
-    return {heads: cost(config, geometry) for heads, geometry in every_width(config).items()}
+    """Return the cost of every width that the config's nesting method has."""
+    return {heads: cost(config, subnetwork) for heads, subnetwork in every_width(config).items()}

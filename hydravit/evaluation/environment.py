@@ -1,4 +1,4 @@
-"""The machine and the software a result belongs to."""
+"""The names of the machine and of the commit that a result belongs to."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import platform
 import subprocess
 from pathlib import Path
 
-# Results are written by runs; they are not what ran.
+# Runs write results, so changed results do not mean changed sources.
 _SOURCES = ("--", ":/", ":(top,exclude)bench/results")
 
 
 def cpu_name() -> str:
-    """As the processor calls itself; with family and model where the system hides the rest."""
+    """Return the processor's own name, with family and model where the system hides its number."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    facts = {}
+    facts: dict[str, str] = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
@@ -28,10 +28,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout this file lies in, with "+" where tracked files differ; None where it is installed elsewhere."""
+    """Return the commit of this file's checkout, with "+" if tracked files differ; None if there is no checkout."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        # Only our own repository's: an installed copy may lie inside someone else's checkout.
+        # An installed copy may lie inside another repository's checkout, whose commit says nothing about it.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
         done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno", *_SOURCES], check=True, capture_output=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from hydravit.evaluation.accuracy import accuracy, interval
+from hydravit.evaluation.accuracy import SizedDataset, accuracy, interval
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
@@ -19,7 +20,7 @@ from hydravit.model import HydraViT
 
 def evaluate(
     model: HydraViT,
-    dataset: torch.utils.data.Dataset,
+    dataset: SizedDataset,
     *,
     heads: Sequence[int] | None = None,
     batch_size: int = 64,
@@ -30,30 +31,30 @@ def evaluate(
     e4m3_weights: bool = False,
     progress: bool = False,
 ) -> dict:
-    """What every width delivers and costs.
+    """Measure accuracy and cost of every width.
 
     Args:
-        model: is put into evaluation mode for the call; runs on its own device.
+        model: the call puts it into evaluation mode and back, and runs it on its own device.
         dataset: items ``(image (C, H, W) float32, label)``.
-        heads: widths; None: all the model allows.
-        latency, memory: whether to measure them; without, their entries are None.
-        seconds: to spend on the latency of one width on one backend.
-        e4m3_weights: also the accuracy with weights as an engine of dtype float8_e4m3fn has them.
+        heads: widths; None: all that the model allows.
+        latency, memory: whether to measure them; otherwise their entries are None.
+        seconds: time to spend on the latency of one width on one backend.
+        e4m3_weights: whether to measure accuracy also with weights rounded as a float8_e4m3fn engine rounds them.
     Returns:
         ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
 
         * ``heads``, ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
-        * ``top1``, ``top5``: percent (of fewer than 5 classes top5 counts all);
+        * ``top1``, ``top5``: percent (top5 counts all classes if there are fewer than 5);
         * ``top1_interval``: the 95 % interval of top1, in percent, that this number of images allows;
-        * ``e4m3_top1``, ``e4m3_top5``: the same with rounded weights, where asked for;
-        * ``latency_ms``: ``{"eager", "fused"}``, medians at batch 1 of the reference and of the model's own backend; a
-          None has its reason in ``environment["fused_missing"]``;
-        * ``latency_spread_ms``: 20th and 80th percentile of the same;
-        * ``difference``: of the two backends' logits, relative to the largest logit;
-        * ``peak_memory_mib``: of a batch of ``batch_size``, beyond the weights (``environment["weights_mib"]``);
-          ``environment["memory"]`` says what was measured.
+        * ``e4m3_top1``, ``e4m3_top5``: the same with rounded weights, if asked for;
+        * ``latency_ms``: ``{"eager", "fused"}``, medians at batch 1 of the reference and of the model's own backend;
+          the reason for a None is in ``environment["fused_missing"]``;
+        * ``latency_spread_ms``: their 20th and 80th percentiles;
+        * ``difference``: the largest between the two backends' logits, relative to the largest logit;
+        * ``peak_memory_mib``: what a batch of ``batch_size`` needs beyond the weights, ``environment["weights_mib"]``;
+          ``environment["memory"]`` says how it was measured.
     Raises:
-        ValueError: an empty data set, labels the model has no class for, widths the model refuses.
+        ValueError: an empty data set, labels that the model has no class for, widths that it refuses.
         RuntimeError: logits that are not finite, backends that disagree.
     """
     heads = list(model.allowed_heads if heads is None else heads)
@@ -61,7 +62,7 @@ def evaluate(
     mode = model.training
     model.eval()
     try:
-        reading = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
+        reading: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}
         accuracies = accuracy(model, dataset, heads, **reading)
         rounded = accuracy(with_e4m3_weights(model), dataset, heads, **reading) if e4m3_weights else {}
         models, fused_missing = backends_to_time(model)
@@ -104,7 +105,7 @@ def evaluate(
 
 
 def latency_row(timing: dict[str, dict[str, float]]) -> dict:
-    """What a row of the results says of a width's ``measure_latency``; ``timing`` may be empty."""
+    """Return the entries of a result's row for one width of ``measure_latency``; ``timing`` may be empty."""
     return {
         "latency_ms": {name: timing[name]["p50"] if name in timing else None for name in ("eager", "fused")},
         "latency_spread_ms": {name: [times["p20"], times["p80"]] for name, times in timing.items()},
@@ -113,7 +114,7 @@ def latency_row(timing: dict[str, dict[str, float]]) -> dict:
 
 
 def environment(model: HydraViT) -> dict:
-    """The machine and the software a result belongs to."""
+    """Describe the machine and the software that a result belongs to."""
     device = next(model.parameters()).device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -1,4 +1,4 @@
-"""How long one forward takes at every width, on the plain and on the fused backend, in one process."""
+"""The latency of one forward at every width, on the reference and on the fused backend, in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 def with_backend(model: HydraViT, backend: str) -> HydraViT:
-    """The same model, sharing every weight, on another backend. Raises ``RuntimeError`` if it cannot run there."""
+    """Return the model on another backend, with the same weights. Raise ``RuntimeError`` if it cannot run there."""
     parameter = next(model.parameters())
     other = copy.copy(model)  # shallow: the parameters are the model's own
     other.requested_backend = backend
@@ -29,7 +29,7 @@ def with_backend(model: HydraViT, backend: str) -> HydraViT:
 
 
 def backends_to_time(model: HydraViT) -> tuple[dict[str, HydraViT], str]:
-    """``"eager"`` (the reference backend) and, if the model has one, ``"fused"``; else the reason why not."""
+    """Return ``"eager"`` (reference backend) and, if there is one, ``"fused"``; else the reason why there is none."""
     models = {"eager": with_backend(model, "reference")}
     if model.backend != "reference":
         return {**models, "fused": model}, ""
@@ -52,21 +52,23 @@ def measure_latency(
     seconds: float = 1.0,
     progress: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Wall time of ``model(images, heads=k)``, per width and backend: ``{"p20", "p50", "p80", "samples"}`` in ms.
+    """Measure the wall time of ``model(images, heads=k)`` per width and backend.
 
-    All widths and backends take turns, so that what disturbs the machine disturbs all alike. About ``seconds`` per
-    width and backend, 10 to 200 samples. Before any timing the backends' outputs are compared; the largest difference
-    relative to the largest logit is each entry's ``"difference"``.
+    All take turns, so that a disturbance of the machine disturbs all alike. Outputs are compared before any timing.
 
     Args:
+        seconds: time to spend on one width on one backend; 10 to 200 samples are taken.
         progress: whether to show a bar.
+    Returns:
+        ``{"p20", "p50", "p80", "samples", "difference"}``: percentiles in ms, the number of samples, and the largest
+        difference of the outputs relative to the largest logit.
     Raises:
         RuntimeError: the outputs differ by more than rounding.
     """
     differences = {k: _compare(models, images, k) for k in heads}
     runs = [(k, name, model) for k in heads for name, model in models.items()]
-    samples = {(k, name): [] for k, name, _ in runs}
-    for k, _, model in runs * 2:  # caches, thread pools, clocks
+    samples: dict[tuple[int, str], list[float]] = {(k, name): [] for k, name, _ in runs}
+    for k, _, model in runs * 2:  # warms up caches, thread pools and clocks
         _time(model, images, k)
     start, limit = time.perf_counter(), seconds * len(runs)
     with tqdm(desc="time every width", unit="call", total=None, disable=not progress, leave=False) as bar:
@@ -76,12 +78,11 @@ def measure_latency(
             for k, name, model in runs if turn % 2 else reversed(runs):
                 samples[k, name].append(_time(model, images, k))
                 bar.update()
-            # How many calls there will be is known as well as the time of a turn is.
+            # The number of turns to come follows from the mean time of those done.
             turns = min(max(_LEAST, limit * (turn + 1) / max(time.perf_counter() - start, 1e-9)), _MOST)
             bar.total = max(round(turns), turn + 1) * len(runs)
-    result = {}
+    result: dict[int, dict[str, dict[str, float]]] = {k: {} for k in heads}
     for k in heads:
-        result[k] = {}
         for name in models:
             p20, p50, p80 = torch.tensor(samples[k, name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
             counted = {"samples": len(samples[k, name]), "difference": differences[k]}

@@ -1,7 +1,7 @@
-"""Memory of inference, measured at every width: what the weights take, and what a forward needs beyond them.
+"""The memory of inference at every width: that of the weights, and what a forward needs beyond it.
 
 On the CPU a process of its own measures both as resident memory, so that everything counts: parameters, their packed
-copy, activations and workspaces, to the granularity of pages. On CUDA it is what torch's allocator handed out.
+copy, activations and workspaces, to the granularity of pages. On CUDA torch's allocator tells what it handed out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ MEASURED = {
 
 
 class Memory(NamedTuple):
-    """In MiB. ``weights``: what the process holds with every width ready. ``peaks``: per width, the most that a forward
-    needs beyond ``weights``. ``measured``: what was measured, or why it was not; the values are then None.
+    """Memory in MiB.
+
+    ``weights``: what the process holds with every width ready. ``peaks``: per width, the most that a forward needs
+    beyond that. ``measured``: how it was measured, or why it was not; the values are then None.
     """
 
     weights: float | None
@@ -41,7 +43,7 @@ class Memory(NamedTuple):
 
 
 def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> Memory:
-    """Memory of inference on batches of ``batch_size`` images; on the CPU that of another model of the same config."""
+    """Measure inference on ``batch_size`` images; on the CPU another model of the same config stands for ``model``."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         weights = sum(p.untyped_storage().nbytes() for p in model.parameters()) / 2**20
@@ -58,7 +60,7 @@ def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> Me
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-c", "from hydravit.evaluation.memory import main; main()", json.dumps(task)]
-    # glibc then returns a freed buffer at once: a narrow width's do not count at a wider one.
+    # With this glibc returns a freed buffer at once, so that a narrow width's buffers do not count at a wider one.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
@@ -74,8 +76,8 @@ def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> Me
 @torch.inference_mode()
 def _cuda_peak(model: HydraViT, heads: int, batch_size: int) -> float:
     parameter = next(model.parameters())
-    images = parameter.new_zeros(batch_size, model.config.in_channels, *model.config.image_size)
-    model(images, heads=heads)  # what libraries allocate once
+    images = parameter.new_zeros(batch_size, *model.config.image_shape)
+    model(images, heads=heads)  # libraries allocate some memory once
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -85,20 +87,20 @@ def _cuda_peak(model: HydraViT, heads: int, batch_size: int) -> float:
 
 
 def _cpu_memory(task: dict) -> tuple[float, dict[int, float]]:
-    """MiB of the weights, and beyond them per width.
+    """Measure the MiB of the weights, and per width those beyond.
 
-    Widths come in ascending order: what a workspace keeps of a narrower width, a wider one needs too.
+    Widths come in ascending order, because a wider one needs all that a workspace keeps of a narrower one.
     """
     torch.set_num_threads(task["threads"])
     config = HydraViTConfig.from_dict(task["config"])
-    # What libraries and thread pools allocate once is neither weights nor a forward's.
+    # This lets libraries and thread pools allocate what they allocate once, which belongs to no weight or forward.
     _prepare(_model(dataclasses.replace(config, depth=1), task), task)
     before = _settled_kib()
     model = _model(config, task)
     _prepare(model, task)
     held = _settled_kib()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
-    peaks = {}
+    peaks: dict[int, float] = {}
     for heads in task["heads"]:
         _call(model, heads, task["batch_size"])
         peaks[heads] = (resident_kib("VmHWM") - held) / 1024
@@ -106,7 +108,7 @@ def _cpu_memory(task: dict) -> tuple[float, dict[int, float]]:
 
 
 def _model(config: HydraViTConfig, task: dict) -> HydraViT:
-    """Of zeros: drawing random weights takes longer than all that is measured."""
+    """Make a model of zeros, because drawing random weights takes longer than all that is measured."""
     model = HydraViT(config, backend="reference", dtype=getattr(torch, task["dtype"]), device="meta")
     model = model.to_empty(device="cpu").eval()
     with torch.no_grad():
@@ -116,19 +118,18 @@ def _model(config: HydraViTConfig, task: dict) -> HydraViT:
 
 
 def _prepare(model: HydraViT, task: dict) -> None:
-    """The second call packs the weights."""
+    """Pack the weights, which the second call does."""
     for _ in range(3):
         _call(model, task["heads"][0], 1)
 
 
 @torch.inference_mode()
 def _call(model: HydraViT, heads: int, batch_size: int) -> None:
-    config = model.config
-    model(next(model.parameters()).new_zeros(batch_size, config.in_channels, *config.image_size), heads=heads)
+    model(next(model.parameters()).new_zeros(batch_size, *model.config.image_shape), heads=heads)
 
 
 def _settled_kib() -> int:
-    """Resident memory without what could be freed."""
+    """Return the resident memory without what could be freed."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed pages otherwise
     if trim is not None:
@@ -137,10 +138,12 @@ def _settled_kib() -> int:
 
 
 def resident_kib(name: str) -> int:
-    """Memory of this process, by its name in Linux's ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    """Return this process's memory by its name in Linux's ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, name
+    return int(found[1])
 
 
 def main() -> None:
-    """The measuring process: the task as JSON in the first argument, the result as JSON on standard output."""
+    """Measure in this process: the first argument is the task as JSON, standard output gets the result as JSON."""
     print(json.dumps(_cpu_memory(json.loads(sys.argv[1]))))

@@ -11,7 +11,7 @@ from hydravit.extras import extra
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: tells apart for all common kinds of colour blindness. Markers differ too.
+# Okabe and Ito's palette, which people with any common colour blindness tell apart. Markers differ too.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#6E6E6E"
 _WAYS = {
     "eager": {"label": "eager slicing", "color": _ORANGE, "marker": "s"},
@@ -20,18 +20,19 @@ _WAYS = {
 
 
 def check_plotting() -> None:
-    """Raise ``RuntimeError`` now, rather than after the work, where matplotlib is missing."""
+    """Raise ``RuntimeError`` before the work, rather than after it, if matplotlib is missing."""
     with extra("demo", "the picture of the results"):
         import matplotlib  # noqa: F401
 
 
 def plot(results: dict, path: str | Path) -> None:
-    """A PNG of the results of ``evaluate``: top-1 accuracy and, where measured, latency against the width.
+    """Draw a PNG of the results of ``evaluate``: top-1 accuracy and, if measured, latency against the width.
 
-    Where they also hold those of ``measure_supernet``, as ``results["supernet"]``, latency and memory are these.
+    If ``results["supernet"]`` holds the results of ``measure_supernet``, latency and memory are theirs.
     """
     check_plotting()
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.figure import Figure  # unlike pyplot it needs no global state and no display
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     speed = results.get("supernet", results)
     panels = [(_draw_accuracy, results, 1.0)]
@@ -40,8 +41,7 @@ def plot(results: dict, path: str | Path) -> None:
     if "supernet" in results and speed["environment"]["weights_mib"]["eager"] is not None:
         panels.append((_draw_memory, speed, 0.8))
     ratios = [ratio for _, _, ratio in panels]
-    figure = Figure(figsize=(4.6 * sum(ratios), 4.4), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)
+    figure = Figure(figsize=(4.6 * sum(ratios), 4.4), layout=ConstrainedLayoutEngine(wspace=0.06))
     every_axes = figure.subplots(1, len(panels), width_ratios=ratios, squeeze=False)[0]
     for axes, (draw, content, _) in zip(every_axes, panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
@@ -101,12 +101,11 @@ def _draw_latency(axes: Axes, results: dict) -> None:
     axes.legend(frameon=False, loc="upper left")
     about = results["environment"]
     machine = about["cpu"] if about["device"] == "cpu" else about["device"]
-    below = f"{machine}, {about['threads']} thread(s); bars: 20 % to 80 % of the calls"
     title = f"Latency{_of(about)}"
     if len(ends) == 2:
         ratios = [eager / fused for eager, fused in zip(*ends, strict=True)]
         title += f": {min(ratios):.1f} to {max(ratios):.1f} times as fast"
-    _title(axes, title, below)
+    _title(axes, title, f"{machine}, {about['threads']} thread(s); bars: 20 % to 80 % of the calls")
 
 
 def _draw_memory(axes: Axes, results: dict) -> None:

@@ -11,14 +11,14 @@ from hydravit.evaluation.picture import plot
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns in plain text."""
+    """Align the columns to the right, in plain text."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
     return "\n".join("  ".join(line) for line in lines)
 
 
 def format_table(results: dict) -> str:
-    """The widths of ``evaluate``'s results as aligned text, and a line on how they were measured."""
+    """Format the results of ``evaluate`` as a table, with lines on how they were measured."""
     accuracies = {"top1": "top-1 %", "top5": "top-5 %", "e4m3_top1": "e4m3 top-1", "e4m3_top5": "e4m3 top-5"}
     accuracies = {name: label for name, label in accuracies.items() if all(name in row for row in results["widths"])}
     header = ["heads", "params", "GMACs", *accuracies.values(), "eager ms", "fused ms", "memory MiB"]
@@ -46,7 +46,7 @@ def format_table(results: dict) -> str:
 
 
 def format_accuracy(results: dict) -> str:
-    """Cost and top-1 accuracy of ``evaluate``'s results, with the interval that their number of images allows."""
+    """Format cost and top-1 accuracy of ``evaluate``'s results, with the interval that the number of images allows."""
     rows = [
         [
             str(row["heads"]),
@@ -61,7 +61,7 @@ def format_accuracy(results: dict) -> str:
 
 
 def format_supernet(results: dict) -> str:
-    """The results of ``measure_supernet``, and lines on how they were measured."""
+    """Format the results of ``measure_supernet`` as a table, with lines on how they were measured."""
     about = results["environment"]
     weights = about["weights_mib"]
     header = ["heads", "params", "GMACs"]
@@ -73,10 +73,7 @@ def format_supernet(results: dict) -> str:
         cells = [str(row["heads"]), count(row["params"]), _number(row["gmacs"])]
         for name in ("eager", "fused"):
             spread = row["latency_spread_ms"].get(name)
-            cells += [
-                _number(row["latency_ms"][name]),
-                "-" if spread is None else "-".join(map(_number, spread)),
-            ]
+            cells += [_number(row["latency_ms"][name]), "-" if spread is None else "-".join(map(_number, spread))]
         cells.append(_number(faster(row)))
         for name in ("eager", "fused"):
             peak = row["peak_memory_mib"][name]
@@ -102,7 +99,7 @@ def format_supernet(results: dict) -> str:
 
 
 def faster(row: dict) -> float | None:
-    """How many times as long as ours eager PyTorch takes at a width."""
+    """Return how many times as long as ours eager PyTorch takes at a width."""
     eager, fused = row["latency_ms"]["eager"], row["latency_ms"]["fused"]
     return None if fused is None else eager / fused
 
@@ -114,7 +111,7 @@ def _machine(about: dict) -> str:
 
 
 def _differences(results: dict) -> list[str]:
-    """A line on how far the backends are apart, where both ran."""
+    """Return a line on the largest difference of the backends, or none if not both ran."""
     found = [row["difference"] for row in results["widths"] if row["difference"] is not None]
     if not found:
         return []
@@ -122,7 +119,7 @@ def _differences(results: dict) -> list[str]:
 
 
 def count(number: float) -> str:
-    """A count as people read it: 726824 is "727 k", 86567656 is "86.6 M"."""
+    """Format a count as people read it: 726824 is "727 k", 86567656 is "86.6 M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -134,9 +131,9 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def write_results(results: dict, folder: str | Path) -> list[Path]:
-    """Write ``results.json`` and ``results.png`` to ``folder``, which is made if need be; returns their paths.
+    """Write ``results.json`` and ``results.png`` to ``folder``, which is made if need be; return their paths.
 
-    Each is written at once or, on an ``OSError``, not at all.
+    Each is written whole or, on an ``OSError``, not at all.
     """
     folder = Path(folder)
     paths = [write_json(results, folder), folder / "results.png"]
@@ -145,7 +142,7 @@ def write_results(results: dict, folder: str | Path) -> list[Path]:
 
 
 def write_json(results: dict, folder: str | Path) -> Path:
-    """Write ``results.json`` to ``folder``, as ``write_results`` does; returns its path."""
+    """Write only ``results.json``, as ``write_results`` does; return its path."""
     path = Path(folder) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))

@@ -1,4 +1,4 @@
-"""What every width of an untrained supernet costs on this machine: ours beside eager slicing."""
+"""Latency and memory of every width of an untrained supernet on this machine, ours beside eager slicing."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def measure_supernet(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict:
-    """Latency and memory of one image at every width of one model with random weights, whose values cost no time.
+    """Measure one image at every width of a model with random weights; their values do not affect the cost.
 
     Args:
         config: as in ``hydravit.fused_model``.
         heads: widths; None: all.
-        seconds: to spend on the latency of one width on one backend.
-        memory: whether to measure memory; without, its entries are None.
+        seconds: time to spend on the latency of one width on one backend.
+        memory: whether to measure memory; otherwise its entries are None.
         device: None: torch's default.
     Returns:
         ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
 
-        * ``heads``, ``params``, ``gmacs``, ``latency_ms``, ``latency_spread_ms``, ``difference``: as in ``evaluate``;
+        * ``heads``, ``params``, ``gmacs``, ``latency_ms``, ``latency_spread_ms``, ``difference``: see ``evaluate``;
         * ``peak_memory_mib``: ``{"eager", "fused"}``, the most that a forward of one image needs beyond the weights.
 
-        In the environment ``weights_mib``: ``{"eager", "fused", "separate"}``, what is held to have every width ready:
-        the parameters; the parameters and what inference packs of them; and, counted instead of measured, the
-        parameters of a network of its own for every width.
+        ``environment["weights_mib"]``: ``{"eager", "fused", "separate"}``, what is held to have every width ready: the
+        parameters; these and their packed copy; and, counted instead of measured, the parameters of a network of its
+        own for every width.
     Raises:
         RuntimeError: backends that disagree.
     """
@@ -49,21 +49,20 @@ def measure_supernet(
     heads = list(model.allowed_heads if heads is None else heads)
     models, fused_missing = backends_to_time(model)
     parameter = next(model.parameters())
-    image = torch.randn(1, model.config.in_channels, *model.config.image_size).to(parameter)
+    image = torch.randn(1, *model.config.image_shape).to(parameter)
     timings = measure_latency(models, image, heads, seconds=seconds, progress=progress)
     used = {name: measure_memory(each, heads, batch_size=1) for name, each in models.items()} if memory else {}
     counted = costs(model.config)
-    rows = []
-    for k in heads:
-        rows.append(
-            {
-                "heads": k,
-                "params": counted[k].params,
-                "gmacs": counted[k].macs / 1e9,
-                **latency_row(timings[k]),
-                "peak_memory_mib": {name: used[name].peaks[k] if name in used else None for name in ("eager", "fused")},
-            }
-        )
+    rows = [
+        {
+            "heads": k,
+            "params": counted[k].params,
+            "gmacs": counted[k].macs / 1e9,
+            **latency_row(timings[k]),
+            "peak_memory_mib": {name: used[name].peaks[k] if name in used else None for name in ("eager", "fused")},
+        }
+        for k in heads
+    ]
     weights = {name: used[name].weights if name in used else None for name in ("eager", "fused")}
     weights["separate"] = sum(counted[k].params for k in heads) * parameter.element_size() / 2**20
     about = {

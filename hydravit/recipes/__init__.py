@@ -1,4 +1,4 @@
-"""Named recipes: everything that decides the weights a training run ends with, as one frozen value."""
+"""Named recipes. A recipe is a frozen value of everything that decides the weights of a training run."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ from hydravit.config import HydraViTConfig, resolve_config
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a HydraViT is trained. Defaults are HydraViT's (arXiv 2409.17978, section 4, and its public code).
+    """The settings of a training run. The defaults are HydraViT's (arXiv 2409.17978, section 4, and its public code).
 
     Args:
         config: the full model; the data's image size, channels and classes replace its own.
-        data: source of the images, as in ``hydravit.data.load_dataset``.
+        data: the ``source`` of ``hydravit.data.load_dataset``.
         heads: widths to train; empty: all.
         weights: how often each of ``heads`` is drawn, relative to the others; empty: equally often.
         per_image: every image of a batch draws its own width, instead of one for the batch.
-        rank_shared: all ranks of a distributed run draw alike; the paper's do not, and wait for the widest.
+        rank_shared: all ranks of a distributed run draw the same widths. The paper's do not, and wait for the widest.
         epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.
         batch_size: images per step and rank.
-        accumulate: a step's images are sent through the model in this many parts, to save memory.
-        lr: peak learning rate for ``lr_batch`` images per step; scaled linearly to the batch of all ranks. ``lr_batch``
-            0: not scaled. ``min_lr`` and ``warmup_lr`` are scaled with it.
-        min_lr: where the cosine ends.
-        warmup_lr, warmup_epochs: where the linear warm-up starts, and how long it takes.
-        weight_decay: of AdamW; none on biases, norms, tokens, position embedding and layer scale.
-        betas, eps: of AdamW.
-        optimizer: what AdamW does outside the slice that a step trains. "dense": decay and momentum go on there, as in
-            the paper's code, at the cost of the full model. "active": nothing, so that a step costs what its slice
-            costs (``hydravit.training.SliceAdamW``); on several ranks it needs ``rank_shared``.
+        accumulate: parts in which a step's images go through the model, to save memory.
+        lr: peak learning rate for ``lr_batch`` images per step; scaled linearly to the batch of all ranks, unless
+            ``lr_batch`` is 0. ``min_lr`` and ``warmup_lr`` are scaled with it.
+        min_lr: learning rate where the cosine ends.
+        warmup_lr, warmup_epochs: learning rate where the linear warm-up starts, and its length.
+        weight_decay, betas, eps: AdamW's. Biases, norms, tokens, position embedding and layer scale do not decay.
+        optimizer: "dense": decay and momentum change the weights outside a step's slice too, as in the paper's code, at
+            the cost of the full model. "active": these weights stay as they are, and a step costs what its slice costs
+            (``hydravit.training.SliceAdamW``); on several ranks it needs ``rank_shared``.
         smoothing: label smoothing.
-        mixup, cutmix: their alphas, 0 for none; done by timm (mixup, arXiv 1710.09412; cutmix, arXiv 1905.04899).
+        mixup, cutmix: alphas of timm's mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899); 0: none.
         clip_norm: largest norm of a step's gradient; 0: not clipped.
-        ema: decay of the average of the weights, 0 for none. The average is what is evaluated and saved.
-        augment: light augmentation by the data set.
+        ema: decay of the average of the weights, which is then evaluated and saved; 0: none.
+        augment: whether the data set augments lightly.
         rand_augment, color_jitter, random_erasing: timm's heavy augmentation, for folders of photos; "" and 0: none.
-        seed: of initial weights, order of the data, augmentation and widths.
+        seed: the seed of initial weights, order of the data, augmentation and widths.
     """
 
     config: HydraViTConfig = field(default_factory=HydraViTConfig)
@@ -77,16 +76,7 @@ class Recipe:
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "eps"):
             self._check(name, getattr(self, name) > 0, "positive")
-        for name in (
-            "min_lr",
-            "warmup_lr",
-            "warmup_epochs",
-            "weight_decay",
-            "mixup",
-            "cutmix",
-            "clip_norm",
-            "lr_batch",
-        ):
+        for name in "min_lr warmup_lr warmup_epochs weight_decay mixup cutmix clip_norm lr_batch".split():
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("smoothing", "ema", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
@@ -110,7 +100,7 @@ class Recipe:
         return self.heads or self.config.separate_classifiers or tuple(range(1, self.config.max_heads + 1))
 
     def replace(self, **values) -> Recipe:
-        """The recipe with some fields replaced. Raises ``ValueError`` for an unknown field or a value out of range."""
+        """Return a recipe with some fields replaced. Raise ``ValueError`` for an unknown field or a wrong value."""
         known = [f.name for f in dataclasses.fields(self)]
         for name in values:
             if name not in known:
@@ -118,12 +108,12 @@ class Recipe:
         return dataclasses.replace(self, **values)
 
     def to_dict(self) -> dict:
-        """Plain values only; ``config`` is a dict too."""
+        """Return plain values only; ``config`` is a dict too."""
         return dataclasses.asdict(self)
 
 
 RECIPES = {
-    # scikit-learn's 8x8 digits: minutes on two CPU cores. A width per image: for one per step its steps are too few.
+    # scikit-learn's 8x8 digits: minutes on two CPU cores. Its steps are too few for one width per step.
     "demo": Recipe(
         config=HydraViTConfig(
             image_size=8,
@@ -168,7 +158,7 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """A recipe by name. Raises ``ValueError`` naming the known ones."""
+    """Return the recipe of that name. Raise ``ValueError``, which names the known ones, for another name."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]

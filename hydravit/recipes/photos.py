@@ -20,13 +20,13 @@ def _import_timm_data():
 
 
 def mix(recipe: Recipe, num_classes: int):
-    """Mixup and cutmix of the recipe, ``(images, labels (B,)) -> (images, targets (B, classes))``, or None without.
+    """Make the recipe's mixup and cutmix: ``(images, labels (B,)) -> (images, targets (B, classes))``, or None.
 
-    timm draws from numpy's generator: it is seeded from torch's, so that training resumes exactly.
+    timm draws from numpy's generator, which is seeded from torch's, so that training resumes exactly.
     """
     if not recipe.mixup and not recipe.cutmix:
         return None
-    # The loss smooths the labels: smoothing and mixing are both linear.
+    # The loss smooths the labels, with the same result, because smoothing and mixing are both linear.
     mixup = _import_timm_data().Mixup(
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
@@ -43,9 +43,9 @@ def mix(recipe: Recipe, num_classes: int):
 
 
 def augment(dataset, recipe: Recipe) -> None:
-    """Replace the preprocessing of a folder's images by timm's training transform, where the recipe has one.
+    """Replace the transform of a folder's images by timm's for training, if the recipe has one.
 
-    Random resized crop, flip, RandAugment (arXiv 1909.13719), colour jitter, random erasing (arXiv 1708.04896).
+    It has random resized crop, flip, RandAugment (arXiv 1909.13719), colour jitter, random erasing (arXiv 1708.04896).
     """
     if not (recipe.rand_augment or recipe.color_jitter or recipe.random_erasing):
         return
@@ -68,10 +68,10 @@ def augment(dataset, recipe: Recipe) -> None:
     mode = "L" if len(values.mean) == 1 else "RGB"
 
     def transformed(image) -> Tensor:
-        # It draws from Python's and numpy's generators too: seeded from torch's, which is seeded per batch.
+        # It draws from Python's and numpy's generators too, so torch's, which is seeded per batch, seeds them.
         seed = int(torch.randint(2**32, ()))
         random.seed(seed)
         np.random.seed(seed)
         return transform(image.convert(mode))
 
-    dataset.preprocessing = transformed
+    dataset.transform = transformed

@@ -89,7 +89,7 @@ class SliceAdamW(torch.optim.Optimizer):
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Train what the forward passes since ``SliceGradients.zero_`` have read; return what ``closure`` returns.
 
         Raises:

@@ -1,8 +1,9 @@
-"""Cross-validation: what a recipe is worth, found without the test part of its data."""
+"""Cross-validation, which compares recipes without the test part of their data."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,26 +18,26 @@ from hydravit.training.trainer import Trainer
 
 
 class CrossValidation:
-    """Trains a recipe on all folds of the training part but one, and counts what it gets right of that one.
+    """Trains a recipe on all folds of the training part but one, and evaluates it on that one.
 
-    Nobody sees the test part. Every fold has a seed of its own for weights, order and widths, so that no recipe is
-    preferred for what it makes of one seed.
+    The test part is not read. Every fold has a seed of its own for weights, order and widths, so that no recipe wins
+    by one lucky seed.
 
     Args:
-        data: source, as in ``hydravit.data.load_dataset``.
-        count: folds.
-        skip_corrupt, split_seed: as in ``load_dataset``.
+        data: the ``source`` of ``hydravit.data.load_dataset``.
+        count: number of folds.
+        skip_corrupt, split_seed: ``skip_corrupt`` and ``seed`` of ``load_dataset``.
     """
 
     def __init__(self, data: str, count: int = 3, *, skip_corrupt: bool = False, split_seed: int = 0):
         self.data, self.count = data, count
-        self._options = {"split": "train", "seed": split_seed, "skip_corrupt": skip_corrupt}
+        self._options: dict[str, Any] = {"split": "train", "seed": split_seed, "skip_corrupt": skip_corrupt}
 
     def fold(self, recipe: Recipe, fold: int, *, backend: str = "auto", progress: bool = False) -> dict[int, float]:
-        """Top-1 in percent of every width the recipe trains, on one fold that took no part in training."""
+        """Return top-1 in percent of every width that the recipe trains, on one fold that took no part in training."""
         training = self._load(recipe, recipe.augment)
         validation = self._load(recipe, False)
-        chosen = folds(training.labels, self.count, seed=0) == fold
+        chosen = folds(training.labels.tolist(), self.count, seed=0) == fold
         config = dataclasses.replace(
             recipe.config,
             image_size=training.image_size,

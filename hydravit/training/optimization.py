@@ -1,15 +1,17 @@
-"""Optimizer, learning rate and weight average of a recipe: torch's own or ours, with the recipe's numbers."""
+"""The optimizer, the learning rate and the average of the weights that a recipe names."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
 from hydravit.training.adamw import SliceAdamW
 
@@ -17,25 +19,24 @@ _NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
 
 
 def make_optimizer(
-    model: nn.Module, recipe: Recipe, world: int = 1, average: AveragedModel | None = None
+    model: HydraViT, recipe: Recipe, world: int = 1, average: AveragedModel | None = None
 ) -> torch.optim.AdamW | SliceAdamW:
-    """AdamW, without decay on vectors (biases, norms, layer scale), tokens and the position embedding, as in DeiT.
+    """Make AdamW, without decay on vectors (biases, norms, layer scale), tokens and position embedding, as in DeiT.
 
-    With ``recipe.optimizer == "dense"`` it is the reference's: a weight outside the trained slice has a gradient of
-    zero, not none, so it is still decayed and moved by its momentum; and the caller updates the average.
-    With ``"active"`` it is ``SliceAdamW``, which updates the average itself. Frozen parameters are left out. Raises
-    ``ValueError`` if all are frozen.
+    ``recipe.optimizer == "dense"`` is torch's, as in the paper's code: weights outside the trained slice have a
+    gradient of zero, so decay and momentum still change them. The caller updates the average. ``"active"`` is
+    ``SliceAdamW``, which updates the average itself. Frozen parameters are left out; ``ValueError`` if all are frozen.
     """
-    groups = {True: [], False: []}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            classifier_bias = name == "head.bias"  # a matrix where every width has its own
+            classifier_bias = name == "head.bias"  # a matrix if every width has its own
             decayed = parameter.dim() > 1 and name not in _NOT_DECAYED and not classifier_bias
             groups[decayed].append(parameter)
     if not groups[True] and not groups[False]:
         raise ValueError("every parameter of the model is frozen: nothing to train")
     scale = recipe.batch_size * world / recipe.lr_batch if recipe.lr_batch else 1.0
-    options = {"lr": recipe.lr * scale, "betas": recipe.betas, "eps": recipe.eps}
+    options: dict[str, Any] = {"lr": recipe.lr * scale, "betas": recipe.betas, "eps": recipe.eps}
     decays = [
         {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0}
         for decayed, parameters in groups.items()
@@ -44,12 +45,12 @@ def make_optimizer(
     if recipe.optimizer == "dense":
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(decays, **options, fused=fused)
-    weights = None if average is None else average.module
+    weights = None if average is None else cast(HydraViT, average.module)
     return SliceAdamW(decays, model, average=weights, ema_decay=average_decay(recipe), **options)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:
-    """Linear warm-up, cosine to ``min_lr``, cool-down there; stepped after every optimizer step."""
+    """Make a schedule of linear warm-up, cosine to ``min_lr``, and cool-down there; it steps with the optimizer."""
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     end = (recipe.epochs - recipe.cooldown_epochs) * steps_per_epoch
     first, last = recipe.warmup_lr / recipe.lr, recipe.min_lr / recipe.lr
@@ -65,16 +66,16 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
 
 
 def average_decay(recipe: Recipe) -> Callable[[int], float]:
-    """The decay of the average of the weights after ``n`` steps.
+    """Return a function from the number of steps ``n`` to the decay of the average of the weights.
 
-    It grows to the recipe's, ``(1 + n) / (10 + n)`` at first, so that short runs forget the start too. In single
-    precision, as torch counts in a tensor.
+    The decay grows as ``(1 + n) / (10 + n)`` to the recipe's, so that short runs forget the start too. It is computed
+    in single precision, because torch counts the steps in a tensor.
     """
     return lambda n: min(recipe.ema, float(torch.as_tensor(1 + n) / torch.as_tensor(10 + n)))
 
 
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The exponential moving average of the weights, or None."""
+    """Make the exponential moving average of the weights, or None if the recipe has none."""
     if not recipe.ema:
         return None
     decay = average_decay(recipe)

@@ -8,15 +8,16 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import hydravit_kernels as kernels
-from hydravit.evaluation import accuracy
+from hydravit.evaluation.accuracy import SizedDataset, accuracy
 from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
 from hydravit.training.batches import Batches
@@ -29,7 +30,7 @@ CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 
 class Interrupted(RuntimeError):
-    """Training was asked to stop by ``signal`` and did, after a whole step; ``checkpoint`` is what to go on from."""
+    """``signal`` stopped the training after a whole step; it resumes from ``checkpoint``."""
 
     def __init__(self, received, step: int, checkpoint: Path | None):
         saved = f"resume from {checkpoint}" if checkpoint else "nothing was saved: there is no output folder"
@@ -38,23 +39,23 @@ class Interrupted(RuntimeError):
 
 
 class Trainer:
-    """Trains a model by a recipe (HydraViT, arXiv 2409.17978, section 3: every step draws a width and trains that).
+    """Trains a model by a recipe; every step draws a width and trains that (HydraViT, arXiv 2409.17978, section 3).
 
-    Gradients are in place (``SliceGradients``): backward, clearing and clipping cost what the width costs. So do the
-    optimizer and the average of the weights if the recipe's ``optimizer`` is ``"active"``. Under torchrun, every
-    rank makes a Trainer after ``init_process_group``, and rank 0 writes. All ranks draw the same widths, and only
-    gradients of these travel; where the recipe's ``rank_shared`` is False every rank draws its own, gradients are
-    ordinary ones that DistributedDataParallel averages, and the optimizer must be ``"dense"``.
+    Gradients are in place (``SliceGradients``), so that backward, clearing and clipping cost what the width costs. So
+    do the optimizer and the average of the weights if the recipe's ``optimizer`` is ``"active"``. Under torchrun every
+    rank makes a Trainer after ``init_process_group``, and rank 0 writes. All ranks draw the same widths, and exchange
+    only gradients of these. If the recipe's ``rank_shared`` is False, every rank draws its own,
+    DistributedDataParallel averages ordinary gradients, and the optimizer must be ``"dense"``.
 
     Args:
-        model: on its device. Frozen parameters stay as they are.
+        model: trained on the device where it is. Frozen parameters stay as they are.
         dataset: items ``(image (C, H, W), target)``; uint8 images are divided by 255; a target is a class or a float
             tensor ``(classes,)`` of probabilities.
         out: folder for ``checkpoint.pt`` and ``log.jsonl`` (a line per epoch: losses, images/s), or None.
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
         amp: torch.bfloat16 or torch.float16 for autocast; None for none.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
-        checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: not so.
+        checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: none.
         workers: processes that load the data.
     """
 
@@ -62,10 +63,10 @@ class Trainer:
         self,
         model: HydraViT,
         recipe: Recipe,
-        dataset: torch.utils.data.Dataset,
+        dataset: SizedDataset,
         *,
         out: str | Path | None = None,
-        validation: torch.utils.data.Dataset | None = None,
+        validation: SizedDataset | None = None,
         validate_every: int = 10,
         amp: torch.dtype | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -83,9 +84,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.heads = recipe.trained_heads
         for heads in self.heads:
-            model.subnetwork(heads)  # a width the model does not have is refused here, not in the middle of training
+            model.subnetwork(heads)  # refuses a width that the model does not have, before any training
 
-        torch.manual_seed(recipe.seed + self.rank)  # drop-path
+        torch.manual_seed(recipe.seed + self.rank)  # for drop-path
         self.batches = Batches(
             dataset, recipe.batch_size, seed=recipe.seed, rank=self.rank, world=self.world, workers=workers
         )
@@ -106,26 +107,27 @@ class Trainer:
         self.optimizer = make_optimizer(model, recipe, self.world, self.average)
         self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16 and self.device.type == "cuda")
-        self.gradients, self._network = None, model
-        self.epoch = self.batch = self.step = 0  # the next batch of the epoch, optimizer steps done
-        self._losses: dict[int, list[float]] = {}  # per width: sum and number of images, in this epoch
+        self.gradients: SliceGradients | None = None
+        self._network: nn.Module = model
+        self.epoch = self.batch = self.step = 0  # `batch` is the next one of the epoch, `step` counts those done
+        self._losses: dict[int, list[float]] = {}  # per width, sum and number of images in this epoch
 
     @property
     def trained(self) -> HydraViT:
         """The model to evaluate and save: the average of the weights if the recipe has one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(HydraViT, self.average.module)
 
     def run(self) -> HydraViT:
-        """Train to the end of the recipe; returns ``trained``.
+        """Train to the end of the recipe; return ``trained``.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
-            RuntimeError: the loss is not finite; names step and width.
+            RuntimeError: the loss is not finite; the message names step and width.
             OSError: a checkpoint could not be written.
         """
         if self.out is not None and self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._forget_log()
+            self._forget_log(self.out / LOG)
         if self._in_place:
             self._share_weights()
             self.gradients = SliceGradients(self.model)
@@ -142,12 +144,12 @@ class Trainer:
         finally:
             if self.gradients is not None:
                 self.gradients.close()
-            self.gradients, self._network = None, self.model  # the process group may be taken down from here on
+            self.gradients, self._network = None, self.model  # the process group may end after this
             self.model.zero_grad(set_to_none=True)
         return self.trained
 
     def _share_weights(self) -> None:
-        """All ranks begin with rank 0's, as under DistributedDataParallel."""
+        """Give all ranks the weights of rank 0, as DistributedDataParallel does."""
         for module in (self.model, self.average):
             if self.world > 1 and module is not None:
                 for tensor in module.state_dict().values():
@@ -177,7 +179,7 @@ class Trainer:
             self.save()
 
     def _step(self, images: Tensor, labels: Tensor, heads: int | Tensor) -> float:
-        """One optimizer step; returns the batch's mean loss."""
+        """Do one optimizer step; return the batch's mean loss."""
         self._zero_gradients()
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.mix is not None:
@@ -185,11 +187,11 @@ class Trainer:
         widths = torch.as_tensor(heads).expand(len(images))
         parts, losses = min(self.recipe.accumulate, len(images)), []
         for part in torch.arange(len(images)).tensor_split(parts):
-            one, end = int(part[0]), int(part[-1]) + 1
+            start, stop = int(part[0]), int(part[-1]) + 1
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                logits = self._network(images[one:end], heads=heads if isinstance(heads, int) else heads[one:end])
+                logits = self._network(images[start:stop], heads=heads if isinstance(heads, int) else heads[start:stop])
             loss = F.cross_entropy(
-                logits.float(), labels[one:end], label_smoothing=self.recipe.smoothing, reduction="none"
+                logits.float(), labels[start:stop], label_smoothing=self.recipe.smoothing, reduction="none"
             )
             self.scaler.scale(loss.sum() / len(images)).backward()
             losses.append(loss.detach())
@@ -200,12 +202,12 @@ class Trainer:
     def _zero_gradients(self) -> None:
         if self.gradients is not None:
             self.gradients.zero_()
-        else:  # zeros, not None: a parameter that no width of this step uses is decayed all the same
+        else:  # zeros instead of None, so that parameters that no width of this step uses still decay
             self.optimizer.zero_grad(set_to_none=False)
 
     @kernels.annotate("optimizer")
     def _update(self) -> None:
-        """From the gradients to new weights, and everything that goes on once a step."""
+        """Update the weights from the gradients, and everything else that changes once a step."""
         if self.gradients is not None and self.world > 1:
             self.gradients.average_()
         if self.recipe.clip_norm:
@@ -221,7 +223,7 @@ class Trainer:
             self.average.update_parameters(self.model)
 
     def _track(self, losses: Tensor, widths: Tensor) -> float:
-        """Add the images' losses ``(B,)`` to their widths'; returns their mean, which must be finite."""
+        """Add the images' losses ``(B,)`` to their widths'; return the mean, which must be finite."""
         losses = losses.double().cpu()
         mean = float(losses.mean())
         if not math.isfinite(mean):
@@ -239,7 +241,7 @@ class Trainer:
         return mean
 
     def _log(self, images_per_second: float) -> None:
-        """One line for the epoch; the loss is rank 0's. With validation, if it is due."""
+        """Log one line for the epoch, with rank 0's loss, and the validation if it is due."""
         if self.rank:
             return
         entry = {
@@ -269,7 +271,7 @@ class Trainer:
 
     def _stop_if_asked(self, interrupt: Interrupt) -> None:
         asked = interrupt.signal is not None
-        if self.world > 1:  # all ranks stop at the same step, or the others would wait for ever
+        if self.world > 1:  # all ranks stop at the same step; otherwise the others would wait for ever
             anyone = torch.tensor(int(asked), device=self.device)
             dist.all_reduce(anyone)
             asked = bool(anyone)
@@ -281,7 +283,7 @@ class Trainer:
 
     def _identity(self) -> dict:
         recipe = self.recipe.to_dict()
-        del recipe["config"]  # the model's own is the one that counts
+        del recipe["config"]  # the model has the one that counts
         return {
             "recipe": recipe,
             "config": self.model.config.to_dict(),
@@ -292,7 +294,7 @@ class Trainer:
         }
 
     def save(self) -> Path | None:
-        """Write ``checkpoint.pt``; returns its path, None without an output folder. Every rank must call it."""
+        """Write ``checkpoint.pt``; return its path, or None without an output folder. Every rank must call it."""
         if self.out is None:
             return None
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -316,10 +318,10 @@ class Trainer:
         return path
 
     def resume(self, path: str | Path) -> None:
-        """Go on from a checkpoint, exactly: with the same recipe the weights become those of a run never interrupted.
+        """Resume from a checkpoint. The weights at the end are exactly those of a run that was never interrupted.
 
         Raises:
-            FileNotFoundError, ValueError: as ``load_state``; nothing is changed then.
+            FileNotFoundError, ValueError: those of ``load_state``; nothing is changed then.
         """
         state = load_state(path, self._identity())
         self.model.load_state_dict(state["model"])
@@ -336,9 +338,8 @@ class Trainer:
         self.epoch, self.batch, self.step = state["position"]
         self._losses = state["losses"]
 
-    def _forget_log(self) -> None:
+    def _forget_log(self, log: Path) -> None:
         """Drop the lines of epochs that are still to come: the log may be newer than the checkpoint."""
-        log = self.out / LOG
         if log.is_file():
             lines = log.read_text().splitlines(keepends=True)
             log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= self.epoch))
