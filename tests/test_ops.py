@@ -124,7 +124,7 @@ def test_one_graph_serves_every_mixture_of_widths():
 def test_an_impossible_width_in_a_compiled_mixture(backend, bad):
     """What the values are is not known when the graph is made; the op finds it out, and no image gets another width."""
     model, graph = compiled(backend, trained_heads=(1, 3, 12))
-    with pytest.raises(RuntimeError, match="subnet"):
+    with pytest.raises(RuntimeError, match="width_index"):
         graph(torch.randn(3, 3, 32, 32), heads=torch.tensor([3, bad, 1]))
 
 

@@ -36,7 +36,7 @@ def test_the_last_block_may_compute_pooled_tokens_only(isa, threads, variant, co
     for heads in (1, 4, torch.tensor([4, 1, 2, 2, 1])):
         widths = model.widths(heads, 5)
         assert torch.equal(
-            *(network.run(x, widths.subnetworks, widths.subnet, pooled_only=only) for only in (True, False))
+            *(network.run(x, widths.subnetworks, widths.width_index, pooled_only=only) for only in (True, False))
         )
 
 
@@ -123,7 +123,7 @@ def call():
         "use": lambda plan: [plan],
         "packed": packed,
         "columns": SMALL.num_classes,
-        "subnet": None,
+        "width_index": None,
     }
 
 
@@ -134,7 +134,7 @@ def plan_of(arguments):
 
 def run(arguments):
     plans = arguments["use"](plan_of(arguments))
-    rest = (plans, arguments["columns"], arguments["subnet"], True)
+    rest = (plans, arguments["columns"], arguments["width_index"], True)
     return hydravit.network_native(arguments["images"], arguments["packed"], *rest)
 
 
@@ -261,11 +261,11 @@ WRONG = {
     "zeros": (with_plans(lambda plan: [torch.zeros_like(plan)]), "^plans: .* other bytes"),
     "fewer columns": (with_arguments(columns=9), "^columns: 10 expected"),
     "more columns": (with_arguments(columns=11), "^columns: 10 expected"),
-    "no subnet": (with_plans(lambda plan: [plan, plan]), "^subnet: an int64 tensor"),
-    "subnet out of range": (with_arguments(subnet=torch.tensor([0, 1, 0])), "^subnet: values in"),
-    "negative subnet": (with_arguments(subnet=torch.tensor([0, -1, 0])), "^subnet: values in"),
-    "short subnet": (with_arguments(subnet=torch.tensor([0, 0])), "^subnet: shape"),
-    "subnet of another dtype": (with_arguments(subnet=torch.zeros(3)), "^subnet: dtype int64"),
+    "no width_index": (with_plans(lambda plan: [plan, plan]), "^width_index: an int64 tensor"),
+    "width_index out of range": (with_arguments(width_index=torch.tensor([0, 1, 0])), "^width_index: values in"),
+    "negative width_index": (with_arguments(width_index=torch.tensor([0, -1, 0])), "^width_index: values in"),
+    "short width_index": (with_arguments(width_index=torch.tensor([0, 0])), "^width_index: shape"),
+    "width_index of another dtype": (with_arguments(width_index=torch.zeros(3)), "^width_index: dtype int64"),
 }
 
 
@@ -404,7 +404,7 @@ def test_fake_kernel(classes, mixed):
         hydravit.plan_network_native(packed, offsets, model.config.sizes, *s.flat(), s.eps) for s in widths.subnetworks
     ]
     columns = max(s.head.classes if classes else s.embed.embed for s in widths.subnetworks)
-    arguments = (images(SMALL, 3), packed, plans, columns, widths.subnet)
+    arguments = (images(SMALL, 3), packed, plans, columns, widths.width_index)
     logits = hydravit.network_native(*arguments, True)
     with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
         faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
