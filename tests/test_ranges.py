@@ -68,7 +68,7 @@ print(*nvtx.seen)
 stem = functional.stem
 assert stem is not inspect.unwrap(stem)
 assert stem.__name__ == "stem" and stem.__doc__.startswith("Patch embedding")
-assert list(inspect.signature(stem).parameters)[:2] == ["images", "weight"]
+assert list(inspect.signature(stem).parameters)[:2] == ["images", "parameters"]
 assert pickle.loads(pickle.dumps(stem)) is stem
 """
     assert python(tmp_path, code) == [*FORWARD, "optimizer"] * 2
