@@ -104,8 +104,7 @@ def head(
 ) -> Tensor:
     """Mean of the tokens ``[pool[0], pool[1])``, norm, classifier: ``x (B, N, Dk)`` to logits ``(B, classes)``.
 
-    If the norm's parameters are None the norm is left out. If the classifier's are, the result is ``(B, Dk)``:
-    features.
+    If the norm's parameters are None the norm is left out. Without a classifier the result is the features ``(B, Dk)``.
     """
     if backend == "reference":
         return reference.head(x, parameters, *pool, slices, eps, width_index)

@@ -68,8 +68,7 @@ class HeadSlice(NamedTuple):
 
 
 class Subnetwork(NamedTuple):
-    """Everything one width reads: a slice of the residual stream, an attention and an MLP slice per layer, and the
-    head's.
+    """Everything that one width reads: slices of the residual stream, of both blocks of every layer, and of the head.
 
     It is frozen and hashable, and made once per width, never inside a forward. ``heads`` names the width; kernels read
     only the slices. ``eps`` is the epsilon of every norm.

@@ -22,7 +22,8 @@ from hydravit_kernels.triton.launch import INTERPRETED, launch
 
 _TILE, _WARPS = 1024, 8  # elements per program, which are four per thread: one vector of float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_PLANS = 2  # per table; one suffices until tensors are replaced, and then the next call may bring the old ones
+# How many plans a table keeps. One is needed; two serve a caller who alternates between two sets of tensors.
+_MOST_PLANS = 2
 
 
 class _Rectangle(NamedTuple):

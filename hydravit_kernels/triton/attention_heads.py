@@ -224,7 +224,7 @@ def _key_value_gradient_kernel(
 
 
 def _constants(products: AttentionProducts) -> dict:
-    """What a kernel is compiled for, its tile apart. HEAD and VALUE are at least 16, as ``tl.dot`` demands."""
+    """The constants of a kernel other than its tile. HEAD and VALUE are at least 16, as ``tl.dot`` demands."""
     each = products.qkv.each
     return {
         "ALIGN": products.qkv.align,

@@ -1,13 +1,13 @@
 """Slices on their way from an op to its kernels.
 
-1. An op takes its slices as integers, because an op's schema cannot carry our tuples. ``attention_products`` and its
-   siblings at the end of this file read them as ``AttentionSlice``, ... again (``subnetwork.unflatten``).
+1. An op takes its slices as integers, because its schema cannot carry our tuples. ``attention_products`` and the other
+   functions at the end of this file turn them back into ``AttentionSlice``, ``MlpSlice``, ...
 2. A block is a few matrix products, and each reads some rows and columns of one full weight, in place. The same
    functions make one ``ProductSlice`` per product and slice, and one ``ProductSlices`` per product. Their results are
    cached, so that this happens once per width.
 3. A kernel gets ``ProductSlices.argument(width_index)``. One slice for the whole batch travels as plain integers, so a
-   kernel reads no memory to know it. One slice per image travels as a table on the device, where every program looks up
-   its image's. Either way a width is no part of what a kernel is compiled for.
+   kernel reads no memory to know it. With a slice per image, a table of all slices lies on the device, and each program
+   looks up its image's. Either way another width compiles nothing.
 4. In a kernel ``slice_of`` gives the ``ProductSlice`` back. Kernels count the rows and columns of a product from zero;
    ``weight_row`` and ``weight_column`` say where they lie in the full weight.
 """
@@ -31,7 +31,7 @@ from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, M
 class ProductSlice(NamedTuple):
     """What one product reads of a full weight: ``rows``, its outputs, by ``columns``, its inputs.
 
-    The rows follow each other from ``first_row`` and the columns from ``first_column``, but for attention:
+    The rows follow each other from ``first_row`` and the columns from ``first_column``, except in attention:
 
     - The rows of qkv are the queries', the keys' and the values'. Queries are heads of ``head_dim`` rows that begin
       ``pitch`` rows apart from ``first_row``, ``query_length`` rows in all. Keys are as many from ``key_row``. Values
@@ -72,7 +72,7 @@ def _decode_integer(encoded, ALIGN: tl.constexpr):
 
 @triton.jit
 def decode(encoded, ALIGN: tl.constexpr):
-    """The slice of which ``ProductSlices.encoded`` has the integers."""
+    """Undo the encoding of ``ProductSlices.encoded``."""
     return ProductSlice(
         _decode_integer(encoded.rows, ALIGN),
         _decode_integer(encoded.columns, ALIGN),
