@@ -58,7 +58,7 @@ def test_loaded_or_a_reason():
 
 def test_the_suite_leaves_out_what_is_missing_but_not_what_is_demanded():
     """The first with one line for all tests, the second not at all."""
-    suite = ("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/test_native.py")
+    suite = ("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/kernels/test_native.py")
     left_out = python(*suite, cwd=ROOT, HYDRAVIT_BUILD="none")
     line = r"^NOT RUN \[\d{3}\] for want of .*, native: native is switched off by HYDRAVIT_BUILD=none$"
     assert left_out.returncode == pytest.ExitCode.NO_TESTS_COLLECTED

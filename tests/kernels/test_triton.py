@@ -13,7 +13,6 @@ from blocks import Block, attention, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from machine import TRITON_DEVICE as DEVICE
 from small import images, make
-from test_ops import calls
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
 from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
 from hydravit_kernels.subnetwork import flatten
+from tests.kernels.test_ops import calls
 
 GPU = DEVICE == "cuda"
 pytestmark = [

@@ -473,7 +473,7 @@ def test_recipe_refuses(changes):
 
 _RANK = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_training import {function} as run
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
@@ -485,7 +485,8 @@ dist.destroy_process_group()
 
 def on_two_ranks(function, folder):
     """``function(folder, rank)`` of this file in two processes that are ranks of one group."""
-    script = _RANK.format(tests=os.path.dirname(__file__), folder=str(folder), function=function.__name__)
+    folders = [str(Path(__file__).parents[up]) for up in (0, 1)]  # of this file, and of what tests share
+    script = _RANK.format(folders=folders, folder=str(folder), function=function.__name__)
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
     try:
         assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]
