@@ -125,22 +125,6 @@ def test_threads_do_not_show(isa, threads):
         assert_same(run.model, found[0].model)
 
 
-@native
-def test_a_step_makes_packed_weights_stale():
-    run = Run("native")
-    run.model.eval(), run.average.eval()
-    images, _ = batch(98)
-    for heads in (4, 1, 2):
-        run.step(heads)
-        for module in (run.model, run.average):
-            in_place = copy.deepcopy(module)
-            in_place.packed_inference = None
-            with torch.no_grad():
-                for _ in range(3):  # the second call packs
-                    assert torch.equal(module(images), in_place(images))
-            assert module.packed_inference.network is not None
-
-
 def test_backward_after_a_step_raises():
     run = Run(BACKENDS[0])
     images, labels = batch(0)
