@@ -11,13 +11,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import adamw_runs
 import pytest
 import torch
 import torch.nn.functional as F
 
 import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig
-from hydravit.geometry import scala, skd
 from hydravit.recipes import RECIPES, Recipe, get_recipe
 from hydravit.training import (
     Batches,
@@ -72,8 +72,8 @@ def batch(count=6):
     return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % 5
 
 
-def backward(model, heads):
-    images, labels = batch()
+def backward(model, heads, data=None):
+    images, labels = data or batch()
     F.cross_entropy(model(images, heads=heads), labels).backward()
 
 
@@ -83,30 +83,16 @@ def assert_same_gradients(model, ordinary):
         torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-CASES = {
-    "one width": ({}, [2]),
-    "two widths": ({}, [3, 1]),
-    "the full width last": ({}, [1, 4]),
-    "per image": ({}, [torch.tensor([1, 3, 2, 3, 1, 1])]),
-    "separate classifiers": ({"separate_classifiers": (1, 2, 4)}, [2, 4]),
-    "separate, per image": ({"separate_classifiers": (1, 2, 4)}, [torch.tensor([1, 2, 2, 1, 2, 1])]),
-    "layer scale, registers": ({"layer_scale": 0.5, "register_tokens": 2, "pool": "avg"}, [1, 3]),
-    "scala prefix and suffix": ({}, [scala(CONFIG, 8, suffix=False), scala(CONFIG, 16, suffix=True)]),
-    "skd with skipped branches": ({}, [skd(CONFIG, [(4, 0), (0, 24)])]),
-    "sortednet": ({"geometry": "sortednet"}, [1, 3]),
-    "dynabert": ({"geometry": "dynabert"}, [2]),
-}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", adamw_runs.CASES)
 def test_in_place_gradients_are_the_ordinary_ones(case, backend):
-    changes, widths = CASES[case]
-    model, ordinary = make_model(backend=backend, **changes), make_model(backend=backend, **changes)
-    gradients = SliceGradients(model)
+    changes, steps = adamw_runs.CASES[case]
+    model, ordinary = (adamw_runs.make_model(backend, **changes) for _ in range(2))
+    gradients, data = SliceGradients(model), adamw_runs.batch(0)
+    widths = [heads for step in steps[:2] for heads in step]
     for heads in widths:
-        backward(model, heads)
-        backward(ordinary, heads)
+        backward(model, heads, data)
+        backward(ordinary, heads, data)
     assert_same_gradients(model, ordinary)
 
     live = {slices.name: sum(view.numel() for view in slices.views) for slices in gradients.live()}
@@ -121,8 +107,8 @@ def test_in_place_gradients_are_the_ordinary_ones(case, backend):
     assert all(not parameter.grad.any() for parameter in model.parameters())
     assert not list(gradients.live())
     ordinary.zero_grad()
-    backward(model, widths[-1])
-    backward(ordinary, widths[-1])
+    backward(model, 4, data)
+    backward(ordinary, 4, data)
     assert_same_gradients(model, ordinary)
 
 
