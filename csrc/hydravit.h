@@ -166,9 +166,9 @@ struct NetworkCall {
   const float* images;  // (B, channels, grid_height * patch_height, grid_width * patch_width), any strides
   int64_t image_strides[4];
   const NetworkPlan* plans;
-  const int64_t* plan_of;  // (B), an index into `plans`; nullable: all images use the only plan
-  bool pooled_only;        // the last block computes only the tokens that the head pools: the same bits, less work
-  float* y;                // (B, classes) or (B, Dk), rows `y_row_stride` apart
+  const int64_t* width_index;  // (B), an index into `plans`; nullable: all images use the only plan
+  bool pooled_only;            // the last block computes only the tokens that the head pools: the same bits, less work
+  float* y;                    // (B, classes) or (B, Dk), rows `y_row_stride` apart
   int64_t y_row_stride;
 };
 

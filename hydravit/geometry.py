@@ -18,11 +18,11 @@ from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, Intervals, M
 class Widths(NamedTuple):
     """The subnetworks of one call.
 
-    ``subnet (B,)`` int64 is the index of each image's subnetwork; None: the whole batch uses the only one.
+    ``width_index (B,)`` int64 is the index of each image's subnetwork; None: the whole batch uses the only one.
     """
 
     subnetworks: tuple[Subnetwork, ...]
-    subnet: Tensor | None
+    width_index: Tensor | None
 
     @property
     def eps(self) -> float:

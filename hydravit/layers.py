@@ -126,7 +126,7 @@ class Block(nn.Module):
         attention: Sequence[kernels.AttentionSlice],
         mlp: Sequence[kernels.MlpSlice],
         eps: float,
-        subnet: Tensor | None,
+        width_index: Tensor | None,
         backend: str,
         gradients: GradientBuffers | None = None,
         pool: tuple[int, int] | None = None,
@@ -135,14 +135,14 @@ class Block(nn.Module):
 
         Args:
             attention, mlp: one slice per subnetwork of the call.
-            subnet: ``(B,)`` int64, which of the slices an image uses; None: all use the only one.
+            width_index: ``(B,)`` int64, which of the slices an image uses; None: all use the only one.
             gradients: the buffers to which backward adds the parameters' gradients; None: autograd gets them.
             pool: the range ``[start, stop)`` of tokens to return, where nobody needs the others; None: all tokens.
         """
         if any(s.heads for s in attention):
             of_attention = self.attention_parameters()
             x = kernels.attention_block(
-                x, of_attention, self.branch_scale(x), attention, eps, subnet,
+                x, of_attention, self.branch_scale(x), attention, eps, width_index,
                 queries=None if pool is None else pool[1],
                 backend=backend, buffers=buffers_of(gradients, of_attention),
             )  # fmt: skip
@@ -151,7 +151,7 @@ class Block(nn.Module):
         if any(s.hidden for s in mlp):
             of_mlp = self.mlp_parameters()
             x = kernels.mlp_block(
-                x, of_mlp, self.branch_scale(x), mlp, eps, subnet,
+                x, of_mlp, self.branch_scale(x), mlp, eps, width_index,
                 backend=backend, buffers=buffers_of(gradients, of_mlp),
             )  # fmt: skip
         return x

@@ -169,8 +169,8 @@ class HydraViT(nn.Module):
             return Widths(subnetworks, None)
         beyond = self.config.max_heads + 1
         index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
-        subnet = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
-        return Widths(subnetworks, subnet)
+        width_index = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
+        return Widths(subnetworks, width_index)
 
     def _select_backend(self, parameter: Tensor) -> None:
         """Select the backend for the device and dtype of ``parameter``; raise if the requested one cannot run there."""
@@ -231,7 +231,7 @@ class HydraViT(nn.Module):
         x = self._trunk(images, widths)
         if self.config.pool == "avg":
             return x
-        return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.subnet)
+        return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.width_index)
 
     def forward_head(
         self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
@@ -255,7 +255,7 @@ class HydraViT(nn.Module):
         Raises ``ValueError`` for more than one width.
         """
         images, widths = self._enter(images, heads)
-        if widths.subnet is not None:
+        if widths.width_index is not None:
             raise ValueError("attention_maps takes one width for the batch")
         x = self._stem(images, widths)
         maps = []
@@ -328,7 +328,7 @@ class HydraViT(nn.Module):
     def _stem(self, images: Tensor, widths: Widths) -> Tensor:
         parameters = self.stem_parameters()
         buffers = buffers_of(self.slice_gradients, parameters)
-        return kernels.stem(images, parameters, widths.embed, widths.subnet, backend=self.backend, buffers=buffers)
+        return kernels.stem(images, parameters, widths.embed, widths.width_index, backend=self.backend, buffers=buffers)
 
     def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
         """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.
@@ -343,11 +343,11 @@ class HydraViT(nn.Module):
 
     def _block(self, i: int, x: Tensor, widths: Widths, pool: tuple[int, int] | None = None) -> Tensor:
         slices = widths.attention(i), widths.mlp(i)
-        return self.blocks[i](x, *slices, widths.eps, widths.subnet, self.backend, self.slice_gradients, pool)
+        return self.blocks[i](x, *slices, widths.eps, widths.width_index, self.backend, self.slice_gradients, pool)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, widths: Widths) -> Tensor:
         pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
         buffers = buffers_of(self.slice_gradients, parameters)
         return kernels.head(
-            x, parameters, pool, widths.head, widths.eps, widths.subnet, backend=self.backend, buffers=buffers
+            x, parameters, pool, widths.head, widths.eps, widths.width_index, backend=self.backend, buffers=buffers
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hydravit.config import HydraViTConfig
+from hydravit.extras import extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,7 +93,8 @@ class Preprocessing:
 
     def _bands(self, image: Image | Tensor) -> list[Image]:
         """Return Pillow images that together have all channels: a single one, or one per channel of a tensor."""
-        from PIL import Image
+        with extra("images", "resizing images"):
+            from PIL import Image
 
         channels = len(self.mean)
         if isinstance(image, Tensor):

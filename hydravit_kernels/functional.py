@@ -5,7 +5,7 @@ gradient is needed. Gradients of parameters are full-size tensors with exact zer
 expect. With ``buffers``, a tuple like ``parameters``, backward adds them to the slice of those tensors in place
 instead, and autograd sees none. An entry of None means that this gradient is not wanted.
 
-``slices`` has one slice for all images, or several and ``subnet (B,)``, int64: each image's index into them.
+``slices`` has one slice for all images, or several and ``width_index (B,)``, int64: each image's index into them.
 
 Under ``torch.autocast`` the triton backend has activations in autocast's dtype and leaves parameters in theirs.
 """
@@ -31,7 +31,7 @@ def stem(
     images: Tensor,
     parameters: StemParameters,
     slices: Sequence[EmbedSlice],
-    subnet: Tensor | None = None,
+    width_index: Tensor | None = None,
     *,
     backend: str,
     buffers: StemParameters | None = None,
@@ -42,8 +42,8 @@ def stem(
     arXiv 2309.16588).
     """
     if backend == "reference":
-        return reference.stem(images, parameters, slices, subnet)
-    return _run("stem", backend, images, parameters, (flatten(slices), subnet), buffers)
+        return reference.stem(images, parameters, slices, width_index)
+    return _run("stem", backend, images, parameters, (flatten(slices), width_index), buffers)
 
 
 @annotate("attention_block")
@@ -53,7 +53,7 @@ def attention_block(
     branch_scale: Tensor | None,
     slices: Sequence[AttentionSlice],
     eps: float,
-    subnet: Tensor | None = None,
+    width_index: Tensor | None = None,
     *,
     queries: int | None = None,
     backend: str,
@@ -67,8 +67,8 @@ def attention_block(
     """
     queries = x.shape[1] if queries is None else queries
     if backend == "reference":
-        return reference.attention_block(x, parameters, branch_scale, slices, eps, subnet, queries)
-    constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, subnet, queries)
+        return reference.attention_block(x, parameters, branch_scale, slices, eps, width_index, queries)
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, width_index, queries)
     return _run("attention_block", backend, x, parameters, constants, buffers)
 
 
@@ -79,15 +79,15 @@ def mlp_block(
     branch_scale: Tensor | None,
     slices: Sequence[MlpSlice],
     eps: float,
-    subnet: Tensor | None = None,
+    width_index: Tensor | None = None,
     *,
     backend: str,
     buffers: MlpParameters | None = None,
 ) -> Tensor:
     """Norm, fc1, exact GELU, fc2, scales and residual: ``x (B, N, Dk)`` to the same shape."""
     if backend == "reference":
-        return reference.mlp_block(x, parameters, branch_scale, slices, eps, subnet)
-    return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, subnet), buffers)
+        return reference.mlp_block(x, parameters, branch_scale, slices, eps, width_index)
+    return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, width_index), buffers)
 
 
 @annotate("head")
@@ -97,7 +97,7 @@ def head(
     pool: tuple[int, int],
     slices: Sequence[HeadSlice],
     eps: float,
-    subnet: Tensor | None = None,
+    width_index: Tensor | None = None,
     *,
     backend: str,
     buffers: HeadParameters | None = None,
@@ -108,8 +108,8 @@ def head(
     features.
     """
     if backend == "reference":
-        return reference.head(x, parameters, *pool, slices, eps, subnet)
-    return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, subnet), buffers)
+        return reference.head(x, parameters, *pool, slices, eps, width_index)
+    return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, width_index), buffers)
 
 
 def _run(name, backend, x, parameters, constants, buffers):

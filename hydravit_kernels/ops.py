@@ -8,7 +8,7 @@ full model and ``Dk`` in the widest slice of the call:
     parameters          as in ``parameters.py``, in the order of its tuples
     ``branch_scale``    ``(B,)``, multiplies an image's branch (drop-path)
     ``slices``          the integers of one or more slices, see ``flatten``; ``scales``: their attention scales
-    ``subnet``          ``(B,)`` int64, the index of each image's slice; None if there is one slice
+    ``width_index``     ``(B,)`` int64, the index of each image's slice; None if there is one slice
 
 A block includes its residual connection. With ``save=True`` it also returns activations for backward, which are empty
 tensors otherwise. They have the size of the largest slice, and an image fills the front of its own row:
@@ -49,13 +49,15 @@ def _buffers(specs: BlockParameters) -> str:
     return ", ".join(f"Tensor({chr(ord('a') + i)}!)? grad_{name}" for i, name in enumerate(specs._fields))
 
 
-_STEM = f"Tensor images, {_tensors(STEM)}, SymInt[] slices, Tensor? subnet"
+_STEM = f"Tensor images, {_tensors(STEM)}, SymInt[] slices, Tensor? width_index"
 _ATTENTION = (
-    f"{_tensors(ATTENTION)}, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? subnet, "
+    f"{_tensors(ATTENTION)}, Tensor? branch_scale, SymInt[] slices, float[] scales, float eps, Tensor? width_index, "
     "SymInt queries"
 )
-_MLP = f"{_tensors(MLP)}, Tensor? branch_scale, SymInt[] slices, float eps, Tensor? subnet"
-_HEAD = f"Tensor x, {_tensors(HEAD)}, SymInt pool_start, SymInt pool_stop, SymInt[] slices, float eps, Tensor? subnet"
+_MLP = f"{_tensors(MLP)}, Tensor? branch_scale, SymInt[] slices, float eps, Tensor? width_index"
+_HEAD = (
+    f"Tensor x, {_tensors(HEAD)}, SymInt pool_start, SymInt pool_stop, SymInt[] slices, float eps, Tensor? width_index"
+)
 _SAVED = "Tensor grad, Tensor x, Tensor qkv, Tensor attended, Tensor logsumexp"
 
 SCHEMAS = {
@@ -82,8 +84,8 @@ NETWORK = {
     "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[])",
     "plan_network_native": "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) "
     "-> Tensor",
-    "network_native": "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? subnet, bool pooled_only)"
-    " -> Tensor",
+    "network_native": "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? width_index, "
+    "bool pooled_only) -> Tensor",
 }
 
 
@@ -106,7 +108,7 @@ def grouped(name: str, function: Callable) -> Callable:
     return implementation
 
 
-def _stem(images, p, slices, subnet):
+def _stem(images, p, slices, width_index):
     batch, _, height, width = images.shape
     tokens = (height // p.weight.shape[2]) * (width // p.weight.shape[3])
     for prefix in (p.cls_token, p.reg_token):
@@ -114,7 +116,7 @@ def _stem(images, p, slices, subnet):
     return images.new_empty((batch, tokens, max(s.embed for s in unflatten(EmbedSlice, slices))))
 
 
-def _attention_block(x, p, branch_scale, slices, scales, eps, subnet, queries, save):
+def _attention_block(x, p, branch_scale, slices, scales, eps, width_index, queries, save):
     batch, tokens, embed = x.shape
     y = x.new_empty((batch, queries, embed))
     if not save:
@@ -128,7 +130,7 @@ def _attention_block(x, p, branch_scale, slices, scales, eps, subnet, queries, s
     )
 
 
-def _mlp_block(x, p, branch_scale, slices, eps, subnet, save):
+def _mlp_block(x, p, branch_scale, slices, eps, width_index, save):
     batch, tokens, _ = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not save:
@@ -136,7 +138,7 @@ def _mlp_block(x, p, branch_scale, slices, eps, subnet, save):
     return y, x.new_empty((batch, tokens, max(s.hidden for s in unflatten(MlpSlice, slices))))
 
 
-def _head(x, p, pool_start, pool_stop, slices, eps, subnet):
+def _head(x, p, pool_start, pool_stop, slices, eps, width_index):
     each = unflatten(HeadSlice, slices)
     return x.new_empty((x.shape[0], max(s.embed if p.weight is None else s.classes for s in each)))
 
@@ -173,7 +175,7 @@ def define(backend: str) -> None:
     torch.library.register_fake(f"hydravit::adamw_{backend}", lambda *arguments: None, lib=LIBRARY)
 
 
-def _network(images, packed, plans, columns, subnet, pooled_only):
+def _network(images, packed, plans, columns, width_index, pooled_only):
     return images.new_empty((images.shape[0], columns))
 
 

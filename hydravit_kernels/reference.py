@@ -16,7 +16,7 @@ from hydravit_kernels.parameters import AttentionParameters, HeadParameters, Mlp
 from hydravit_kernels.subnetwork import AttentionSlice, widest
 
 
-def stem(images, p: StemParameters, slices, subnet=None) -> Tensor:
+def stem(images, p: StemParameters, slices, width_index=None) -> Tensor:
     """Patches, class and register tokens, position embedding: images ``(B, C, height, width)`` to ``(B, N, Dk)``."""
 
     def single(images, _, s):
@@ -32,10 +32,10 @@ def stem(images, p: StemParameters, slices, subnet=None) -> Tensor:
         tokens = torch.cat([t.to(patches.dtype) for t in prefix] + [patches], dim=1)
         return tokens if position is None else tokens + position
 
-    return _per_image(single, images, None, slices, subnet)
+    return _per_image(single, images, None, slices, width_index)
 
 
-def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, subnet=None, queries=None) -> Tensor:
+def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, width_index=None, queries=None) -> Tensor:
     """``x + branch_scale * layer_scale * proj(softmax(q k^T * scale) v)`` with ``q, k, v = qkv(norm(x))``.
 
     With ``queries`` the result has only the first ``queries`` tokens, which still attend to all.
@@ -54,10 +54,10 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, subnet
         columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()
         return _add_branch(x[:, :queries], attended, columns, p.proj_bias, p.layer_scale, branch_scale, s)
 
-    return _per_image(single, x, branch_scale, slices, subnet)
+    return _per_image(single, x, branch_scale, slices, width_index)
 
 
-def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet=None) -> Tensor:
+def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, width_index=None) -> Tensor:
     """``x + branch_scale * layer_scale * fc2(gelu(fc1(norm(x))))``."""
 
     def single(x, branch_scale, s):
@@ -70,10 +70,10 @@ def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet=None) -> Te
         columns = p.fc2_weight.narrow(1, s.hidden_offset, s.hidden)
         return _add_branch(x, hidden, columns, p.fc2_bias, p.layer_scale, branch_scale, s)
 
-    return _per_image(single, x, branch_scale, slices, subnet)
+    return _per_image(single, x, branch_scale, slices, width_index)
 
 
-def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet=None) -> Tensor:
+def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, width_index=None) -> Tensor:
     """Mean of tokens ``[pool_start, pool_stop)``, norm, classifier: ``(B, N, Dk)`` to ``(B, classes)``.
 
     If ``norm_weight`` is None the norm is left out. If ``weight`` is None the result is the features ``(B, Dk)``.
@@ -88,12 +88,12 @@ def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet=None) 
         rows = p.weight.narrow(0, s.class_offset, s.classes).narrow(1, s.embed_offset, s.embed)
         return F.linear(pooled, rows, None if p.bias is None else p.bias.narrow(0, s.class_offset, s.classes))
 
-    return _per_image(single, x, None, slices, subnet, pad=p.weight is None)
+    return _per_image(single, x, None, slices, width_index, pad=p.weight is None)
 
 
-def layer_norm(x, norm_weight, norm_bias, slices, eps, subnet=None) -> Tensor:
+def layer_norm(x, norm_weight, norm_bias, slices, eps, width_index=None) -> Tensor:
     """The norm alone, over the slice's channels, for every token of ``x (B, N, Dk)``."""
-    return _per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, subnet)
+    return _per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, width_index)
 
 
 def attention_map(x, p: AttentionParameters, s: AttentionSlice, eps) -> Tensor:
@@ -141,18 +141,19 @@ def _add_branch(x, inner, columns, bias, layer_scale, branch_scale, s):
     return x + branch
 
 
-def _per_image(single, x, branch_scale, slices, subnet, pad=True):
+def _per_image(single, x, branch_scale, slices, width_index, pad=True):
     """Apply ``single`` to the batch, or to each group of images that share a slice.
 
     ``pad`` fills the results of narrow images with zeros up to the widest.
     """
-    if subnet is None:
+    if width_index is None:
         return single(x, branch_scale, slices[0])
-    torch._assert_async((subnet >= 0).all() & (subnet < len(slices)).all(), "subnet: an image's width is not possible")
+    possible = (width_index >= 0).all() & (width_index < len(slices)).all()
+    torch._assert_async(possible, "width_index: an image's width is not possible")
     activations = x.dim() == 3
     order, results = [], []
     for index, s in enumerate(slices):
-        group = (subnet == index).nonzero().squeeze(1)
+        group = (width_index == index).nonzero().squeeze(1)
         own = x[group, :, : s.embed] if activations else x[group]
         result = single(own, None if branch_scale is None else branch_scale[group], s)
         if pad:

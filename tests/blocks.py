@@ -239,7 +239,7 @@ def equal(some, others):
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-# Each with one slice or several; ``subnet``: which of them an image uses.
+# Each with one slice or several; ``width_index``: which of them an image uses.
 
 
 def beside(x, tensor):
@@ -247,36 +247,36 @@ def beside(x, tensor):
     return None if tensor is None else tensor.to(x.device, x.dtype if tensor.is_floating_point() else None)
 
 
-def stem_block(images, parameters, slices, subnet=None):
+def stem_block(images, parameters, slices, width_index=None):
     def exact(x, p):
-        return reference.stem(x, StemParameters(*p), slices, beside(x, subnet))
+        return reference.stem(x, StemParameters(*p), slices, beside(x, width_index))
 
-    return Block("stem", images, parameters, (flatten(slices), subnet), exact)
+    return Block("stem", images, parameters, (flatten(slices), width_index), exact)
 
 
-def attention_block(x, parameters, branch_scale, slices, subnet=None, queries=None):
+def attention_block(x, parameters, branch_scale, slices, width_index=None, queries=None):
     queries = x.shape[1] if queries is None else queries
 
     def exact(x, p):
-        scale, which = beside(x, branch_scale), beside(x, subnet)
+        scale, which = beside(x, branch_scale), beside(x, width_index)
         return reference.attention_block(x, AttentionParameters(*p), scale, slices, EPS, which, queries)
 
-    constants = (branch_scale, flatten(slices), [s.scale for s in slices], EPS, subnet, queries)
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], EPS, width_index, queries)
     return Block("attention_block", x, parameters, constants, exact)
 
 
-def mlp_block(x, parameters, branch_scale, slices, subnet=None):
+def mlp_block(x, parameters, branch_scale, slices, width_index=None):
     def exact(x, p):
-        return reference.mlp_block(x, MlpParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, subnet))
+        return reference.mlp_block(x, MlpParameters(*p), beside(x, branch_scale), slices, EPS, beside(x, width_index))
 
-    return Block("mlp_block", x, parameters, (branch_scale, flatten(slices), EPS, subnet), exact)
+    return Block("mlp_block", x, parameters, (branch_scale, flatten(slices), EPS, width_index), exact)
 
 
-def head_block(x, parameters, pool, slices, subnet=None):
+def head_block(x, parameters, pool, slices, width_index=None):
     def exact(x, p):
-        return reference.head(x, HeadParameters(*p), *pool, slices, EPS, beside(x, subnet))
+        return reference.head(x, HeadParameters(*p), *pool, slices, EPS, beside(x, width_index))
 
-    return Block("head", x, parameters, (*pool, flatten(slices), EPS, subnet), exact)
+    return Block("head", x, parameters, (*pool, flatten(slices), EPS, width_index), exact)
 
 
 # ---- Calls with one slice, of sizes that most tests share ----

@@ -47,11 +47,11 @@ class Case:
         """Where an interval of ``length`` begins inside ``[0, size)``, at a multiple of ``step``."""
         return step * self.random.randint(0, (size - length) // step)
 
-    def subnet(self, batch, count):
+    def width_index(self, batch, count):
         """Which of ``count`` widths every image has; None, which only one width allows."""
-        if count == 1 and not self.coin("subnet of one width", 0.2):
+        if count == 1 and not self.coin("width_index of one width", 0.2):
             return None
-        return torch.tensor(self.keep("subnet", [self.random.randrange(count) for _ in range(batch)]))
+        return torch.tensor(self.keep("width_index", [self.random.randrange(count) for _ in range(batch)]))
 
     def images(self, *shape):
         """Any strides that a view may have."""
@@ -61,11 +61,11 @@ class Case:
         return torch.randn(shape).to(memory_format=getattr(torch, f"{kind}_format" if kind == "contiguous" else kind))
 
 
-def residual(case, slices, batch, subnet):
+def residual(case, slices, batch, width_index):
     """``x`` with NaN in the channels beyond an image's own."""
     x = torch.randn(batch, case.between("tokens", 1, case.most_tokens), widest(slices))
     for image in range(batch):
-        x[image, :, slices[0 if subnet is None else subnet[image]].embed :] = float("nan")
+        x[image, :, slices[0 if width_index is None else width_index[image]].embed :] = float("nan")
     return x
 
 
@@ -79,13 +79,15 @@ def stem_case(case):
     channels, patch = case.between("channels", 1, 4), (case.between("height", 1, 6), case.between("width", 1, 6))
     grid = case.between("down", 1, 5), case.between("across", 1, 5)
     slices = case.keep("slices", embed_slices(case, full))
-    subnet = case.subnet(batch, len(slices))
+    width_index = case.width_index(batch, len(slices))
     cls, reg = case.between("class tokens", 0, 2), case.between("registers", 0, 3)
     positions = math.prod(grid) + case.one_of("positions on the prefix", 0, cls + reg)
     bias, embedded = case.coin("bias"), case.coin("position embedding", 0.8)
     sizes = {"bias": bias, "cls": cls, "reg": reg, "positions": positions if embedded else 0}
     parameters = stem_parameters(slices, full, channels, patch, **sizes)
-    return stem_block(case.images(batch, channels, grid[0] * patch[0], grid[1] * patch[1]), parameters, slices, subnet)
+    return stem_block(
+        case.images(batch, channels, grid[0] * patch[0], grid[1] * patch[1]), parameters, slices, width_index
+    )
 
 
 def attention_case(case):
@@ -104,13 +106,13 @@ def attention_case(case):
         starts = [case.place(length, size) for length, size in zip(reach, sizes, strict=True)]
         scale = case.one_of(f"scale {i}", head_dim**-0.5, 0.1, 1.0)
         slices.append(AttentionSlice(*embed, *starts, heads, head_dim, value_dim, pitch, scale))
-    subnet = case.subnet(batch, len(case.keep("slices", slices)))
+    width_index = case.width_index(batch, len(case.keep("slices", slices)))
     optional = {name: case.coin(name) for name in ("qkv_bias", "proj_bias", "layer_scale")}
     parameters = attention_parameters(slices, full, rows, columns, **optional)
     branch_scale = torch.rand(batch) * 2 if case.coin("branch_scale") else None
-    x = residual(case, slices, batch, subnet)
+    x = residual(case, slices, batch, width_index)
     queries = case.between("queries", 1, x.shape[1]) if case.coin("few queries", 0.3) else None
-    return attention_block(x, parameters, branch_scale, slices, subnet, queries)
+    return attention_block(x, parameters, branch_scale, slices, width_index, queries)
 
 
 def mlp_case(case):
@@ -119,11 +121,11 @@ def mlp_case(case):
     for i, embed in enumerate(embed_slices(case, full)):
         length = 0 if case.coin(f"skipped {i}", 0.1) else case.between(f"hidden {i}", 1, hidden)
         slices.append(MlpSlice(*embed, case.place(length, hidden), length))
-    subnet = case.subnet(batch, len(case.keep("slices", slices)))
+    width_index = case.width_index(batch, len(case.keep("slices", slices)))
     optional = {name: case.coin(name) for name in ("fc1_bias", "fc2_bias", "layer_scale")}
     parameters = mlp_parameters(slices, full, hidden, **optional)
     branch_scale = torch.rand(batch) * 2 if case.coin("branch_scale") else None
-    return mlp_block(residual(case, slices, batch, subnet), parameters, branch_scale, slices, subnet)
+    return mlp_block(residual(case, slices, batch, width_index), parameters, branch_scale, slices, width_index)
 
 
 def head_case(case):
@@ -131,13 +133,13 @@ def head_case(case):
     rows = case.between("rows", 1, 70)
     classes = case.between("classes", 1, rows)
     slices = [HeadSlice(*embed, case.place(classes, rows), classes) for embed in embed_slices(case, full)]
-    subnet = case.subnet(batch, len(case.keep("slices", slices)))
+    width_index = case.width_index(batch, len(case.keep("slices", slices)))
     optional = {"norm": case.coin("norm", 0.8), "classify": case.coin("classify", 0.8), "bias": case.coin("bias")}
     parameters = head_parameters(slices, full, rows, **optional)
-    x = residual(case, slices, batch, subnet)
+    x = residual(case, slices, batch, width_index)
     start = case.between("pool_start", 0, x.shape[1] - 1)
     pool = start, case.between("pool_stop", start + 1, x.shape[1])
-    return head_block(x, parameters, pool, slices, subnet)
+    return head_block(x, parameters, pool, slices, width_index)
 
 
 OPS = {"stem": stem_case, "attention_block": attention_case, "mlp_block": mlp_case, "head": head_case}

@@ -24,7 +24,7 @@ class Layer:
 
 
 @dataclass
-class Subnet:
+class Subnetwork:
     embed: list
     layers: list
     eps: float
@@ -43,19 +43,19 @@ def prefix(config, heads):
         scale=config.head_dim**-0.5,
         hidden=list(range(round(config.mlp_ratio * width))),
     )
-    return Subnet(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
+    return Subnetwork(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 
 
-def forward(parameters, config, subnet, images, maps=None):
+def forward(parameters, config, subnetwork, images, maps=None):
     """Logits of ``images (B, C, height, width)`` from full ``parameters`` (a state dict, any dtype).
 
     A list given as ``maps`` receives, per layer, the softmax matrices ``(B, heads, N, N)``; None for a skipped branch.
     """
-    p, e = parameters, subnet.embed
+    p, e = parameters, subnetwork.embed
     size = config.patch_size
 
     def norm(x, name):
-        return F.layer_norm(x, (len(e),), p[name + ".weight"][e], p[name + ".bias"][e], subnet.eps)
+        return F.layer_norm(x, (len(e),), p[name + ".weight"][e], p[name + ".bias"][e], subnetwork.eps)
 
     def pick(name, rows, columns=None):
         if name not in p:
@@ -73,7 +73,7 @@ def forward(parameters, config, subnet, images, maps=None):
     else:
         x = torch.cat([*prefix, x], dim=1) + p["pos_embed"][:, :, e]
 
-    for i, layer in enumerate(subnet.layers):
+    for i, layer in enumerate(subnetwork.layers):
         name = f"blocks.{i}."
         if layer.query:
             y = norm(x, name + "norm1")
@@ -106,5 +106,5 @@ def forward(parameters, config, subnet, images, maps=None):
     else:
         x = norm(x[:, config.prefix_tokens :].mean(1), "fc_norm")
     weight, bias = p["head.weight"], p["head.bias"]
-    rows = weight.reshape(-1, weight.shape[-1])[subnet.classes]
-    return F.linear(x, rows[:, e], bias.reshape(-1)[subnet.classes])
+    rows = weight.reshape(-1, weight.shape[-1])[subnetwork.classes]
+    return F.linear(x, rows[:, e], bias.reshape(-1)[subnetwork.classes])

@@ -68,7 +68,7 @@ struct StemArguments {
   Images images;
   StemParameters<Parameter> parameters;
   std::vector<EmbedSlice> slices;
-  OptionalTensor subnet;
+  OptionalTensor width_index;
 
   int64_t width() const { return largest(slices, &EmbedSlice::embed); }
   static int64_t tokens_of(const Parameter& prefix) { return prefix.present() ? prefix.size(1) : 0; }
@@ -88,7 +88,7 @@ struct AttentionArguments {
   OptionalTensor branch_scale;
   std::vector<AttentionSlice> slices;
   double eps;
-  OptionalTensor subnet;
+  OptionalTensor width_index;
   int64_t queries;
 
   // Sizes of the tensors that forward saves for backward: those of the largest slice. `describe` has checked the
@@ -112,7 +112,7 @@ struct MlpArguments {
   OptionalTensor branch_scale;
   std::vector<MlpSlice> slices;
   double eps;
-  OptionalTensor subnet;
+  OptionalTensor width_index;
 
   int64_t hidden() const { return largest(slices, &MlpSlice::hidden); }
 };
@@ -127,7 +127,7 @@ struct HeadArguments {
   int64_t pool_start, pool_stop;
   std::vector<HeadSlice> slices;
   double eps;
-  OptionalTensor subnet;
+  OptionalTensor width_index;
 
   // Columns of the result: those of the largest slice.
   int64_t width() const {

@@ -50,7 +50,7 @@ std::vector<AttentionBlock> describe(const AttentionArguments& arguments) {
   p.layer_scale.check_both({D});
 
   std::vector<AttentionBlock> result;
-  check_subnet(arguments.subnet, count, x.batch);
+  check_width_index(arguments.width_index, count, x.batch);
   HYDRAVIT_CHECK(arguments.queries >= 1 && arguments.queries <= x.tokens, "queries: 1 to ", x.tokens,
                  " tokens expected, ", arguments.queries, " given");
   for (const AttentionSlice& given : arguments.slices) {
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv_weight,
     const OptionalTensor& qkv_bias, const Tensor& proj_weight, const OptionalTensor& proj_bias,
     const OptionalTensor& layer_scale, const OptionalTensor& branch_scale, const Integers& slices,
-    const std::vector<double>& scales, double eps, const OptionalTensor& subnet, int64_t queries, bool save) {
+    const std::vector<double>& scales, double eps, const OptionalTensor& width_index, int64_t queries, bool save) {
   const AttentionArguments arguments{x,
                                      {{"norm_weight", norm_weight},
                                       {"norm_bias", norm_bias},
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
                                      branch_scale,
                                      read_slices<AttentionSlice>(slices, scales),
                                      eps,
-                                     subnet,
+                                     width_index,
                                      queries};
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_block(
   const Tensor qkv = saved({batch, tokens, arguments.qkv()}), attended = saved({batch, queries, arguments.attended()});
   const Tensor logsumexp = saved({batch, arguments.heads() * tokens});
   const MutableTokens all = mutable_tokens_of(y);
-  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
+  for_each_run(width_index, batch, [&](int64_t image, int64_t count, int64_t slice) {
     AttentionBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, qkv, attended, logsumexp);
     block.y = from_image(all, image);
     check_status(attention_block_cpu(block, torch_threads()));
@@ -137,7 +137,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
                                 const Tensor& qkv_weight, const OptionalTensor& qkv_bias, const Tensor& proj_weight,
                                 const OptionalTensor& proj_bias, const OptionalTensor& layer_scale,
                                 const OptionalTensor& branch_scale, const Integers& slices,
-                                const std::vector<double>& scales, double eps, const OptionalTensor& subnet,
+                                const std::vector<double>& scales, double eps, const OptionalTensor& width_index,
                                 int64_t queries, bool x_grad, const OptionalTensor& grad_norm_weight,
                                 const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_qkv_weight,
                                 const OptionalTensor& grad_qkv_bias, const OptionalTensor& grad_proj_weight,
@@ -153,7 +153,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
                                      branch_scale,
                                      read_slices<AttentionSlice>(slices, scales),
                                      eps,
-                                     subnet,
+                                     width_index,
                                      queries};
   const std::vector<AttentionBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
@@ -163,7 +163,7 @@ Tensor attention_block_backward(const Tensor& grad, const Tensor& x, const Tenso
   check(logsumexp, "logsumexp", {batch, arguments.heads() * tokens});
   HYDRAVIT_CHECK(logsumexp.is_contiguous(), "logsumexp: a contiguous tensor expected, as forward returned it");
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
-  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
+  for_each_run(width_index, batch, [&](int64_t image, int64_t count, int64_t index) {
     const AttentionBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, qkv, attended, logsumexp);
     const AttentionIntervals slice(arguments.slices[static_cast<size_t>(index)]);
     const AttentionParameters<Parameter>& p = arguments.parameters;

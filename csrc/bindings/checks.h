@@ -221,26 +221,28 @@ inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
 
 // ---- Which images share a kernel call ----
 
-// Checks `subnet`, which says which of `count` slices every image uses. Without it, there is only one slice.
-inline void check_subnet(const OptionalTensor& subnet, int64_t count, int64_t batch) {
-  if (!subnet.has_value()) {
-    HYDRAVIT_CHECK(count == 1, "subnet: an int64 tensor (", batch, ",) expected for ", count, " slices, None given");
+// Checks `width_index`, which says which of `count` slices every image uses. Without it, there is only one slice.
+inline void check_width_index(const OptionalTensor& width_index, int64_t count, int64_t batch) {
+  if (!width_index.has_value()) {
+    HYDRAVIT_CHECK(count == 1, "width_index: an int64 tensor (", batch, ",) expected for ", count,
+                   " slices, None given");
     return;
   }
-  check_kind(*subnet, "subnet", ScalarType::Long);
-  HYDRAVIT_CHECK(subnet->dim() == 1 && subnet->size(0) == batch, "subnet: shape (", batch, ",) expected, ",
-                 text(shape_of(*subnet)), " given");
-  HYDRAVIT_CHECK(subnet->is_contiguous(), "subnet: a contiguous tensor expected");
-  const int64_t* values = static_cast<const int64_t*>(subnet->const_data_ptr());
+  check_kind(*width_index, "width_index", ScalarType::Long);
+  HYDRAVIT_CHECK(width_index->dim() == 1 && width_index->size(0) == batch, "width_index: shape (", batch,
+                 ",) expected, ", text(shape_of(*width_index)), " given");
+  HYDRAVIT_CHECK(width_index->is_contiguous(), "width_index: a contiguous tensor expected");
+  const int64_t* values = static_cast<const int64_t*>(width_index->const_data_ptr());
   for (int64_t image = 0; image < batch; image++)
-    HYDRAVIT_CHECK(values[image] >= 0 && values[image] < count, "subnet: values in [0, ", count, ") expected, ",
+    HYDRAVIT_CHECK(values[image] >= 0 && values[image] < count, "width_index: values in [0, ", count, ") expected, ",
                    values[image], " given for image ", image);
 }
 
 // Calls body(image, count, slice) for every run [image, image + count) of images of one slice.
 template <class Body>
-void for_each_run(const OptionalTensor& subnet, int64_t batch, const Body& body) {
-  const int64_t* values = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
+void for_each_run(const OptionalTensor& width_index, int64_t batch, const Body& body) {
+  const int64_t* values =
+      width_index.has_value() ? static_cast<const int64_t*>(width_index->const_data_ptr()) : nullptr;
   for (int64_t image = 0; image < batch;) {
     int64_t end = batch;
     if (values != nullptr)

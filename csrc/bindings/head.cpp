@@ -30,7 +30,7 @@ std::vector<Head> describe(const HeadArguments& arguments) {
   p.bias.check_both({p.weight.present() ? p.weight.size(0) : 0});
 
   std::vector<Head> result;
-  check_subnet(arguments.subnet, static_cast<int64_t>(arguments.slices.size()), x.batch);
+  check_width_index(arguments.width_index, static_cast<int64_t>(arguments.slices.size()), x.batch);
   for (const HeadSlice& slice : arguments.slices) {
     const Interval embed = embed_of(slice), classes = classes_of(slice);
     HYDRAVIT_CHECK(!p.weight.present() || classes.length > 0, "slices: at least 1 class expected, 0 given");
@@ -58,7 +58,7 @@ Head of_run(Head block, int64_t image, int64_t images) {
 
 Tensor head(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
             const OptionalTensor& weight, const OptionalTensor& bias, int64_t pool_start, int64_t pool_stop,
-            const Integers& slices, double eps, const OptionalTensor& subnet) {
+            const Integers& slices, double eps, const OptionalTensor& width_index) {
   const HeadArguments arguments{
       x,
       {{"norm_weight", norm_weight}, {"norm_bias", norm_bias}, {"weight", weight}, {"bias", bias}},
@@ -66,11 +66,11 @@ Tensor head(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTe
       pool_stop,
       read_slices<HeadSlice>(slices),
       eps,
-      subnet};
+      width_index};
   const std::vector<Head> blocks = describe(arguments);
   const int64_t width = arguments.width();
   const Tensor y = torch::stable::new_empty(x, {x.size(0), width});
-  for_each_run(subnet, x.size(0), [&](int64_t image, int64_t count, int64_t slice) {
+  for_each_run(width_index, x.size(0), [&](int64_t image, int64_t count, int64_t slice) {
     Head block = of_run(blocks[static_cast<size_t>(slice)], image, count);
     block.y = mutable_floats(y) + image * width;
     block.y_row_stride = width;
@@ -84,7 +84,7 @@ Tensor head(const Tensor& x, const OptionalTensor& norm_weight, const OptionalTe
 Tensor head_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& norm_weight,
                      const OptionalTensor& norm_bias, const OptionalTensor& weight, const OptionalTensor& bias,
                      int64_t pool_start, int64_t pool_stop, const Integers& slices, double eps,
-                     const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
+                     const OptionalTensor& width_index, bool x_grad, const OptionalTensor& grad_norm_weight,
                      const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_weight,
                      const OptionalTensor& grad_bias) {
   const HeadArguments arguments{x,
@@ -96,12 +96,12 @@ Tensor head_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& 
                                 pool_stop,
                                 read_slices<HeadSlice>(slices),
                                 eps,
-                                subnet};
+                                width_index};
   const std::vector<Head> blocks = describe(arguments);
   const int64_t tokens = x.size(1), width = x.size(2);
   check(grad, "grad", {x.size(0), arguments.width()});
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {x.size(0), tokens, width}) : empty_output(x);
-  for_each_run(subnet, x.size(0), [&](int64_t image, int64_t count, int64_t index) {
+  for_each_run(width_index, x.size(0), [&](int64_t image, int64_t count, int64_t index) {
     const Head block = of_run(blocks[static_cast<size_t>(index)], image, count);
     const HeadSlice& slice = arguments.slices[static_cast<size_t>(index)];
     const HeadParameters<Parameter>& p = arguments.parameters;

@@ -25,7 +25,7 @@ std::vector<MlpBlock> describe(const MlpArguments& arguments) {
   p.layer_scale.check_both({D});
 
   std::vector<MlpBlock> result;
-  check_subnet(arguments.subnet, static_cast<int64_t>(arguments.slices.size()), x.batch);
+  check_width_index(arguments.width_index, static_cast<int64_t>(arguments.slices.size()), x.batch);
   for (const MlpSlice& slice : arguments.slices) {
     const Interval embed = embed_of(slice), rows = hidden_of(slice);
     MlpBlock block{};
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> mlp_block(const Tensor& x, const Tensor& norm_weight,
                                      const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
                                      const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
                                      const OptionalTensor& branch_scale, const Integers& slices, double eps,
-                                     const OptionalTensor& subnet, bool save) {
+                                     const OptionalTensor& width_index, bool save) {
   const MlpArguments arguments{x,
                                {{"norm_weight", norm_weight},
                                 {"norm_bias", norm_bias},
@@ -71,13 +71,13 @@ std::tuple<Tensor, Tensor> mlp_block(const Tensor& x, const Tensor& norm_weight,
                                branch_scale,
                                read_slices<MlpSlice>(slices),
                                eps,
-                               subnet};
+                               width_index};
   const std::vector<MlpBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   const Tensor y = torch::stable::new_empty(x, {batch, tokens, width});
   const Tensor saved = save ? torch::stable::new_empty(x, {batch, tokens, arguments.hidden()}) : empty_output(x);
   const MutableTokens all = mutable_tokens_of(y);
-  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t slice) {
+  for_each_run(width_index, batch, [&](int64_t image, int64_t count, int64_t slice) {
     MlpBlock block = of_run(blocks[static_cast<size_t>(slice)], image, count, saved);
     block.y = from_image(all, image);
     check_status(mlp_block_cpu(block, torch_threads()));
@@ -90,7 +90,7 @@ Tensor mlp_block_backward(const Tensor& grad, const Tensor& x, const Tensor& hid
                           const Tensor& norm_bias, const Tensor& fc1_weight, const OptionalTensor& fc1_bias,
                           const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
                           const OptionalTensor& branch_scale, const Integers& slices, double eps,
-                          const OptionalTensor& subnet, bool x_grad, const OptionalTensor& grad_norm_weight,
+                          const OptionalTensor& width_index, bool x_grad, const OptionalTensor& grad_norm_weight,
                           const OptionalTensor& grad_norm_bias, const OptionalTensor& grad_fc1_weight,
                           const OptionalTensor& grad_fc1_bias, const OptionalTensor& grad_fc2_weight,
                           const OptionalTensor& grad_fc2_bias, const OptionalTensor& grad_layer_scale) {
@@ -105,13 +105,13 @@ Tensor mlp_block_backward(const Tensor& grad, const Tensor& x, const Tensor& hid
                                branch_scale,
                                read_slices<MlpSlice>(slices),
                                eps,
-                               subnet};
+                               width_index};
   const std::vector<MlpBlock> blocks = describe(arguments);
   const int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2);
   check(grad, "grad", {batch, tokens, width});
   check(hidden, "hidden", {batch, tokens, arguments.hidden()});
   const Tensor dx = x_grad ? torch::stable::new_empty(x, {batch, tokens, width}) : empty_output(x);
-  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t index) {
+  for_each_run(width_index, batch, [&](int64_t image, int64_t count, int64_t index) {
     const MlpBlock block = of_run(blocks[static_cast<size_t>(index)], image, count, hidden);
     const MlpSlice& slice = arguments.slices[static_cast<size_t>(index)];
     const MlpParameters<Parameter>& p = arguments.parameters;

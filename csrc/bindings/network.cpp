@@ -177,7 +177,7 @@ NetworkPlan blocks_of(const PlanHeader& header) {
 // ---- The forward ----
 
 Tensor network(const Tensor& images, const Tensor& packed, const std::vector<Tensor>& plans, int64_t columns,
-               const OptionalTensor& subnet, bool pooled_only) {
+               const OptionalTensor& width_index, bool pooled_only) {
   check(packed, "packed", {kAny});
   HYDRAVIT_CHECK(!plans.empty(), "plans: at least one expected, none given");
   const NetworkSizes& n = header_of(plans[0], packed).sizes;
@@ -195,7 +195,7 @@ Tensor network(const Tensor& images, const Tensor& packed, const std::vector<Ten
   HYDRAVIT_CHECK(columns == most, "columns: ", most, " expected, as the widest plan has, ", columns, " given");
   check_shape(images, "images", {kAny, n.channels, n.image_height, n.image_width});
   const int64_t batch = images.size(0);
-  check_subnet(subnet, static_cast<int64_t>(plans.size()), batch);
+  check_width_index(width_index, static_cast<int64_t>(plans.size()), batch);
 
   const Tensor y = torch::stable::new_empty(images, {batch, columns});
   NetworkCall call{};
@@ -203,11 +203,11 @@ Tensor network(const Tensor& images, const Tensor& packed, const std::vector<Ten
   call.images = floats(images);
   for (int axis = 0; axis < 4; axis++) call.image_strides[axis] = images.stride(axis);
   call.plans = blocks.data();
-  call.plan_of = subnet.has_value() ? static_cast<const int64_t*>(subnet->const_data_ptr()) : nullptr;
+  call.width_index = width_index.has_value() ? static_cast<const int64_t*>(width_index->const_data_ptr()) : nullptr;
   call.pooled_only = pooled_only;
   call.y = mutable_floats(y), call.y_row_stride = columns;
   check_status(network_cpu(call, torch_threads()));
-  for_each_run(subnet, batch, [&](int64_t image, int64_t count, int64_t width) {
+  for_each_run(width_index, batch, [&](int64_t image, int64_t count, int64_t width) {
     const int64_t own = columns_of(blocks[static_cast<size_t>(width)]);
     zero_beyond({call.y + image * columns, columns, columns}, count, 1, own, columns);
   });

@@ -45,7 +45,7 @@ std::vector<Stem> describe(const StemArguments& arguments) {
                  text(p.pos_embed.shape()), " given");
 
   std::vector<Stem> result;
-  check_subnet(arguments.subnet, static_cast<int64_t>(arguments.slices.size()), images.batch);
+  check_width_index(arguments.width_index, static_cast<int64_t>(arguments.slices.size()), images.batch);
   for (const EmbedSlice& slice : arguments.slices) {
     const Interval embed = embed_of(slice);
     check_inside("weight", "output channels", embed, D);
@@ -84,7 +84,7 @@ Stem of_run(Stem block, int64_t image, int64_t images) {
 
 Tensor stem(const Tensor& images, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& cls_token,
             const OptionalTensor& reg_token, const OptionalTensor& pos_embed, const Integers& slices,
-            const OptionalTensor& subnet) {
+            const OptionalTensor& width_index) {
   const OptionalTensor weight_argument(weight);
   const StemArguments arguments{images,
                                 {{"weight", weight_argument},
@@ -93,12 +93,12 @@ Tensor stem(const Tensor& images, const Tensor& weight, const OptionalTensor& bi
                                  {"reg_token", reg_token},
                                  {"pos_embed", pos_embed}},
                                 read_slices<EmbedSlice>(slices),
-                                subnet};
+                                width_index};
   const std::vector<Stem> blocks = describe(arguments);
   const int64_t tokens = arguments.tokens(), width = arguments.width();
   const Tensor y = torch::stable::new_empty(weight, {arguments.images.batch, tokens, width});
   const MutableTokens all = mutable_tokens_of(y);
-  for_each_run(subnet, arguments.images.batch, [&](int64_t image, int64_t count, int64_t slice) {
+  for_each_run(width_index, arguments.images.batch, [&](int64_t image, int64_t count, int64_t slice) {
     Stem block = of_run(blocks[static_cast<size_t>(slice)], image, count);
     block.y = from_image(all, image);
     check_status(stem_cpu(block, torch_threads()));
@@ -109,7 +109,7 @@ Tensor stem(const Tensor& images, const Tensor& weight, const OptionalTensor& bi
 
 Tensor stem_backward(const Tensor& grad, const Tensor& images, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& cls_token, const OptionalTensor& reg_token, const OptionalTensor& pos_embed,
-                     const Integers& slices, const OptionalTensor& subnet, bool x_grad,
+                     const Integers& slices, const OptionalTensor& width_index, bool x_grad,
                      const OptionalTensor& grad_weight, const OptionalTensor& grad_bias,
                      const OptionalTensor& grad_cls_token, const OptionalTensor& grad_reg_token,
                      const OptionalTensor& grad_pos_embed) {
@@ -121,11 +121,11 @@ Tensor stem_backward(const Tensor& grad, const Tensor& images, const Tensor& wei
                                  {"reg_token", reg_token, &grad_reg_token},
                                  {"pos_embed", pos_embed, &grad_pos_embed}},
                                 read_slices<EmbedSlice>(slices),
-                                subnet};
+                                width_index};
   const std::vector<Stem> blocks = describe(arguments);
   check(grad, "grad", {arguments.images.batch, arguments.tokens(), arguments.width()});
   const Tensor dx = x_grad ? torch::stable::new_empty(images, shape_of(images)) : empty_output(images);
-  for_each_run(subnet, arguments.images.batch, [&](int64_t image, int64_t count, int64_t slice) {
+  for_each_run(width_index, arguments.images.batch, [&](int64_t image, int64_t count, int64_t slice) {
     const Stem block = of_run(blocks[static_cast<size_t>(slice)], image, count);
     const Interval embed = embed_of(arguments.slices[static_cast<size_t>(slice)]);
     const StemParameters<Parameter>& p = arguments.parameters;

@@ -101,7 +101,7 @@ class Chunk {
  private:
   // Below, `image` counts from the first image of the chunk.
   const NetworkPlan& of(int64_t image) const {
-    return call_.plans[call_.plan_of == nullptr ? 0 : call_.plan_of[image_ + image]];
+    return call_.plans[call_.width_index == nullptr ? 0 : call_.width_index[image_ + image]];
   }
   MutableTokens rows(float* buffer, int64_t row, int64_t image) const {
     return {buffer + image * call_.tokens * row, call_.tokens * row, row};
@@ -231,9 +231,9 @@ int network(const NetworkCall& call, const Threads& threads) {
   // One image per thread at a time: more images gain nothing and do not stay in the cache.
   const int64_t step = smaller(call.batch, threads.count), rows = step * call.tokens;
   Sizes sizes(call, call.plans[0], threads, step);
-  if (call.plan_of != nullptr)
+  if (call.width_index != nullptr)
     for (int64_t image = 0; image < call.batch; image++)
-      sizes.enlarge(Sizes(call, call.plans[call.plan_of[image]], threads, step));
+      sizes.enlarge(Sizes(call, call.plans[call.width_index[image]], threads, step));
   Buffers buffers;
   Workspace workspace;
   for (int i = 0; i < 2; i++) workspace.add(&buffers.residual[i], rows * sizes.embed);

@@ -1,4 +1,4 @@
-"""The command line: ``hydravit train | evaluate | predict | info | extract | benchmark``.
+"""The command line: ``hydravit demo | train | compare | evaluate | predict | info | extract | benchmark``.
 
 A command is a module with ``add_parser(subparsers)`` and ``run(args)``. Whatever a user can get wrong ends in one line
 on standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
@@ -12,9 +12,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "predict", "info", "extract", "benchmark")
+COMMANDS = ("demo", "train", "compare", "evaluate", "predict", "info", "extract", "benchmark")
 
 _EXAMPLES = """examples:
+  hydravit demo
   hydravit train --recipe demo --out runs/demo
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
   hydravit predict photo.jpg --checkpoint runs/demo/model.safetensors --heads all
@@ -26,7 +27,7 @@ Every command has its own --help with examples.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for wrong input, or 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command; what it parses has the command's ``run``."""
     from importlib import import_module
 
     parser = argparse.ArgumentParser(

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import hydravit
+from hydravit.extras import extra
 
 
 def add_parser(subparsers) -> None:
@@ -21,7 +22,7 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """Replace this process by ``python -m bench.run``, whose exit code is then the command's.
 
-    Raises ``RuntimeError`` if hydravit was installed without its repository.
+    Raises ``RuntimeError`` if hydravit was installed without its repository, or without matplotlib.
     """
     checkout = Path(hydravit.__file__).resolve().parents[1]
     if not (checkout / "bench" / "run.py").is_file():
@@ -29,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
             f"the benchmarks are part of the repository, not of the installed package in {checkout}: "
             "clone the repository, then `make bench` or `pip install -e .` there"
         )
+    with extra("demo", "the report of the benchmarks"):
+        import matplotlib  # noqa: F401
     path = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
     # With the safe path (from Python 3.11 on) a folder named bench in the working directory is not taken for ours.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}

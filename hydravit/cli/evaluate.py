@@ -42,7 +42,10 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from hydravit.data import load_dataset
     from hydravit.evaluation import evaluate, format_table, write_results
+    from hydravit.evaluation.picture import check_plotting
 
+    if args.out:
+        check_plotting()
     model, checkpoint, preprocessing = load_model(args)
     heads = chosen_heads(args, model)
     dataset = load_dataset(

@@ -36,36 +36,17 @@ def add_parser(subparsers) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
-    parser.add_argument(
-        "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
-    parser.add_argument("--config", help="tiny, small, base, large: the full model (default: the recipe's)")
-    parser.add_argument(
-        "--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)"
-    )
-    for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="replaces any field of the recipe or the model",
-    )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
     )
-    parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
     parser.add_argument("--amp", default="none", choices=_AMP, help="mixed precision (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
     parser.add_argument(
         "--validate-every",
         type=int,
@@ -79,13 +60,40 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--accuracy-only", action="store_true", help="evaluate without latency and memory")
 
 
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a recipe and its data are made of, for every command that trains."""
+    parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
+    parser.add_argument(
+        "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
+    )
+    parser.add_argument("--config", help="tiny, small, base, large: the full model (default: the recipe's)")
+    parser.add_argument(
+        "--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)"
+    )
+    for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="replaces any field of the recipe or the model",
+    )
+    parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
+    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
+
+
 def run(args: argparse.Namespace) -> None:
     from hydravit.checkpoint import load_weights, read_checkpoint, save_checkpoint
     from hydravit.data import load_dataset
+    from hydravit.evaluation.picture import check_plotting
     from hydravit.factory import fused_model
     from hydravit.training import Interrupted, Trainer
     from hydravit.training.trainer import CHECKPOINT
 
+    if not args.no_evaluate:
+        check_plotting()
     recipe = make_recipe(args)
     device, main = _start_ranks(args.device)
     out = Path(args.out)

@@ -8,6 +8,7 @@ import numpy as np
 
 from hydravit.data.dataset import held_out
 from hydravit.data.idx import find_idx, read_idx
+from hydravit.extras import extra
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = (
@@ -17,7 +18,8 @@ FASHION_MNIST_CLASSES = (
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Load scikit-learn's 1,797 scans: images ``(n, 8, 8)`` uint8 and labels. A third of every class is "test"."""
-    from sklearn.datasets import load_digits
+    with extra("demo", "the digits"):
+        from sklearn.datasets import load_digits
 
     scans = load_digits()
     images = np.round(scans.images * (255 / 16)).astype(np.uint8)  # the scans have grey values 0..16

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydravit.data.augment import Affine
+from hydravit.extras import extra
 from hydravit.preprocessing import Preprocessing
 
 
@@ -69,7 +70,8 @@ class ArrayDataset(Dataset):
             pixels = torch.from_numpy(arrays.copy()).float().div_(255)
             self.images = pixels.sub_(preprocessing.mean[0]).div_(preprocessing.std[0]).unsqueeze(1)
             return
-        from PIL import Image
+        with extra("images", "resizing images"):
+            from PIL import Image
 
         self.images = torch.empty(len(arrays), self.in_channels, *self.image_size)
         for i, array in enumerate(arrays):
@@ -88,6 +90,20 @@ def held_out(labels: Sequence[int], seed: int) -> np.ndarray:
         members = np.flatnonzero(labels == label)
         chosen[random.permutation(members)[: round(len(members) / 3)]] = True
     return chosen
+
+
+def folds(labels: Sequence[int], count: int, seed: int) -> np.ndarray:
+    """To which of ``count`` folds every item belongs, ``(n,)`` int; each class is spread evenly over them.
+
+    The same for the same labels and seed on every machine.
+    """
+    labels = np.asarray(labels)
+    fold = np.empty(len(labels), dtype=np.int64)
+    random = np.random.RandomState(seed)  # as in held_out
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        fold[random.permutation(members)] = np.arange(len(members)) % count
+    return fold
 
 
 def agreed_classes(found: Sequence[str], wanted: Sequence[str] | None, source: str) -> dict[str, int]:

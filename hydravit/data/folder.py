@@ -6,11 +6,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hydravit.data.dataset import Dataset, agreed_classes, held_out
+from hydravit.extras import extra
 from hydravit.preprocessing import Preprocessing
+
+with extra("images", "reading image files"):
+    from PIL import Image, UnidentifiedImageError
 
 # Pillow and the preprocessing raise these for damaged, huge or unsuitable images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

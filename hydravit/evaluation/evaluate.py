@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from hydravit.evaluation.accuracy import accuracy, interval
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
-from hydravit.evaluation.memory import measure_memory
+from hydravit.evaluation.memory import Memory, measure_memory
 from hydravit.inference import with_e4m3_weights
 from hydravit.model import HydraViT
 
@@ -45,13 +44,14 @@ def evaluate(
 
         * ``heads``, ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
         * ``top1``, ``top5``: percent (of fewer than 5 classes top5 counts all);
+        * ``top1_interval``: the 95 % interval of top1, in percent, that this number of images allows;
         * ``e4m3_top1``, ``e4m3_top5``: the same with rounded weights, where asked for;
         * ``latency_ms``: ``{"eager", "fused"}``, medians at batch 1 of the reference and of the model's own backend; a
           None has its reason in ``environment["fused_missing"]``;
         * ``latency_spread_ms``: 20th and 80th percentile of the same;
         * ``difference``: of the two backends' logits, relative to the largest logit;
-        * ``peak_memory_mib``: beyond the weights, for a batch of ``batch_size``; ``environment["memory"]`` says what
-          was measured.
+        * ``peak_memory_mib``: of a batch of ``batch_size``, beyond the weights (``environment["weights_mib"]``);
+          ``environment["memory"]`` says what was measured.
     Raises:
         ValueError: an empty data set, labels the model has no class for, widths the model refuses.
         RuntimeError: logits that are not finite, backends that disagree.
@@ -65,13 +65,13 @@ def evaluate(
         accuracies = accuracy(model, dataset, heads, **reading)
         rounded = accuracy(with_e4m3_weights(model), dataset, heads, **reading) if e4m3_weights else {}
         models, fused_missing = backends_to_time(model)
-        timings, peaks, measured = {}, {}, "not asked for"
+        timings, used = {}, Memory(None, {}, "not asked for")
         if latency:
             parameter = next(model.parameters())
             image = dataset[0][0][None].to(parameter.device, parameter.dtype)
-            timings = measure_latency(models, image, heads, seconds=seconds)
+            timings = measure_latency(models, image, heads, seconds=seconds, progress=progress)
         if memory:
-            peaks, measured = measure_memory(model, heads, batch_size)
+            used = measure_memory(model, heads, batch_size)
     finally:
         model.train(mode)
     rows = []
@@ -85,11 +85,10 @@ def evaluate(
                 "gmacs": macs / 1e9,
                 "top1": accuracies[k][0],
                 "top5": accuracies[k][1],
+                "top1_interval": list(interval(accuracies[k][0], len(dataset))),
                 **({"e4m3_top1": rounded[k][0], "e4m3_top5": rounded[k][1]} if rounded else {}),
-                "latency_ms": {name: timing[name]["p50"] if name in timing else None for name in ("eager", "fused")},
-                "latency_spread_ms": {name: [times["p20"], times["p80"]] for name, times in timing.items()},
-                "difference": timing["fused"]["difference"] if "fused" in timing else None,
-                "peak_memory_mib": peaks.get(k),
+                **latency_row(timing),
+                "peak_memory_mib": used.peaks.get(k),
             }
         )
     about = {
@@ -98,40 +97,19 @@ def evaluate(
         "batch_size": batch_size,
         "latency": "median wall time of one image, backends and widths in turns" if latency else "not asked for",
         "fused_missing": fused_missing if latency else "not asked for",
-        "memory": measured,
+        "weights_mib": used.weights,
+        "memory": used.measured,
     }
     return {"widths": rows, "environment": about}
 
 
-@torch.inference_mode()
-def accuracy(
-    model: HydraViT,
-    dataset: torch.utils.data.Dataset,
-    heads: Sequence[int],
-    *,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    progress: bool = False,
-) -> dict[int, tuple[float, float]]:
-    """Top-1 and top-5 in percent per width. Every image is read once, for all widths. Errors as in ``evaluate``."""
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty")
-    if model.num_classes == 0:
-        raise ValueError("the model has no classifier (num_classes=0)")
-    parameter = next(model.parameters())
-    correct = {k: torch.zeros(2, dtype=torch.int64) for k in heads}
-    batches: Iterable = DataLoader(dataset, batch_size, num_workers=num_workers)
-    for images, labels in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
-        if labels.max() >= model.num_classes:
-            raise ValueError(f"label {int(labels.max())} in the data, but the model has {model.num_classes} classes")
-        images = images.to(parameter.device, parameter.dtype)
-        for k in heads:
-            logits = model(images, heads=k).cpu()
-            if not logits.isfinite().all():
-                raise RuntimeError(f"heads={k}: the model's logits are not finite")
-            hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]
-            correct[k] += torch.stack((hits[:, 0].sum(), hits.sum()))
-    return {k: tuple((100 * counts / len(dataset)).tolist()) for k, counts in correct.items()}
+def latency_row(timing: dict[str, dict[str, float]]) -> dict:
+    """What a row of the results says of a width's ``measure_latency``; ``timing`` may be empty."""
+    return {
+        "latency_ms": {name: timing[name]["p50"] if name in timing else None for name in ("eager", "fused")},
+        "latency_spread_ms": {name: [times["p20"], times["p80"]] for name, times in timing.items()},
+        "difference": timing["fused"]["difference"] if "fused" in timing else None,
+    }
 
 
 def environment(model: HydraViT) -> dict:

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import hydravit_kernels as kernels
 from hydravit.model import HydraViT
+
+_LEAST, _MOST = 10, 200  # samples of a width on a backend
 
 # Largest difference of two backends' logits, relative to the largest logit, that rounding explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -42,7 +45,12 @@ def backends_to_time(model: HydraViT) -> tuple[dict[str, HydraViT], str]:
 
 @torch.inference_mode()
 def measure_latency(
-    models: dict[str, HydraViT], images: Tensor, heads: Sequence[int], *, seconds: float = 1.0
+    models: dict[str, HydraViT],
+    images: Tensor,
+    heads: Sequence[int],
+    *,
+    seconds: float = 1.0,
+    progress: bool = False,
 ) -> dict[int, dict[str, dict[str, float]]]:
     """Wall time of ``model(images, heads=k)``, per width and backend: ``{"p20", "p50", "p80", "samples"}`` in ms.
 
@@ -50,19 +58,27 @@ def measure_latency(
     width and backend, 10 to 200 samples. Before any timing the backends' outputs are compared; the largest difference
     relative to the largest logit is each entry's ``"difference"``.
 
-    Raises ``RuntimeError`` where the outputs differ by more than rounding.
+    Args:
+        progress: whether to show a bar.
+    Raises:
+        RuntimeError: the outputs differ by more than rounding.
     """
     differences = {k: _compare(models, images, k) for k in heads}
     runs = [(k, name, model) for k in heads for name, model in models.items()]
     samples = {(k, name): [] for k, name, _ in runs}
     for k, _, model in runs * 2:  # caches, thread pools, clocks
         _time(model, images, k)
-    start = time.perf_counter()
-    for turn in range(200):
-        if turn >= 10 and time.perf_counter() - start > seconds * len(runs):
-            break
-        for k, name, model in runs if turn % 2 else reversed(runs):
-            samples[k, name].append(_time(model, images, k))
+    start, limit = time.perf_counter(), seconds * len(runs)
+    with tqdm(desc="time every width", unit="call", total=None, disable=not progress, leave=False) as bar:
+        for turn in range(_MOST):
+            if turn >= _LEAST and time.perf_counter() - start > limit:
+                break
+            for k, name, model in runs if turn % 2 else reversed(runs):
+                samples[k, name].append(_time(model, images, k))
+                bar.update()
+            # How many calls there will be is known as well as the time of a turn is.
+            turns = min(max(_LEAST, limit * (turn + 1) / max(time.perf_counter() - start, 1e-9)), _MOST)
+            bar.total = max(round(turns), turn + 1) * len(runs)
     result = {}
     for k in heads:
         result[k] = {}

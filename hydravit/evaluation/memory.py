@@ -1,38 +1,54 @@
-"""Peak memory of a forward beyond the weights, measured at every width.
+"""Memory of inference, measured at every width: what the weights take, and what a forward needs beyond them.
 
-On the CPU a process of its own measures it (``main``): the high-water mark of its resident
-memory over the mark before the first forward. So everything counts, libraries' and kernels' workspaces too, to the
-granularity of pages and of what the allocator keeps. On CUDA it is what torch's allocator handed out at most.
+On the CPU a process of its own measures both as resident memory, so that everything counts: parameters, their packed
+copy, activations and workspaces, to the granularity of pages. On CUDA it is what torch's allocator handed out.
 """
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import gc
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hydravit.config import HydraViTConfig
+from hydravit.evaluation.latency import with_backend
 from hydravit.model import HydraViT
 
 MEASURED = {
-    "cpu": "growth of the process's resident memory during the forward, high-water mark",
-    "cuda": "growth of torch.cuda.max_memory_allocated during the forward",
+    "cpu": "resident: growth by making a model and packing its weights, and the high-water mark of a forward beyond",
+    "cuda": "torch.cuda.memory_allocated, and growth of max_memory_allocated during the forward",
 }
 
 
-def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> tuple[dict[int, float | None], str]:
-    """MiB at every width, for one batch in inference, and what was measured or why it was not (the values are None)."""
+class Memory(NamedTuple):
+    """In MiB. ``weights``: what the process holds with every width ready. ``peaks``: per width, the most that a forward
+    needs beyond ``weights``. ``measured``: what was measured, or why it was not; the values are then None.
+    """
+
+    weights: float | None
+    peaks: dict[int, float | None]
+    measured: str
+
+
+def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> Memory:
+    """Memory of inference on batches of ``batch_size`` images; on the CPU that of another model of the same config."""
     device = next(model.parameters()).device
     if device.type == "cuda":
-        return {k: _cuda_peak(model, k, batch_size) for k in heads}, MEASURED["cuda"]
+        weights = sum(p.untyped_storage().nbytes() for p in model.parameters()) / 2**20
+        return Memory(weights, {k: _cuda_peak(model, k, batch_size) for k in heads}, MEASURED["cuda"])
     nothing = dict.fromkeys(heads)
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return nothing, f"not measured: needs Linux or CUDA, not {sys.platform} with {device.type}"
+        return Memory(None, nothing, f"not measured: needs Linux or CUDA, not {sys.platform} with {device.type}")
     task = {
         "config": model.config.to_dict(),
         "heads": sorted(heads),
@@ -42,13 +58,17 @@ def measure_memory(model: HydraViT, heads: Sequence[int], batch_size: int) -> tu
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-c", "from hydravit.evaluation.memory import main; main()", json.dumps(task)]
+    # glibc then returns a freed buffer at once: a narrow width's do not count at a wider one.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        return {int(k): v for k, v in json.loads(done.stdout).items()}, MEASURED["cpu"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+        weights, peaks = json.loads(done.stdout)
+        return Memory(weights, {int(k): peak for k, peak in peaks.items()}, MEASURED["cpu"])
     except subprocess.CalledProcessError as error:
-        return nothing, f"not measured: {(error.stderr.strip().splitlines() or ['no message'])[-1]}"
+        reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
     except (subprocess.TimeoutExpired, ValueError) as error:
-        return nothing, f"not measured: {error}"
+        reason = str(error)
+    return Memory(None, nothing, f"not measured: {reason}")
 
 
 @torch.inference_mode()
@@ -64,21 +84,56 @@ def _cuda_peak(model: HydraViT, heads: int, batch_size: int) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-@torch.inference_mode()
-def _cpu_peaks(task: dict) -> dict[int, float]:
-    """Widths in ascending order: the mark of a wider one hides nothing of a narrower one's that the allocator kept."""
+def _cpu_memory(task: dict) -> tuple[float, dict[int, float]]:
+    """MiB of the weights, and beyond them per width.
+
+    Widths come in ascending order: what a workspace keeps of a narrower width, a wider one needs too.
+    """
     torch.set_num_threads(task["threads"])
     config = HydraViTConfig.from_dict(task["config"])
-    model = HydraViT(config, backend=task["backend"], dtype=getattr(torch, task["dtype"])).eval()
-    images = next(model.parameters()).new_zeros(task["batch_size"], config.in_channels, *config.image_size)
-    model(images[:1], heads=task["heads"][0])  # what libraries and thread pools allocate once
-    before = resident_kib("VmRSS")
+    # What libraries and thread pools allocate once is neither weights nor a forward's.
+    _prepare(_model(dataclasses.replace(config, depth=1), task), task)
+    before = _settled_kib()
+    model = _model(config, task)
+    _prepare(model, task)
+    held = _settled_kib()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
     peaks = {}
     for heads in task["heads"]:
-        model(images, heads=heads)
-        peaks[heads] = (resident_kib("VmHWM") - before) / 1024
-    return peaks
+        _call(model, heads, task["batch_size"])
+        peaks[heads] = (resident_kib("VmHWM") - held) / 1024
+    return (held - before) / 1024, peaks
+
+
+def _model(config: HydraViTConfig, task: dict) -> HydraViT:
+    """Of zeros: drawing random weights takes longer than all that is measured."""
+    model = HydraViT(config, backend="reference", dtype=getattr(torch, task["dtype"]), device="meta")
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return with_backend(model, task["backend"])
+
+
+def _prepare(model: HydraViT, task: dict) -> None:
+    """The second call packs the weights."""
+    for _ in range(3):
+        _call(model, task["heads"][0], 1)
+
+
+@torch.inference_mode()
+def _call(model: HydraViT, heads: int, batch_size: int) -> None:
+    config = model.config
+    model(next(model.parameters()).new_zeros(batch_size, config.in_channels, *config.image_size), heads=heads)
+
+
+def _settled_kib() -> int:
+    """Resident memory without what could be freed."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed pages otherwise
+    if trim is not None:
+        trim(0)
+    return resident_kib("VmRSS")
 
 
 def resident_kib(name: str) -> int:
@@ -87,5 +142,5 @@ def resident_kib(name: str) -> int:
 
 
 def main() -> None:
-    """The measuring process: the task as JSON in the first argument, MiB per width as JSON on standard output."""
-    print(json.dumps(_cpu_peaks(json.loads(sys.argv[1]))))
+    """The measuring process: the task as JSON in the first argument, the result as JSON on standard output."""
+    print(json.dumps(_cpu_memory(json.loads(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""Results of ``evaluate`` for people: a table and a plot; and for programs: JSON."""
+"""Results of ``evaluate`` and ``measure_supernet`` as tables for people, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydravit.atomic import atomic_write
-
-# Okabe and Ito's palette: tells apart for all common kinds of colour blindness. Markers differ too.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
+from hydravit.evaluation.picture import plot
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,27 +35,98 @@ def format_table(results: dict) -> str:
         for row in results["widths"]
     ]
     about = results["environment"]
-    machine = about["cpu"] if about["device"] == "cpu" else about["device"]
     notes = [
-        f"{about['images']} images; {machine}, {about['threads']} thread(s), torch {about['torch']}, {about['dtype']}, "
-        f"backend {about['backend']}",
+        f"{about['images']} images; {_machine(about)}",
         f"latency: {about['latency']}",
         f"memory: {about['memory']}, batch {about['batch_size']}",
     ]
     if about["fused_missing"] not in ("", about["latency"]):
         notes.append(f"no fused latency: {about['fused_missing']}")
-    differences = [row["difference"] for row in results["widths"] if row["difference"] is not None]
-    if differences:
-        notes.append(f"largest difference of fused logits from eager ones: {max(differences):.1e} of the largest logit")
+    return "\n".join([aligned(header, rows), *notes, *_differences(results)])
+
+
+def format_accuracy(results: dict) -> str:
+    """Cost and top-1 accuracy of ``evaluate``'s results, with the interval that their number of images allows."""
+    rows = [
+        [
+            str(row["heads"]),
+            count(row["params"]),
+            count(row["gmacs"] * 1e9),
+            f"{row['top1']:.1f}",
+            "{:.1f} to {:.1f}".format(*row["top1_interval"]),
+        ]
+        for row in results["widths"]
+    ]
+    return aligned(["heads", "params", "MACs", "top-1 %", "95 % interval"], rows)
+
+
+def format_supernet(results: dict) -> str:
+    """The results of ``measure_supernet``, and lines on how they were measured."""
+    about = results["environment"]
+    weights = about["weights_mib"]
+    header = ["heads", "params", "GMACs"]
+    for name in ("eager", "ours"):
+        header += [f"{name} ms", "20-80 %"]
+    header += ["eager/ours", "eager MiB", "ours MiB"]
+    rows = []
+    for row in results["widths"]:
+        cells = [str(row["heads"]), count(row["params"]), _number(row["gmacs"])]
+        for name in ("eager", "fused"):
+            spread = row["latency_spread_ms"].get(name)
+            cells += [
+                _number(row["latency_ms"][name]),
+                "-" if spread is None else "-".join(map(_number, spread)),
+            ]
+        cells.append(_number(faster(row)))
+        for name in ("eager", "fused"):
+            peak = row["peak_memory_mib"][name]
+            cells.append("-" if peak is None else f"{weights[name] + peak:.0f}")
+        rows.append(cells)
+    notes = [
+        f"{about['model']} with random weights, one image; {_machine(about)}",
+        f"latency: {about['latency']}; 20-80 %: of the calls",
+    ]
+    if about["fused_missing"]:
+        notes.append(f"no latency of ours: {about['fused_missing']}")
+    notes += _differences(results)
+    if weights["eager"] is None:
+        notes.append(f"memory: {about['memory']}")
+    else:
+        packed = f"; ours {weights['fused']:.0f}, with their packed copy" if weights["fused"] else ""
+        notes.append(f"memory: {about['memory']}; in the table both together")
+        notes.append(
+            f"weights of all widths: eager {weights['eager']:.0f} MiB, the parameters{packed}; "
+            f"a network for each width would hold {weights['separate']:.0f} (counted)"
+        )
     return "\n".join([aligned(header, rows), *notes])
 
 
-def count(number: int) -> str:
+def faster(row: dict) -> float | None:
+    """How many times as long as ours eager PyTorch takes at a width."""
+    eager, fused = row["latency_ms"]["eager"], row["latency_ms"]["fused"]
+    return None if fused is None else eager / fused
+
+
+def _machine(about: dict) -> str:
+    machine = about["cpu"] if about["device"] == "cpu" else about["device"]
+    threads, version = f"{about['threads']} thread(s)", f"torch {about['torch']}"
+    return f"{machine}, {threads}, {version}, {about['dtype']}, backend {about['backend']}"
+
+
+def _differences(results: dict) -> list[str]:
+    """A line on how far the backends are apart, where both ran."""
+    found = [row["difference"] for row in results["widths"] if row["difference"] is not None]
+    if not found:
+        return []
+    return [f"largest difference of fused logits from eager ones: {max(found):.1e} of the largest logit"]
+
+
+def count(number: float) -> str:
     """A count as people read it: 726824 is "727 k", 86567656 is "86.6 M"."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
-    return str(number)
+    return f"{number:.0f}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -70,42 +139,14 @@ def write_results(results: dict, folder: str | Path) -> list[Path]:
     Each is written at once or, on an ``OSError``, not at all.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "results.json", folder / "results.png"]
-    atomic_write(paths[0], lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
+    paths = [write_json(results, folder), folder / "results.png"]
     plot(results, paths[1])
     return paths
 
 
-def plot(results: dict, path: str | Path) -> None:
-    """A PNG of top-1 accuracy against multiply-accumulates and, where measured, latency; markers hold the heads."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-    from matplotlib.ticker import EngFormatter
-
-    rows = results["widths"]
-    panels = {"multiply-accumulates (MACs) of an image": {"": [row["gmacs"] * 1e9 for row in rows]}}
-    latencies = {name: [row["latency_ms"][name] for row in rows] for name in ("eager", "fused")}
-    latencies = {name: values for name, values in latencies.items() if None not in values}
-    if latencies:
-        panels["latency of an image in ms"] = latencies
-    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    top1 = [row["top1"] for row in rows]
-    every_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (label, curves) in zip(every_axes, panels.items(), strict=True):
-        for name, values in curves.items():
-            style = {"color": _ORANGE, "marker": "s"} if name == "eager" else {"color": _BLUE, "marker": "o"}
-            axes.plot(values, top1, linewidth=1.5, markersize=14, markeredgecolor="white", label=name, **style)
-            for row, x, y in zip(rows, values, top1, strict=True):
-                axes.text(x, y, row["heads"], color="white", size=8, weight="bold", ha="center", va="center_baseline")
-        axes.set_xlabel(label)
-        axes.margins(x=0.08, y=0.1)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if "" not in curves:
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, markerscale=0.6)
-    every_axes[0].xaxis.set_major_formatter(EngFormatter())
-    every_axes[0].set_ylabel("top-1 accuracy in %")
-    every_axes[0].set_title("every width from one set of weights; in the markers: heads", loc="left", size=10)
-    atomic_write(Path(path), lambda file: figure.savefig(file, format="png", dpi=150))
+def write_json(results: dict, folder: str | Path) -> Path:
+    """Write ``results.json`` to ``folder``, as ``write_results`` does; returns its path."""
+    path = Path(folder) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
+    return path

@@ -62,7 +62,7 @@ class PackedInference:
         network = self._fresh(model, parameters)
         if network is None:
             return None
-        return network.run(images, widths.subnetworks, widths.subnet, pooled_only=self.pooled_only)
+        return network.run(images, widths.subnetworks, widths.width_index, pooled_only=self.pooled_only)
 
     def _fresh(self, model: Packable, parameters: list[Tensor | None]) -> kernels.CpuNetwork | None:
         """Return the packed copy if it is up to date, or make it if the last call found the same parameters."""

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from hydravit.data.folder import FolderDataset
+from hydravit.extras import extra
 from hydravit.recipes import Recipe
 
 
 def _import_timm_data():
-    try:
+    with extra("recipes", "timm's augmentation"):
         from hydravit.timm_models import timm
-    except ImportError as error:
-        raise RuntimeError(f"this recipe needs timm: pip install 'hydravit[recipes]' ({error})") from error
     return timm.data
 
 

@@ -134,9 +134,11 @@ class Trainer:
             self._network = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
         self.model.train()
         try:
-            with Interrupt() as interrupt:
+            steps = self.recipe.epochs * len(self.batches)
+            shown = tqdm(total=steps, initial=self.step, unit="step", disable=not self.progress, leave=False)
+            with Interrupt() as interrupt, shown as bar:
                 while self.epoch < self.recipe.epochs:
-                    self._run_epoch(interrupt)
+                    self._run_epoch(interrupt, bar)
         finally:
             if self.gradients is not None:
                 self.gradients.close()
@@ -153,28 +155,20 @@ class Trainer:
                     dist.broadcast(sent, 0)
                     tensor.copy_(sent)
 
-    def _run_epoch(self, interrupt: Interrupt) -> None:
+    def _run_epoch(self, interrupt: Interrupt, bar: tqdm) -> None:
         start, done = time.perf_counter(), 0
-        bar = tqdm(
-            total=len(self.batches) * self.recipe.batch_size,
-            initial=self.batch * self.recipe.batch_size,
-            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
-            unit="image",
-            disable=not self.progress,
-            leave=False,
-        )
-        with bar:
-            for images, labels in self.batches.epoch(self.epoch, self.batch):
-                heads = self.sampler.draw(len(images))
-                loss = self._step(images, labels, heads)
-                self.batch += 1
-                self.step += 1
-                done += len(images)
-                bar.set_postfix(loss=f"{loss:.3f}", k=heads if isinstance(heads, int) else "mixed", refresh=False)
-                bar.update(len(images))
-                self._stop_if_asked(interrupt)
-                if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
-                    self.save()
+        bar.set_description(f"epoch {self.epoch + 1}/{self.recipe.epochs}", refresh=False)
+        for images, labels in self.batches.epoch(self.epoch, self.batch):
+            heads = self.sampler.draw(len(images))
+            loss = self._step(images, labels, heads)
+            self.batch += 1
+            self.step += 1
+            done += len(images)
+            bar.set_postfix(loss=f"{loss:.3f}", k=heads if isinstance(heads, int) else "mixed", refresh=False)
+            bar.update()
+            self._stop_if_asked(interrupt)
+            if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
+                self.save()
         self._log(done / (time.perf_counter() - start))
         self.epoch, self.batch = self.epoch + 1, 0
         self._losses.clear()

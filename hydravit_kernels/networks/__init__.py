@@ -22,10 +22,10 @@ class Network(Protocol):
     def pack(self, parameters: NetworkParameters) -> None:
         """Pack the parameters anew, after they have changed."""
 
-    def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], subnet: Tensor | None = None) -> Tensor:
+    def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], width_index: Tensor | None = None) -> Tensor:
         """The logits ``(B, classes)`` of images ``(B, C, height, width)``.
 
-        ``subnet (B,)``, int64, is the index of each image's subnetwork; None if there is one subnetwork.
+        ``width_index (B,)``, int64, is the index of each image's subnetwork; None if there is one subnetwork.
         """
         ...
 

@@ -80,14 +80,14 @@ class CpuNetwork:
         self,
         images: Tensor,
         subnetworks: Sequence[Subnetwork],
-        subnet: Tensor | None = None,
+        width_index: Tensor | None = None,
         *,
         pooled_only: bool = True,
     ) -> Tensor:
         """Compute the logits ``(B, classes)`` of images ``(B, C, height, width)``, without gradients.
 
         Args:
-            subnet: ``(B,)`` int64, the index of each image's subnetwork; None if there is one subnetwork.
+            width_index: ``(B,)`` int64, the index of each image's subnetwork; None if there is one subnetwork.
             pooled_only: the last block computes only the tokens that the head pools, which gives the same bits with
                 less work. False computes all tokens, for comparisons.
         Returns:
@@ -98,7 +98,7 @@ class CpuNetwork:
         columns = max(s.head.classes if self.sizes.classes else s.embed.embed for s in subnetworks)
         with torch.no_grad():
             return torch.ops.hydravit.network_native.default(
-                images, packed.weights, plans, columns, subnet, pooled_only
+                images, packed.weights, plans, columns, width_index, pooled_only
             )
 
     def _plan(self, packed: _Packed, subnetwork: Subnetwork) -> Tensor:

@@ -125,7 +125,7 @@ class CudaNetwork:
         with self._current():
             self._network.pack(table, self._stream())
 
-    def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], subnet: Tensor | None = None) -> Tensor:
+    def run(self, images: Tensor, subnetworks: Sequence[Subnetwork], width_index: Tensor | None = None) -> Tensor:
         """Compute the float32 logits of images ``(B, C, height, width)`` of 16 or 32 bits, on the current stream.
 
         Raises ``ValueError`` for more than one subnetwork, because a call on CUDA has one width.

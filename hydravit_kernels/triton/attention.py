@@ -27,14 +27,14 @@ from hydravit_kernels.triton.product import product
 from hydravit_kernels.triton.slices import attention_products
 
 
-def _check(x, p: AttentionParameters, branch_scale, slices, scales, subnet, query_count):
+def _check(x, p: AttentionParameters, branch_scale, slices, scales, width_index, query_count):
     """Check the arguments of forward and backward.
 
     Return the products, the batch and x as rows, and the same two for the queries, which are the first tokens.
     """
     products = attention_products(tuple(slices))
     count = len(products.qkv.each)
-    batch, rows = batch_of(x, products.proj.rows, subnet, count)
+    batch, rows = batch_of(x, products.proj.rows, width_index, count)
     if len(scales) != count:
         raise RuntimeError(f"scales: one for each of {count} slices expected, {len(scales)} given")
     full = p.norm_weight.shape[0]
@@ -46,12 +46,12 @@ def _check(x, p: AttentionParameters, branch_scale, slices, scales, subnet, quer
         check_tensor("branch_scale", branch_scale, x, (batch.images,))
     if not 1 <= query_count <= batch.tokens:
         raise RuntimeError(f"queries: 1 to {batch.tokens} expected, {query_count} given")
-    queries = Batch(batch.images, query_count, subnet)
+    queries = Batch(batch.images, query_count, width_index)
     return products, batch, rows, queries, as_rows(x[:, :query_count])
 
 
-def attention_block(x, p: AttentionParameters, branch_scale, slices, scales, eps, subnet, query_count, save):
-    products, batch, rows, queries, query_rows = _check(x, p, branch_scale, slices, scales, subnet, query_count)
+def attention_block(x, p: AttentionParameters, branch_scale, slices, scales, eps, width_index, query_count, save):
+    products, batch, rows, queries, query_rows = _check(x, p, branch_scale, slices, scales, width_index, query_count)
     normalised = norm_forward(batch, rows, p.norm_weight, p.norm_bias, products.qkv, eps).y
     qkv = product(batch, normalised, p.qkv_weight, products.qkv, bias=p.qkv_bias)
     logsumexp = x.new_empty(batch.images, products.heads * batch.tokens, dtype=torch.float32) if save else None
@@ -67,10 +67,10 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, scales, eps
 
 
 def attention_block_backward(
-    grad, x, qkv, attended, logsumexp, p: AttentionParameters, branch_scale, slices, scales, eps, subnet, query_count,
-    x_grad, buffers: AttentionParameters,
+    grad, x, qkv, attended, logsumexp, p: AttentionParameters, branch_scale, slices, scales, eps, width_index,
+    query_count, x_grad, buffers: AttentionParameters,
 ):  # fmt: skip
-    products, batch, rows, queries, query_rows = _check(x, p, branch_scale, slices, scales, subnet, query_count)
+    products, batch, rows, queries, query_rows = _check(x, p, branch_scale, slices, scales, width_index, query_count)
     check_buffers(x, p, buffers)
     grad = rows_like(x, "grad", grad, batch.images, query_count, x.shape[2])
     # The kernels write the gradient of qkv and delta in the layout of qkv and logsumexp.

@@ -67,8 +67,8 @@ def _head(slices, scale, scales, tokens, queries, logsumexp_stride, tiled, ALIGN
     tiles_per_image = tl.cdiv(tiled, ROWS)
     image, index = (tl.program_id(0) // tiles_per_image).to(tl.int64), tl.program_id(1)
     s = slice_of(slices, image, ALIGN)
-    if slices.subnet is not None:
-        scale = tl.load(scales + tl.load(slices.subnet + image))
+    if slices.width_index is not None:
+        scale = tl.load(scales + tl.load(slices.width_index + image))
     column, value_column = index * s.head_dim, index * s.value_dim
     return _Head(
         column < s.query_length,
@@ -236,8 +236,8 @@ def _constants(products: AttentionProducts) -> dict:
 
 def _slices(batch: Batch, products: AttentionProducts, scales: Sequence[float], device: torch.device) -> tuple:
     """The arguments ``slices``, ``scale`` and ``scales``."""
-    table = None if batch.subnet is None else scale_table(tuple(scales), device)
-    return products.qkv.argument(batch.subnet), scales[0], table
+    table = None if batch.width_index is None else scale_table(tuple(scales), device)
+    return products.qkv.argument(batch.width_index), scales[0], table
 
 
 def attention_heads(

@@ -17,15 +17,15 @@ from hydravit_kernels.triton.slices import ProductSlices
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def batch_of(x: Tensor, channels: int, subnet: Tensor | None, count: int) -> tuple[Batch, Tensor]:
+def batch_of(x: Tensor, channels: int, width_index: Tensor | None, count: int) -> tuple[Batch, Tensor]:
     """Check ``x (B, N, channels)`` and the ``count`` slices; return the batch, and ``x`` as rows."""
     check_activation("x", x)
     if x.dim() != 3 or x.shape[2] != channels or x.shape[1] == 0:
         raise RuntimeError(f"x: shape (B, N, {channels}) with a token at least expected, {tuple(x.shape)} given")
     if channels > 1 and x.stride(2) != 1:
         raise RuntimeError(f"x: innermost stride 1 expected, {x.stride(2)} given")
-    check_subnet(subnet, x, count)
-    return Batch(x.shape[0], x.shape[1], subnet), as_rows(x)
+    check_width_index(width_index, x, count)
+    return Batch(x.shape[0], x.shape[1], width_index), as_rows(x)
 
 
 def rows_like(x: Tensor, name: str, tensor: Tensor, *shape: int) -> Tensor:
@@ -54,17 +54,17 @@ def check_activation(name: str, x: Tensor) -> None:
         raise RuntimeError(f"{name}: Triton's interpreter computes wrongly in bfloat16")
 
 
-def check_subnet(subnet: Tensor | None, x: Tensor, count: int) -> None:
+def check_width_index(width_index: Tensor | None, x: Tensor, count: int) -> None:
     """Check the images' indices into ``count`` slices; None means that there is one slice."""
-    if subnet is None:
+    if width_index is None:
         if count != 1:
-            raise RuntimeError(f"slices: one expected where subnet is not given, {count} given")
+            raise RuntimeError(f"slices: one expected where width_index is not given, {count} given")
         return
-    if subnet.dtype != torch.int64 or subnet.shape != x.shape[:1] or subnet.device != x.device:
-        given = f"{subnet.dtype} {tuple(subnet.shape)} on {subnet.device}"
-        raise RuntimeError(f"subnet: int64 ({x.shape[0]},) on {x.device} expected, {given} given")
-    possible = ((subnet >= 0) & (subnet < count)).all()
-    torch._assert_async(possible, f"subnet: an index below {count} expected for every image")
+    if width_index.dtype != torch.int64 or width_index.shape != x.shape[:1] or width_index.device != x.device:
+        given = f"{width_index.dtype} {tuple(width_index.shape)} on {width_index.device}"
+        raise RuntimeError(f"width_index: int64 ({x.shape[0]},) on {x.device} expected, {given} given")
+    possible = ((width_index >= 0) & (width_index < count)).all()
+    torch._assert_async(possible, f"width_index: an index below {count} expected for every image")
 
 
 def check_tensor(name: str, tensor: Tensor, x: Tensor, shape: tuple[int | None, ...]) -> None:

@@ -53,8 +53,8 @@ def _group_rows(group, index, slices, rows_per_group, rows):
     """The rows ``[start, stop)`` of a group; none where the group is an image of another slice than ``index``."""
     start = group * rows_per_group
     stop = tl.minimum(start + rows_per_group, rows)
-    if slices.subnet is not None:
-        stop = tl.where(tl.load(slices.subnet + group) == index, stop, start)
+    if slices.width_index is not None:
+        stop = tl.where(tl.load(slices.width_index + group) == index, stop, start)
     return start, stop
 
 
@@ -173,7 +173,7 @@ def add_weight_gradient(
     partial = grad.new_empty(count, splits.number, slices.rows, slices.columns, dtype=torch.float32)
     launch(
         _weight_gradient_kernel, (tile_count, splits.number, count), x,
-        grad, x, partial, grad.stride(0), x.stride(0), slices.rows, slices.columns, slices.argument(batch.subnet),
+        grad, x, partial, grad.stride(0), x.stride(0), slices.rows, slices.columns, slices.argument(batch.width_index),
         batch.rows, splits.groups, splits.groups_per_split, splits.rows_per_group, batch.tokens, column_tiles,
         branch_scale, patches,
         ALIGN=slices.align, PRECISION=precision(), PATCH_HEIGHT=patch_size[0], PATCH_WIDTH=patch_size[1],
@@ -306,9 +306,9 @@ def add_column_sums(
     mean, rstd = (None, None) if norm is None or x is None else (norm.mean, norm.rstd)
     launch(
         _column_sums_kernel, (chunks, splits.number, count), grad,
-        grad, x, partial, grad.stride(0), 0 if x is None else x.stride(0), slices.rows, slices.argument(batch.subnet),
-        batch.rows, splits.groups, splits.groups_per_split, splits.rows_per_group, batch.tokens,
-        mean, rstd, branch_scale,
+        grad, x, partial, grad.stride(0), 0 if x is None else x.stride(0), slices.rows,
+        slices.argument(batch.width_index), batch.rows, splits.groups, splits.groups_per_split, splits.rows_per_group,
+        batch.tokens, mean, rstd, branch_scale,
         ALIGN=slices.align, ROWS=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     for sums, s, encoded in zip(partial, slices.each, slices.encoded, strict=True):

@@ -24,18 +24,18 @@ def _pooled(x, pool_start, pool_stop):
     return tokens if pool_stop - pool_start == 1 else tokens.mean(dim=1, keepdim=True)
 
 
-def _own_channels(rows, features: ProductSlices, subnet):
+def _own_channels(rows, features: ProductSlices, width_index):
     """A copy of ``rows (B, Dk)`` that is zero beyond each image's own channels."""
-    if subnet is None:
+    if width_index is None:
         return rows.clone()
-    own = slice_table(features.each, rows.device)[subnet, 1]  # the field ``columns``
+    own = slice_table(features.each, rows.device)[width_index, 1]  # the field ``columns``
     return torch.where(torch.arange(rows.shape[1], device=rows.device) < own[:, None], rows, 0.0)
 
 
-def _check(x, p: HeadParameters, pool_start, pool_stop, slices, subnet):
+def _check(x, p: HeadParameters, pool_start, pool_stop, slices, width_index):
     """Check the arguments of forward and backward; return both products, the batch, and the pooled tokens as rows."""
     classifier, features = head_products(tuple(slices))
-    batch, rows = batch_of(_pooled(x, pool_start, pool_stop), features.columns, subnet, len(features.each))
+    batch, rows = batch_of(_pooled(x, pool_start, pool_stop), features.columns, width_index, len(features.each))
     if p.norm_weight is not None:
         check_vectors(x, p.norm_weight.shape[0], p, "norm_weight", "norm_bias")
         reached = features.reach()[1]
@@ -47,19 +47,19 @@ def _check(x, p: HeadParameters, pool_start, pool_stop, slices, subnet):
     return classifier, features, batch, rows
 
 
-def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet):
-    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, subnet)
+def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, width_index):
+    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, width_index)
     if p.norm_weight is not None:
         rows = norm_forward(batch, rows, p.norm_weight, p.norm_bias, features, eps).y
     elif p.weight is None:
-        rows = _own_channels(rows, features, subnet)
+        rows = _own_channels(rows, features, width_index)
     return rows if p.weight is None else product(batch, rows, p.weight, classifier, bias=p.bias)
 
 
 def head_backward(
-    grad, x, p: HeadParameters, pool_start, pool_stop, slices, eps, subnet, x_grad, buffers: HeadParameters
+    grad, x, p: HeadParameters, pool_start, pool_stop, slices, eps, width_index, x_grad, buffers: HeadParameters
 ):
-    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, subnet)
+    classifier, features, batch, rows = _check(x, p, pool_start, pool_stop, slices, width_index)
     check_buffers(x, p, buffers)
     grad = rows_like(x, "grad", grad, batch.images, features.columns if p.weight is None else classifier.rows)
     norm = None if p.norm_weight is None else norm_forward(batch, rows, p.norm_weight, p.norm_bias, features, eps)
@@ -74,7 +74,7 @@ def head_backward(
     if norm is not None:
         grad = norm_backward(batch, grad, rows, norm, p.norm_weight, features)
     elif p.weight is None:
-        grad = _own_channels(grad, features, subnet)
+        grad = _own_channels(grad, features, width_index)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dx[:, pool_start:pool_stop] = (grad / (pool_stop - pool_start))[:, None]
     return dx

@@ -130,13 +130,13 @@ def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, tiles: Tiles
 class Batch(NamedTuple):
     """The rows of a call's activations, one per token, image after image.
 
-    The rows of a group share a slice. All rows are one group, or each image is a group where ``subnet (B,)`` gives
+    The rows of a group share a slice. All rows are one group, or each image is a group where ``width_index (B,)`` gives
     every image a slice of its own.
     """
 
     images: int
     tokens: int
-    subnet: Tensor | None
+    width_index: Tensor | None
 
     @property
     def rows(self) -> int:
@@ -144,15 +144,15 @@ class Batch(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return 1 if self.subnet is None else self.images
+        return 1 if self.width_index is None else self.images
 
     @property
     def rows_per_group(self) -> int:
-        return self.rows if self.subnet is None else self.tokens
+        return self.rows if self.width_index is None else self.tokens
 
     def new(self, like: Tensor, columns: int) -> Tensor:
         """A new ``(rows, columns)`` in the dtype of ``like``; zeros where narrow images leave columns unwritten."""
-        return like.new_empty(self.rows, columns) if self.subnet is None else like.new_zeros(self.rows, columns)
+        return like.new_empty(self.rows, columns) if self.width_index is None else like.new_zeros(self.rows, columns)
 
 
 class RowSplits(NamedTuple):
@@ -179,7 +179,7 @@ def split_rows(batch: Batch, programs: int, tile_rows: int, per_processor: int, 
     while wanted * programs < 0.9 * processors * triton.cdiv(wanted * programs, processors):
         wanted += 1
     wanted = max(1, min(wanted, batch.groups * triton.cdiv(batch.rows_per_group, tile_rows)))
-    if batch.subnet is None:
+    if batch.width_index is None:
         rows = triton.cdiv(triton.cdiv(batch.rows, wanted), tile_rows) * tile_rows
         number = triton.cdiv(batch.rows, max(rows, 1))
         return RowSplits(number, number, 1, rows)

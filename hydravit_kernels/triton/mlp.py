@@ -15,10 +15,10 @@ from hydravit_kernels.triton.product import product
 from hydravit_kernels.triton.slices import mlp_products
 
 
-def _check(x, p: MlpParameters, branch_scale, slices, subnet):
+def _check(x, p: MlpParameters, branch_scale, slices, width_index):
     """Check the arguments of forward and backward; return the products, the batch, and x as rows."""
     products = mlp_products(tuple(slices))
-    batch, rows = batch_of(x, products.fc2.rows, subnet, len(products.fc1.each))
+    batch, rows = batch_of(x, products.fc2.rows, width_index, len(products.fc1.each))
     full = p.norm_weight.shape[0]
     check_weight("fc1_weight", p.fc1_weight, x, products.fc1, (None, full))
     check_weight("fc2_weight", p.fc2_weight, x, products.fc2, (full, p.fc1_weight.shape[0]))
@@ -29,8 +29,8 @@ def _check(x, p: MlpParameters, branch_scale, slices, subnet):
     return products, batch, rows
 
 
-def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet, save):
-    products, batch, rows = _check(x, p, branch_scale, slices, subnet)
+def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, width_index, save):
+    products, batch, rows = _check(x, p, branch_scale, slices, width_index)
     normalised = norm_forward(batch, rows, p.norm_weight, p.norm_bias, products.fc1, eps).y
     hidden = batch.new(rows, products.fc1.rows) if save else None
     activated = product(batch, normalised, p.fc1_weight, products.fc1, bias=p.fc1_bias, gelu="forward", hidden=hidden)
@@ -44,9 +44,9 @@ def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, subnet, save):
 
 
 def mlp_block_backward(
-    grad, x, hidden, p: MlpParameters, branch_scale, slices, eps, subnet, x_grad, buffers: MlpParameters
+    grad, x, hidden, p: MlpParameters, branch_scale, slices, eps, width_index, x_grad, buffers: MlpParameters
 ):
-    products, batch, rows = _check(x, p, branch_scale, slices, subnet)
+    products, batch, rows = _check(x, p, branch_scale, slices, width_index)
     check_buffers(x, p, buffers)
     grad = rows_like(x, "grad", grad, *x.shape)
     # The kernel reads hidden in the layout of its result.

@@ -84,7 +84,7 @@ def norm_forward(batch: Batch, x: Tensor, weight: Tensor, bias: Tensor, slices: 
     launch(
         _norm_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, ROWS),), x,
         x, y, mean, rstd, weight, bias, x.stride(0), y.stride(0),
-        slices.argument(batch.subnet), batch.rows_per_group, eps,
+        slices.argument(batch.width_index), batch.rows_per_group, eps,
         ALIGN=slices.align, ROWS=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     return Norm(y, mean, rstd)
@@ -166,7 +166,7 @@ def norm_backward(
         _backward_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, ROWS),), x,
         grad, x, residual, dx,
         grad.stride(0), x.stride(0), 0 if residual is None else residual.stride(0), dx.stride(0),
-        slices.argument(batch.subnet), batch.rows_per_group,
+        slices.argument(batch.width_index), batch.rows_per_group,
         norm.mean, norm.rstd, weight,
         ALIGN=slices.align, ROWS=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip

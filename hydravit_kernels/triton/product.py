@@ -151,7 +151,7 @@ def product(
     launch(
         _product_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, t.rows) * column_tiles,), x,
         x, weight, y, x.stride(0), weight.stride(0), y.stride(0),
-        slices.argument(batch.subnet), batch.rows_per_group, batch.tokens, column_tiles,
+        slices.argument(batch.width_index), batch.rows_per_group, batch.tokens, column_tiles,
         input_scale, bias, hidden, activated, output_scale, branch_scale,
         residual, 0 if residual is None else residual.stride(0),
         TRANSPOSED=transposed, QKV=slices.qkv, SPREAD=slices.spread, ALIGN=slices.align, GELU=gelu,

@@ -5,7 +5,7 @@
 2. A block is a few matrix products, and each reads some rows and columns of one full weight, in place. The same
    functions make one ``ProductSlice`` per product and slice, and one ``ProductSlices`` per product. Their results are
    cached, so that this happens once per width.
-3. A kernel gets ``ProductSlices.argument(subnet)``. One slice for the whole batch travels as plain integers, so a
+3. A kernel gets ``ProductSlices.argument(width_index)``. One slice for the whole batch travels as plain integers, so a
    kernel reads no memory to know it. One slice per image travels as a table on the device, where every program looks up
    its image's. Either way a width is no part of what a kernel is compiled for.
 4. In a kernel ``slice_of`` gives the ``ProductSlice`` back. Kernels count the rows and columns of a product from zero;
@@ -55,11 +55,11 @@ _INTEGERS = tl.constexpr(len(ProductSlice._fields))
 
 
 class SliceArgument(NamedTuple):
-    """The argument ``slices`` of a kernel: one encoded slice, or a ``table`` and each image's row of it, ``subnet``."""
+    """The argument ``slices`` of a kernel: one encoded slice, or a table and each image's row, ``width_index``."""
 
     encoded: ProductSlice | None
     table: Tensor | None
-    subnet: Tensor | None
+    width_index: Tensor | None
 
 
 # ---- In kernels ----
@@ -117,10 +117,10 @@ def slice_at(slices, index, ALIGN: tl.constexpr):
 @triton.jit
 def slice_of(slices, group, ALIGN: tl.constexpr):
     """The slice of a group of rows (see ``Batch``): that of its image, or the only one."""
-    if slices.subnet is None:
+    if slices.width_index is None:
         index = 0
     else:
-        index = tl.load(slices.subnet + group)
+        index = tl.load(slices.width_index + group)
     return slice_at(slices, index, ALIGN)
 
 
@@ -178,10 +178,10 @@ class ProductSlices:
         self.align = math.gcd(16, *itertools.chain(*self.each))
         self.encoded = tuple(ProductSlice(*(value // self.align * 2 + 3 for value in s)) for s in self.each)
 
-    def argument(self, subnet: Tensor | None) -> SliceArgument:
-        if subnet is None:
+    def argument(self, width_index: Tensor | None) -> SliceArgument:
+        if width_index is None:
             return SliceArgument(self.encoded[0], None, None)
-        return SliceArgument(None, slice_table(self.each, subnet.device), subnet)
+        return SliceArgument(None, slice_table(self.each, width_index.device), width_index)
 
     def reach(self) -> tuple[int, int]:
         """How many rows and columns a weight must have to contain every slice."""

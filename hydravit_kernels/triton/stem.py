@@ -14,10 +14,10 @@ from hydravit_kernels.parameters import StemParameters
 from hydravit_kernels.triton.checks import (
     check_activation,
     check_buffers,
-    check_subnet,
     check_tensor,
     check_vectors,
     check_weight,
+    check_width_index,
     rows_like,
 )
 from hydravit_kernels.triton.gradients import Patches, add_weight_gradient, patch_values
@@ -106,8 +106,8 @@ def _token_sums_kernel(
     for start in range(0, images, IMAGES):
         image = start + tl.arange(0, IMAGES)
         here = image < images
-        if slices.subnet is not None:
-            here = here & (tl.load(slices.subnet + image, mask=here, other=-1) == index)
+        if slices.width_index is not None:
+            here = here & (tl.load(slices.width_index + image, mask=here, other=-1) == index)
         row = image.to(tl.int64) * tokens + token
         mask = here[:, None] & n_here[None, :]
         total += tl.load(grad + row[:, None] * grad_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -118,13 +118,13 @@ def _token_sums_kernel(
 class _Layout:
     """The checked arguments of forward and backward, and which of an image's tokens come from where."""
 
-    def __init__(self, images, p: StemParameters, slices, subnet):
+    def __init__(self, images, p: StemParameters, slices, width_index):
         check_activation("images", images)
         full, channels, self.patch_height, self.patch_width = p.weight.shape
         self.embedding = stem_product(tuple(slices), p.weight[:1].numel())
         if images.dim() != 4 or images.shape[1] != channels:
             raise RuntimeError(f"images: shape (B, {channels}, height, width) expected, {tuple(images.shape)} given")
-        check_subnet(subnet, images, len(self.embedding.each))
+        check_width_index(width_index, images, len(self.embedding.each))
         check_weight("weight", p.weight, images, self.embedding, (None, channels, self.patch_height, self.patch_width))
         check_vectors(images, full, p, "bias")
         for name in ("cls_token", "reg_token", "pos_embed"):
@@ -139,12 +139,12 @@ class _Layout:
         if self.position_start not in (0, self.prefix_tokens):
             expected = f"{tokens} or {tokens - self.prefix_tokens}"
             raise RuntimeError(f"pos_embed: {expected} positions expected, {p.pos_embed.shape[1]} given")
-        self.batch = Batch(images.shape[0], tokens, subnet)
+        self.batch = Batch(images.shape[0], tokens, width_index)
         self.patches = Patches._make((*images.stride(), self.grid[1], tokens, self.prefix_tokens))
 
 
-def stem(images, p: StemParameters, slices, subnet):
-    layout = _Layout(images, p, slices, subnet)
+def stem(images, p: StemParameters, slices, width_index):
+    layout = _Layout(images, p, slices, width_index)
     batch, embedding = layout.batch, layout.embedding
     t = tiles("product", images, embedding.align, p.weight)
     y = batch.new(images, embedding.rows)
@@ -153,7 +153,7 @@ def stem(images, p: StemParameters, slices, subnet):
     launch(
         _stem_kernel, (batch.groups * triton.cdiv(batch.rows_per_group, t.rows) * column_tiles,), images,
         images, *p, y, p.weight.stride(0), *strides, y.stride(0),
-        embedding.argument(subnet), layout.patches, batch.rows_per_group, column_tiles,
+        embedding.argument(width_index), layout.patches, batch.rows_per_group, column_tiles,
         layout.cls_tokens, layout.position_start,
         PATCH_HEIGHT=layout.patch_height, PATCH_WIDTH=layout.patch_width, ALIGN=embedding.align, PRECISION=precision(),
         ROWS=t.rows, COLUMNS=t.columns, K_STEP=t.k_step, tiles=t,
@@ -161,8 +161,8 @@ def stem(images, p: StemParameters, slices, subnet):
     return y.view(batch.images, batch.tokens, embedding.rows)
 
 
-def stem_backward(grad, images, p: StemParameters, slices, subnet, x_grad, buffers: StemParameters):
-    layout = _Layout(images, p, slices, subnet)
+def stem_backward(grad, images, p: StemParameters, slices, width_index, x_grad, buffers: StemParameters):
+    layout = _Layout(images, p, slices, width_index)
     batch, embedding = layout.batch, layout.embedding
     check_buffers(images, p, buffers)
     grad = rows_like(images, "grad", grad, batch.images, batch.tokens, embedding.rows)
@@ -183,7 +183,7 @@ def _add_token_sums(layout, grad, buffers: StemParameters):
     sums = grad.new_empty(len(embedding.each), batch.tokens, embedding.rows, dtype=torch.float32)
     launch(
         _token_sums_kernel, (batch.tokens, triton.cdiv(embedding.rows, CHUNK), len(embedding.each)), grad,
-        grad, sums, grad.stride(0), embedding.rows, embedding.argument(batch.subnet), batch.images, batch.tokens,
+        grad, sums, grad.stride(0), embedding.rows, embedding.argument(batch.width_index), batch.images, batch.tokens,
         ALIGN=embedding.align, IMAGES=ROWS, COLUMNS=CHUNK,
     )  # fmt: skip
     ranges = (

@@ -14,7 +14,7 @@ struct Width {
 struct Shape {
   int64_t batch, grid, cls_tokens, head_dim, layers, classes, pool_start, pool_stop;
   std::vector<Width> widths;  // the first one contains the others, which read parts of its parameters
-  std::vector<int64_t> width_of;
+  std::vector<int64_t> width_index;
 };
 constexpr int64_t kChannels = 3, kPatchHeight = 2, kPatchWidth = 3;
 constexpr float kEps = 1e-6f;
@@ -106,7 +106,7 @@ template <class T>
 void network(const Shape& shape, Values<T>& all) {
   Matrix<T> y{shape.batch, outputs_of(shape, shape.widths[0]), {}};
   for (int64_t image = 0; image < shape.batch; image++) {
-    const Width& width = shape.widths[shape.width_of[image]];
+    const Width& width = shape.widths[shape.width_index[image]];
     const std::map<std::string, Size> sizes = parameters_of(shape, width);
     const auto values_of = [&](const std::string& block) {
       Values<T> values;
@@ -202,7 +202,7 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
     call.images = data(arrays, "images");
     call.image_strides[0] = images.row_axes[0].stride;
     for (int i = 0; i < 3; i++) call.image_strides[i + 1] = images.column_axes[i].stride;
-    call.plans = plans.data(), call.plan_of = shape.width_of.data();
+    call.plans = plans.data(), call.width_index = shape.width_index.data();
     call.y_row_stride = stride;
     for (const bool pooled_only : {false, true}) {
       call.pooled_only = pooled_only;
@@ -213,7 +213,7 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
     for (int64_t image = 0; image < shape.batch; image++) {
       NetworkCall alone = call;
       alone.batch = 1, alone.images += image * call.image_strides[0];
-      alone.plans += shape.width_of[image], alone.plan_of = nullptr;
+      alone.plans += shape.width_index[image], alone.width_index = nullptr;
       alone.pooled_only = true;
       alone.y = data(arrays, "y_alone") + image * stride;
       launch([&] { return network_cpu(alone, threads); });

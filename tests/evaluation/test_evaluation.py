@@ -9,7 +9,18 @@ from torch.utils.data import TensorDataset
 
 from hydravit import CONFIGS, HydraViT, HydraViTConfig
 from hydravit.config import resolve_config
-from hydravit.evaluation import cost, costs, evaluate, format_table, plot, write_results
+from hydravit.evaluation import (
+    cost,
+    costs,
+    evaluate,
+    format_accuracy,
+    format_supernet,
+    format_table,
+    interval,
+    measure_supernet,
+    plot,
+    write_results,
+)
 from hydravit.evaluation.latency import measure_latency, with_backend
 from hydravit.evaluation.memory import measure_memory
 from hydravit.geometry import hydravit, matformer, scala, skd
@@ -111,18 +122,64 @@ def test_accuracy_with_rounded_weights_comes_beside(model):
     assert "e4m3 top-1" in format_table(results) and "e4m3" not in format_table(plain)
 
 
+@pytest.mark.parametrize(("correct", "count"), [(585, 599), (300, 599), (1, 10)])
+def test_the_interval_of_an_accuracy_is_wilsons(correct, count):
+    """By definition its ends are the accuracies whose own normal interval just reaches what was found."""
+    found = correct / count
+    for end in interval(100 * found, count):
+        p = end / 100
+        assert abs(found - p) == pytest.approx(1.959964 * (p * (1 - p) / count) ** 0.5)
+
+
+def test_the_interval_stays_inside_and_shrinks():
+    for percent in (0.0, 100.0):
+        low, high = interval(percent, 599)
+        assert 0 <= low <= percent <= high <= 100 and 0 < high - low < 1
+    few, many = (interval(97.0, count) for count in (100, 10_000))
+    assert few[0] < many[0] < 97 < many[1] < few[1]
+
+
+def test_rows_have_the_interval_of_their_accuracy(model, dataset):
+    for row in evaluate(model, dataset, latency=False, memory=False)["widths"]:
+        low, high = row["top1_interval"]
+        assert low <= row["top1"] <= high and high - low > 20  # of ten images
+
+
+def test_the_supernets_widths_are_measured_beside_eager_pytorch(model, dataset, tmp_path):
+    supernet = measure_supernet(TINY, seconds=0.01, memory=False)
+    rows, about = supernet["widths"], supernet["environment"]
+    assert [row["heads"] for row in rows] == [1, 2, 3]
+    assert [row["params"] for row in rows] == [counted.params for counted in costs(TINY).values()]
+    assert all(row["latency_ms"]["eager"] > 0 for row in rows)
+    fused = [row["latency_ms"]["fused"] for row in rows]
+    assert all(fused) if not about["fused_missing"] else not any(fused)
+    weights = about["weights_mib"]
+    assert weights["eager"] is None and weights["separate"] * 2**20 == 4 * sum(row["params"] for row in rows)
+    assert len(format_supernet(supernet).splitlines()) >= 6
+
+    weights.update(eager=330.0, fused=660.0)
+    for row in rows:
+        row["peak_memory_mib"] = {"eager": 5.0 + row["heads"], "fused": 2.0}
+    lines = format_supernet(supernet).splitlines()
+    assert "eager MiB" in lines[0] and lines[3].split()[-2:] == ["338", "662"]
+    results = {**evaluate(model, dataset, latency=False, memory=False), "supernet": supernet}
+    assert "95 % interval" in format_accuracy(results)
+    with Image.open(write_results(results, tmp_path)[1]) as image:
+        assert image.width > 2 * image.height  # accuracy, latency, memory
+
+
 def test_the_plot_needs_no_latency(model, dataset, tmp_path):
     plot(evaluate(model, dataset, latency=False, memory=False), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_memory_is_measured_or_says_why_not(model):
-    peaks, measured = measure_memory(model, [1, 3], batch_size=64)
+    weights, peaks, measured = measure_memory(model, [1, 3], batch_size=64)
     assert set(peaks) == {1, 3}
     if "not measured" in measured:
-        assert set(peaks.values()) == {None} and len(measured) > 20
+        assert {weights, *peaks.values()} == {None} and len(measured) > 20
     else:
-        assert 0 <= peaks[1] <= peaks[3] < 500
+        assert 0 <= peaks[1] <= peaks[3] < 500 and -1 < weights < 50
 
 
 def test_the_eager_twin_shares_every_weight(model):

@@ -119,7 +119,7 @@ def check_network(case):
     subnetworks = case.keep("subnetworks", tuple(random_subnetwork(case, config) for _ in range(count)))
     model = poison(shake(HydraViT(config, backend="native").eval()), subnetworks)
     images = case.images(batch, config.in_channels, *config.image_size)
-    widths = Widths(subnetworks, case.subnet(batch, count))
+    widths = Widths(subnetworks, case.width_index(batch, count))
     expected = model._head(model._trunk(images, widths), model.head_parameters(), widths)
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 

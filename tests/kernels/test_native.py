@@ -188,27 +188,27 @@ WIDTHS = {
 @pytest.mark.parametrize("name", WIDTHS)
 def test_every_image_at_its_own_width(isa, name):
     slices, make = WIDTHS[name]
-    subnet = torch.tensor([1, 0, 0, 1, 1, 0])
-    block = make(slices[1], len(subnet))
+    width_index = torch.tensor([1, 0, 0, 1, 1, 0])
+    block = make(slices[1], len(width_index))
     own = [s.classes if name == "head" else s.embed for s in slices]
 
-    def constants(chosen, images, subnet):
+    def constants(chosen, images, width_index):
         scale = () if not block.saves else (block.constants[0][images],)
         scales = ([s.scale for s in chosen],) if name == "attention" else ()
         pool = (0, 17) if name == "head" else ()
         queries = (17,) if name == "attention" else ()
-        return (*scale, *pool, flatten(chosen), *scales, *(() if name == "stem" else (EPS,)), subnet, *queries)
+        return (*scale, *pool, flatten(chosen), *scales, *(() if name == "stem" else (EPS,)), width_index, *queries)
 
     whole = block.x
-    mixed = Block(block.name, whole.clone(), block.parameters, constants(slices, slice(None), subnet), None)
+    mixed = Block(block.name, whole.clone(), block.parameters, constants(slices, slice(None), width_index), None)
     if name != "stem":
-        for image, index in enumerate(subnet):
+        for image, index in enumerate(width_index):
             mixed.x[image, :, slices[index].embed :] = float("nan")
     y = mixed.forward()[0]
     grad = torch.randn(y.shape)
     buffers, expected = block.zeros(), block.zeros()
     dx = mixed.backward(grad, buffers)
-    for image, index in enumerate(subnet.tolist()):
+    for image, index in enumerate(width_index.tolist()):
         x = whole[image : image + 1] if name == "stem" else whole[image : image + 1, :, : slices[index].embed]
         single = Block(block.name, x, block.parameters, constants([slices[index]], slice(image, image + 1), None), None)
         assert torch.equal(y[image, ..., : own[index]], single.forward()[0][0])
@@ -287,15 +287,15 @@ WRONG = {
     "no slice": (with_constant(1, []), "slices: a positive multiple of 10"),
     "no attention scale": (with_constant(2, []), "scales: one for each"),
     "short branch scale": (with_constant(0, torch.ones(2)), "branch_scale: shape"),
-    "subnet out of range": (with_constant(4, torch.tensor([0, 1, 0])), "subnet: values in"),
-    "subnet of another length": (with_constant(4, torch.tensor([0])), "subnet: shape"),
-    "subnet of another dtype": (
+    "width_index out of range": (with_constant(4, torch.tensor([0, 1, 0])), "width_index: values in"),
+    "width_index of another length": (with_constant(4, torch.tensor([0])), "width_index: shape"),
+    "width_index of another dtype": (
         with_constant(4, torch.tensor([0, 0, 0], dtype=torch.int32)),
-        "^subnet: dtype int64 expected, int32 given$",
+        "^width_index: dtype int64 expected, int32 given$",
     ),
     "no queries": (with_constant(5, 0), "queries: 1 to 17 tokens expected, 0 given"),
     "too many queries": (with_constant(5, 18), "queries: 1 to 17 tokens expected, 18 given"),
-    "strided subnet": (with_constant(4, torch.zeros(6, dtype=torch.int64)[::2]), "subnet: a contiguous"),
+    "strided width_index": (with_constant(4, torch.zeros(6, dtype=torch.int64)[::2]), "width_index: a contiguous"),
 }
 
 
@@ -322,11 +322,11 @@ def test_slices_are_counted_before_they_are_read(name):
         block.forward()
 
 
-def test_several_slices_need_a_subnet():
+def test_several_slices_need_a_width_index():
     block = attention(ATTENTION_SLICES["prefix"], 3, 17)
     s = ATTENTION_SLICES["prefix"]
     block.constants = (block.constants[0], flatten([s, s]), [s.scale, s.scale], EPS, None, 17)
-    with pytest.raises(RuntimeError, match="subnet: an int64 tensor"):
+    with pytest.raises(RuntimeError, match="width_index: an int64 tensor"):
         block.forward()
 
 

@@ -124,7 +124,7 @@ def test_one_graph_serves_every_mixture_of_widths():
 def test_an_impossible_width_in_a_compiled_mixture(backend, bad):
     """What the values are is not known when the graph is made; the op finds it out, and no image gets another width."""
     model, graph = compiled(backend, trained_heads=(1, 3, 12))
-    with pytest.raises(RuntimeError, match="subnet"):
+    with pytest.raises(RuntimeError, match="width_index"):
         graph(torch.randn(3, 3, 32, 32), heads=torch.tensor([3, bad, 1]))
 
 
@@ -215,7 +215,7 @@ def test_forward_allocates_nothing_of_a_weights_size(backend, heads):
 
 
 def test_switching_width_prepares_nothing(backend):
-    """The first call at a width resolves its geometry; from then on nothing is made per width."""
+    """The first call at a width resolves its slices; from then on nothing is made per width."""
     model, images = hydravit.fused_model(config=TWELVE, backend=backend), torch.randn(1, 3, 32, 32)
     for heads in range(1, 13):
         model(images, heads=heads)

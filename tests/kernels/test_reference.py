@@ -32,8 +32,8 @@ def test_attention_block():
 
 def test_attention_block_with_one_width_per_image():
     inputs = leaves((2, 3, 6), (12,), (12,), (36, 12), (36,), (12, 12), (12,), (12,))
-    subnet = torch.tensor([1, 0])
-    check(lambda x, *p: reference.attention_block(x, AttentionParameters(*p), None, NARROW, 1e-3, subnet), inputs)
+    width_index = torch.tensor([1, 0])
+    check(lambda x, *p: reference.attention_block(x, AttentionParameters(*p), None, NARROW, 1e-3, width_index), inputs)
 
 
 def test_mlp_block():

@@ -327,7 +327,7 @@ WRONG = {
     "slice outside": (lambda b: b.constants[1].__setitem__(4, 140), "^qkv_weight: rows up to 194 expected, 192 given"),
     "heads that overlap": (lambda b: b.constants[1].__setitem__(9, 13), "^slices: a pitch of 14 at least"),
     "no slice": (lambda b: b.constants[1].clear(), "^slices: 10 integers"),
-    "two slices, no subnet": (lambda b: b.constants[1].extend(ARBITRARY), "^slices: one expected"),
+    "two slices, no width_index": (lambda b: b.constants[1].extend(ARBITRARY), "^slices: one expected"),
 }
 
 
@@ -362,7 +362,7 @@ def test_an_image_of_no_slice():
     block = stem(slices[1], torch.randn(2, 3, 16, 16))
     for bad in (-1, 2):
         wrong = Block("stem", block.x, block.parameters, (flatten(slices), torch.tensor([0, bad])), None).on("triton")
-        with pytest.raises(RuntimeError, match="subnet"):
+        with pytest.raises(RuntimeError, match="width_index"):
             wrong.forward()
 
 

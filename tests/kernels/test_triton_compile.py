@@ -67,11 +67,11 @@ def compiling(monkeypatch):
     return start
 
 
-def run_all_ops(geometries, dtype, parameters_dtype, mixed=False, batch=2):
+def run_all_ops(subnetworks, dtype, parameters_dtype, mixed=False, batch=2):
     """Forward, with and without saving, and every gradient of every block, on tensors of which nothing is read."""
     full, hidden, tokens = BASE.embed, BASE.hidden, BASE.tokens
-    subnet = torch.zeros(batch, dtype=torch.int64) if mixed else None
-    embed = max(g.embed.embed for g in geometries)
+    width_index = torch.zeros(batch, dtype=torch.int64) if mixed else None
+    embed = max(s.embed.embed for s in subnetworks)
 
     def make(kind, *shapes):
         return kind(*(None if shape is None else torch.empty(shape, dtype=parameters_dtype) for shape in shapes))
@@ -82,22 +82,22 @@ def run_all_ops(geometries, dtype, parameters_dtype, mixed=False, batch=2):
     x = torch.empty(batch, tokens, embed, dtype=dtype)
     branch_scale, vector = torch.empty(batch, dtype=dtype), (full,)
     p = make(AttentionParameters, vector, vector, (3 * full, full), (3 * full,), (full, full), vector, vector)
-    slices = [g.attention[0] for g in geometries]
-    constants = (branch_scale, flatten(slices), [s.scale for s in slices], 1e-6, subnet, tokens)
+    slices = [s.attention[0] for s in subnetworks]
+    constants = (branch_scale, flatten(slices), [s.scale for s in slices], 1e-6, width_index, tokens)
     kernels.attention_block(x, p, *constants, False)
     _, *saved = kernels.attention_block(x, p, *constants, True)
     kernels.attention_block_backward(x, x, *saved, p, *constants, True, zeros(p))
     p = make(MlpParameters, vector, vector, (hidden, full), (hidden,), (full, hidden), vector, vector)
-    constants = (branch_scale, flatten([g.mlp[0] for g in geometries]), 1e-6, subnet)
+    constants = (branch_scale, flatten([s.mlp[0] for s in subnetworks]), 1e-6, width_index)
     kernels.mlp_block(x, p, *constants, False)
     _, *saved = kernels.mlp_block(x, p, *constants, True)
     kernels.mlp_block_backward(x, x, *saved, p, *constants, True, zeros(p))
     images = torch.empty(batch, 3, 224, 224, dtype=dtype)
     p = make(StemParameters, (full, 3, 16, 16), vector, (1, 1, full), None, (1, tokens, full))
-    constants = (flatten([g.embed for g in geometries]), subnet)
+    constants = (flatten([s.embed for s in subnetworks]), width_index)
     kernels.stem_backward(kernels.stem(images, p, *constants), images, p, *constants, False, zeros(p))
     p = make(HeadParameters, vector, vector, (1000, full), (1000,))
-    constants = (0, 1, flatten([g.head for g in geometries]), 1e-6, subnet)
+    constants = (0, 1, flatten([s.head for s in subnetworks]), 1e-6, width_index)
     kernels.head_backward(kernels.head(x, p, *constants), x, p, *constants, True, zeros(p))
 
 
@@ -124,8 +124,8 @@ def test_one_compilation_serves_every_width(compiling, mixed, tmp_path):
     compiled, widths = compiling(90), every_width(BASE)
 
     def run(heads, batch):
-        geometries = [widths[heads], widths[12]] if mixed else [widths[heads]]
-        run_all_ops(geometries, torch.bfloat16, torch.float32, mixed, batch)
+        subnetworks = [widths[heads], widths[12]] if mixed else [widths[heads]]
+        run_all_ops(subnetworks, torch.bfloat16, torch.float32, mixed, batch)
 
     run(12, 2)
     check_fits(compiled, 90, tmp_path)

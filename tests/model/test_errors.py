@@ -137,9 +137,9 @@ def test_untrained_widths_are_refused_unless_asked_for(backend):
         model(IMAGES, heads=2)
 
 
-def test_geometry_of_another_model(model):
+def test_subnetwork_of_another_model(model):
     other = hydravit.geometry.hydravit(hydravit.CONFIGS["base"], 3)
-    with pytest.raises(ValueError, match="geometry has 12 attention"):
+    with pytest.raises(ValueError, match="subnetwork has 12 attention"):
         model(IMAGES, heads=other)
 
 

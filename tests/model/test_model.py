@@ -44,14 +44,14 @@ def images_for(config, batch=3):
     return torch.randn(batch, config.in_channels, *config.image_size)
 
 
-def plain_results(model, subnets, images):
-    """Float64 logits of a plain ViT, one subnet per image or one for all, and all full-size gradients."""
+def plain_results(model, subnetworks, images):
+    """Float64 logits of a plain ViT, one subnetwork per image or one for all, and all full-size gradients."""
     images = images.double()
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    if not isinstance(subnets, list):
-        logits = plain.forward(weights, model.config, subnets, images)
+    if not isinstance(subnetworks, list):
+        logits = plain.forward(weights, model.config, subnetworks, images)
     else:
-        rows = [plain.forward(weights, model.config, s, images[i : i + 1]) for i, s in enumerate(subnets)]
+        rows = [plain.forward(weights, model.config, s, images[i : i + 1]) for i, s in enumerate(subnetworks)]
         logits = torch.cat(rows)
     logits.square().sum().backward()
     zero = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -66,9 +66,9 @@ def assert_equal_numbers(actual, exact, name):
     assert error <= 1e-4 * size, f"{name}: relative error {error / size:.2e}"
 
 
-def check(model, heads, subnet, images):
+def check(model, heads, subnetwork, images):
     """Logits and all gradients, with NaN in every parameter element outside the slice."""
-    exact, gradients = plain_results(model, subnet, images)
+    exact, gradients = plain_results(model, subnetwork, images)
     poison(model, model.widths(heads, len(images)).subnetworks)
     model.zero_grad()
     logits = model(images, heads=heads)
@@ -107,14 +107,14 @@ def test_one_width_per_image(backend, widths, variant):
 def test_separate_classifiers(backend):
     config = resolve_config(SMALL, separate_classifiers=(1, 2, 4))
     widths = [4, 1, 2]
-    subnets = [plain.prefix(config, k) for k in widths]
-    for k, subnet in zip(widths, subnets, strict=True):
+    subnetworks = [plain.prefix(config, k) for k in widths]
+    for k, subnetwork in zip(widths, subnetworks, strict=True):
         start = config.separate_classifiers.index(k) * config.num_classes
-        subnet.classes = list(range(start, start + config.num_classes))
+        subnetwork.classes = list(range(start, start + config.num_classes))
     images = images_for(config)
-    for k, subnet in zip(widths, subnets, strict=True):
-        check(make(backend, config), k, subnet, images)
-    check(make(backend, config), torch.tensor(widths), subnets, images)
+    for k, subnetwork in zip(widths, subnetworks, strict=True):
+        check(make(backend, config), k, subnetwork, images)
+    check(make(backend, config), torch.tensor(widths), subnetworks, images)
     with pytest.raises(ValueError, match="heads=3 has no classifier"):
         make(backend, config)(images, heads=3)
 
@@ -129,8 +129,8 @@ def test_scala_suffix_with_fused_rows(backend):
             rows[:width], rows[width : 2 * width], rows[2 * width :], channels, config.max_heads, config.head_dim**-0.5,
             list(range(config.hidden - 4 * width, config.hidden)),
         )  # fmt: skip
-        subnet = plain.Subnet(channels, [layer] * config.depth, 1e-5, list(range(config.num_classes)))
-        check(make(backend), geometry.scala(config, width, suffix=True), subnet, images_for(config))
+        subnetwork = plain.Subnetwork(channels, [layer] * config.depth, 1e-5, list(range(config.num_classes)))
+        check(make(backend), geometry.scala(config, width, suffix=True), subnetwork, images_for(config))
     with pytest.raises(ValueError, match="divisible"):
         geometry.scala(config, 30, suffix=True)
 
@@ -148,8 +148,8 @@ def test_skd_widths_per_layer(backend):
         plain.Layer(*(inside(role, r) for role in (0, 1, 2, 0)), config.max_heads, pitch**-0.5, list(range(m)))
         for r, m in table
     ]
-    subnet = plain.Subnet(list(range(full)), layers, config.norm_eps, list(range(config.num_classes)))
-    check(make(backend, config), geometry.skd(config, table), subnet, images_for(config))
+    subnetwork = plain.Subnetwork(list(range(full)), layers, config.norm_eps, list(range(config.num_classes)))
+    check(make(backend, config), geometry.skd(config, table), subnetwork, images_for(config))
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -157,20 +157,20 @@ def test_other_nestings(backend, heads):
     config, full = SMALL, list(range(SMALL.embed))
     hidden = list(range(heads * config.hidden_per_head))
 
-    def subnet(embed, width, count, hidden):
+    def subnetwork(embed, width, count, hidden):
         roles = [list(range(role * len(full), role * len(full) + width)) for role in range(3)]
         layer = plain.Layer(*roles, list(range(width)), count, config.head_dim**-0.5, hidden)
-        return plain.Subnet(embed, [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
+        return plain.Subnetwork(embed, [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 
     width = heads * config.head_dim
     expected = {
-        "dynabert": subnet(full, width, heads, hidden),
-        "matformer": subnet(full, len(full), config.max_heads, hidden),
-        "sortednet": subnet(list(range(width)), width, config.max_heads, hidden),
+        "dynabert": subnetwork(full, width, heads, hidden),
+        "matformer": subnetwork(full, len(full), config.max_heads, hidden),
+        "sortednet": subnetwork(list(range(width)), width, config.max_heads, hidden),
     }
-    for name, plain_subnet in expected.items():
+    for name, plain_subnetwork in expected.items():
         nested = resolve_config(config, geometry=name)
-        check(make(backend, nested), heads, plain_subnet, images_for(config))
+        check(make(backend, nested), heads, plain_subnetwork, images_for(config))
 
 
 def test_arbitrary_offsets(backend):
@@ -187,9 +187,9 @@ def test_arbitrary_offsets(backend):
     layer = plain.Layer(
         heads_of(7, 11), heads_of(80, 11), heads_of(131, 9), heads_of(3, 9), 3, 0.21, list(range(19, 120))
     )
-    subnet = plain.Subnet(embed, [layer] * 2, 1e-3, list(range(2, 9)))
-    any_geometry = kernels.Subnetwork(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
-    check(make(backend), any_geometry, subnet, images_for(config))
+    subnetwork = plain.Subnetwork(embed, [layer] * 2, 1e-3, list(range(2, 9)))
+    any_subnetwork = kernels.Subnetwork(3, kernels.EmbedSlice(5, 37), (attention,) * 2, (mlp,) * 2, head, 1e-3)
+    check(make(backend), any_subnetwork, subnetwork, images_for(config))
 
 
 def test_width_by_attribute_and_argument(backend):

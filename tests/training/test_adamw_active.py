@@ -14,7 +14,7 @@ native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library
 
 
 def elementwise(run, subnetworks, ages, states):
-    """One step of AdamW on whole tensors of counts: entries that no geometry reads keep everything."""
+    """One step of AdamW on whole tensors of counts: entries that no subnetwork reads keep everything."""
     inside = copy.deepcopy(run.model)
     with torch.no_grad():
         for parameter in inside.parameters():

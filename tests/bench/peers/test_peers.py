@@ -46,10 +46,10 @@ def exact_gradients(model, images, labels, heads):
 def exact_block(model, kind, heads, x, grad):
     """Outputs in float64 from the reference, with gradients by the block's names, cut to the width."""
     own, x = model.double(), x.double().requires_grad_()
-    geometry, block = hydravit(SMALL, heads), own.blocks[0]
+    subnetwork, block = hydravit(SMALL, heads), own.blocks[0]
     function = getattr(reference, f"{kind}_block")
     parameters = getattr(block, f"{kind}_parameters")()
-    y = function(x, *parameters, None, [getattr(geometry, kind)[0]], geometry.eps)
+    y = function(x, parameters, None, [getattr(subnetwork, kind)[0]], subnetwork.eps)
     y.backward(grad.double())
     gradients = {f"blocks.0.{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
     cut_to_width = {n.removeprefix("blocks.0."): g for n, g in cut(gradients, own, heads).items()}

@@ -109,7 +109,7 @@ def call():
         "use": lambda plan: [plan],
         "packed": packed,
         "columns": SMALL.num_classes,
-        "subnet": None,
+        "width_index": None,
     }
 
 
@@ -120,7 +120,7 @@ def plan_of(arguments):
 
 def run(arguments):
     plans = arguments["use"](plan_of(arguments))
-    rest = (plans, arguments["columns"], arguments["subnet"], True)
+    rest = (plans, arguments["columns"], arguments["width_index"], True)
     return hydravit.network_native(arguments["images"], arguments["packed"], *rest)
 
 
@@ -247,11 +247,11 @@ WRONG = {
     "zeros": (with_plans(lambda plan: [torch.zeros_like(plan)]), "^plans: .* other bytes"),
     "fewer columns": (with_arguments(columns=9), "^columns: 10 expected"),
     "more columns": (with_arguments(columns=11), "^columns: 10 expected"),
-    "no subnet": (with_plans(lambda plan: [plan, plan]), "^subnet: an int64 tensor"),
-    "subnet out of range": (with_arguments(subnet=torch.tensor([0, 1, 0])), "^subnet: values in"),
-    "negative subnet": (with_arguments(subnet=torch.tensor([0, -1, 0])), "^subnet: values in"),
-    "short subnet": (with_arguments(subnet=torch.tensor([0, 0])), "^subnet: shape"),
-    "subnet of another dtype": (with_arguments(subnet=torch.zeros(3)), "^subnet: dtype int64"),
+    "no width_index": (with_plans(lambda plan: [plan, plan]), "^width_index: an int64 tensor"),
+    "width_index out of range": (with_arguments(width_index=torch.tensor([0, 1, 0])), "^width_index: values in"),
+    "negative width_index": (with_arguments(width_index=torch.tensor([0, -1, 0])), "^width_index: values in"),
+    "short width_index": (with_arguments(width_index=torch.tensor([0, 0])), "^width_index: shape"),
+    "width_index of another dtype": (with_arguments(width_index=torch.zeros(3)), "^width_index: dtype int64"),
 }
 
 
@@ -390,7 +390,7 @@ def test_fake_kernel(classes, mixed):
         hydravit.plan_network_native(packed, offsets, model.config.sizes, *s.flat(), s.eps) for s in widths.subnetworks
     ]
     columns = max(s.head.classes if classes else s.embed.embed for s in widths.subnetworks)
-    arguments = (images(SMALL, 3), packed, plans, columns, widths.subnet)
+    arguments = (images(SMALL, 3), packed, plans, columns, widths.width_index)
     logits = hydravit.network_native(*arguments, True)
     with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
         faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)

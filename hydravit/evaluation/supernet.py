@@ -1,0 +1,78 @@
+"""What every width of an untrained supernet costs on this machine: ours beside eager slicing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hydravit.config import HydraViTConfig
+from hydravit.evaluation.cost import costs
+from hydravit.evaluation.evaluate import environment, latency_row
+from hydravit.evaluation.latency import backends_to_time, measure_latency
+from hydravit.evaluation.memory import measure_memory
+from hydravit.factory import fused_model
+
+_NAMES = {"tiny": "ViT-Ti", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
+
+
+def measure_supernet(
+    config: str | HydraViTConfig = "base",
+    heads: Sequence[int] | None = None,
+    *,
+    seconds: float = 1.0,
+    memory: bool = True,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> dict:
+    """Latency and memory of one image at every width of one model with random weights, whose values cost no time.
+
+    Args:
+        config: as in ``hydravit.fused_model``.
+        heads: widths; None: all.
+        seconds: to spend on the latency of one width on one backend.
+        memory: whether to measure memory; without, its entries are None.
+        device: None: torch's default.
+    Returns:
+        ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
+
+        * ``heads``, ``params``, ``gmacs``, ``latency_ms``, ``latency_spread_ms``, ``difference``: as in ``evaluate``;
+        * ``peak_memory_mib``: ``{"eager", "fused"}``, the most that a forward of one image needs beyond the weights.
+
+        In the environment ``weights_mib``: ``{"eager", "fused", "separate"}``, what is held to have every width ready:
+        the parameters; the parameters and what inference packs of them; and, counted instead of measured, the
+        parameters of a network of its own for every width.
+    Raises:
+        RuntimeError: backends that disagree.
+    """
+    model = fused_model(config=config, device=device).eval()
+    heads = list(model.allowed_heads if heads is None else heads)
+    models, fused_missing = backends_to_time(model)
+    parameter = next(model.parameters())
+    image = torch.randn(1, model.config.in_channels, *model.config.image_size).to(parameter)
+    timings = measure_latency(models, image, heads, seconds=seconds, progress=progress)
+    used = {name: measure_memory(each, heads, batch_size=1) for name, each in models.items()} if memory else {}
+    counted = costs(model.config)
+    rows = []
+    for k in heads:
+        rows.append(
+            {
+                "heads": k,
+                "params": counted[k].params,
+                "gmacs": counted[k].macs / 1e9,
+                **latency_row(timings[k]),
+                "peak_memory_mib": {name: used[name].peaks[k] if name in used else None for name in ("eager", "fused")},
+            }
+        )
+    weights = {name: used[name].weights if name in used else None for name in ("eager", "fused")}
+    weights["separate"] = sum(counted[k].params for k in heads) * parameter.element_size() / 2**20
+    about = {
+        **environment(model),
+        "model": _NAMES.get(config, "the model") if isinstance(config, str) else "the model",
+        "config": model.config.to_dict(),
+        "latency": "median wall time of one image, backends and widths in turns",
+        "fused_missing": fused_missing,
+        "weights_mib": weights,
+        "memory": used["eager"].measured if used else "not asked for",
+    }
+    return {"widths": rows, "environment": about}
