@@ -17,7 +17,7 @@ demo: .venv/demo  ## train every width on small images, time every width of ViT-
 	HYDRAVIT_BUILD=cpu hydravit demo --out runs/demo $(ARGS)
 
 # Triton's interpreter replaces its compiler in a whole process: what runs on it has one of its own.
-INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/test_triton.py tests/test_adamw_kernel.py
+INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton.py tests/kernels/test_adamw_kernel.py
 
 test: build  ## the test suite, without the long tests
 	python -m pytest -m "not long"

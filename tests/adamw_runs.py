@@ -99,6 +99,9 @@ CASES = {
     "per image": ({}, [[torch.tensor(ks)] for ks in ([1, 3, 1, 1], [2, 2, 1, 2], [1, 1, 4, 4], [1, 1, 1, 1])]),
     "accumulated": ({}, [[1, 3], [2], [1, 1], [4, 1], [2, 1]]),
     "separate classifiers": ({"separate_classifiers": (1, 2, 4)}, [[2], [1], [4], [1], [2]]),
+    "separate, per image": (
+        {"separate_classifiers": (1, 2, 4)}, [[torch.tensor(ks)] for ks in ([1, 2, 2, 1], [4, 1, 2, 2])],
+    ),
     "layer scale, registers": ({"layer_scale": 0.5, "register_tokens": 2, "pool": "avg"}, [[3], [4], [1], [2], [1]]),
     "prefix and suffix": ({}, [[scala(CONFIG, w, suffix=s)] for w, s in ((8, 1), (8, 0), (16, 1), (8, 1))]),
     "per layer": ({}, [[skd(CONFIG, layers)] for layers in ([(4, 0), (0, 24)], [(8, 64), (2, 8)], [(4, 0), (0, 24)])]),

@@ -150,6 +150,12 @@ class Block:
         op = getattr(hydravit, f"{self.name}_backward_{self.backend}")
         return op(grad, self.x, *saved, *self.parameters, *self.constants, x_grad, *buffers)
 
+    def results(self, grad=None, saved=None):
+        """The result, the gradient of ``x`` and those of the parameters."""
+        y, buffers = self.forward()[0], self.zeros()
+        dx = self.backward(torch.ones_like(y) if grad is None else grad, buffers, saved=saved)
+        return [y, dx, *(b for b in buffers if b is not None)]
+
     def zeros(self):
         return [None if p is None else torch.zeros_like(p) for p in self.parameters]
 
@@ -219,6 +225,18 @@ class Block:
         assert torch.equal(self.forward()[0], y) and torch.equal(self.backward(grad, again), dx)
         for a, b in zip(again, buffers, strict=True):
             assert a is None or torch.equal(a, b)
+
+    def check_no_images(self):
+        self.x = self.x[:0]
+        if self.saves:
+            self.constants = (self.constants[0][:0], *self.constants[1:])
+        y, dx, *gradients = self.results()
+        assert len(y) == 0 and dx.shape == self.x.shape and not any(gradient.any() for gradient in gradients)
+
+
+def equal(some, others):
+    """Whether two lists of tensors have the same bits."""
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 # Each with one slice or several; ``width_index``: which of them an image uses.

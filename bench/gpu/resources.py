@@ -1,8 +1,8 @@
 """``python -m bench.gpu.resources``: what every CUDA kernel takes of an SM, as ptxas says; needs nvcc, no GPU.
 
 Writes csrc/cuda/resources.csv, which is committed: registers of a thread, bytes of stack and of spilled registers. The
-first line names the compiler and the fingerprint of the sources; tests/test_cuda_resources.py fails when the sources
-have another fingerprint. Raises a ``RuntimeError`` when ptxas serializes wgmma or mends its order, or when a
+first line names the compiler and the fingerprint of the sources; tests/bench/gpu/test_resources.py fails when the
+sources have another fingerprint. Raises a ``RuntimeError`` when ptxas serializes wgmma or mends its order, or when a
 disassembler is at hand and finds no wgmma.
 """
 

@@ -1,30 +1,10 @@
-"""One direction of imports inside ``bench``, and a report that cannot measure."""
+"""A report that cannot measure; tests/test_layering.py holds the order of imports inside ``bench``."""
 
 import re
 import subprocess
 import sys
 
-import pytest
-
 from bench import ROOT
-
-FILES = sorted((ROOT / "bench").rglob("*.py"))
-MAY_IMPORT = {
-    "rows.py": set(),
-    "measuring": {"measuring", "rows"},
-    "peers": {"peers", "measuring"},
-    "report": {"report", "rows"},
-    "run.py": {"measuring", "peers", "report", "rows"},
-    "gpu": {"gpu", "measuring", "peers", "report", "rows"},
-}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    place = path.relative_to(ROOT / "bench").parts[0]
-    if place != "__init__.py":
-        imported = re.findall(r"^\s*(?:from|import) bench\.(\w+)", path.read_text(), re.M)
-        assert set(imported) <= MAY_IMPORT[place]
 
 
 def test_the_report_cannot_measure():

@@ -33,12 +33,8 @@ Arrays arrays_of(const AttentionBlock& block) {
 
 void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {
   block.x = const_tokens(arrays, "x");
-  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
-  block.query_weight = const_weight(arrays, "query_weight"), block.query_bias = data(arrays, "query_bias");
-  block.key_weight = const_weight(arrays, "key_weight"), block.key_bias = data(arrays, "key_bias");
-  block.value_weight = const_weight(arrays, "value_weight"), block.value_bias = data(arrays, "value_bias");
-  block.proj_weight = const_weight(arrays, "proj_weight"), block.proj_bias = data(arrays, "proj_bias");
-  block.layer_scale = data(arrays, "layer_scale"), block.branch_scale = data(arrays, "branch_scale");
+  set_parameters(block, arrays, "", [&](const std::string& name) { return const_weight(arrays, name); });
+  block.branch_scale = data(arrays, "branch_scale");
 
   block.y = mutable_tokens(arrays, "y");
   launch([&] { return attention_block_cpu(block, threads); });
@@ -86,18 +82,12 @@ std::vector<Test> attention_tests() {
     block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim)), block.eps = 1e-6f;
     const std::string name =
         named("attention", {s.batch, s.tokens, s.embed, s.heads, s.head_dim, s.value_dim, s.pitch, s.queries});
-    const auto add = [&](const std::string& what, const Arrays& arrays) {
-      tests.emplace_back(
-          name + what, arrays, [=](auto& values) { attention_block(block, values); },
-          [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); });
-    };
-    const Arrays arrays = arrays_of(block);
-    add("", arrays);
-    if (s.tokens != 17) continue;
-    add(", nothing nullable",
-        without(arrays, {"query_bias", "key_bias", "value_bias", "proj_bias", "layer_scale", "branch_scale", "d_x"}));
-    for (const auto& [gradient, array] : arrays)
-      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+    std::vector<std::string> nullable;
+    if (s.tokens == 17)
+      nullable = {"query_bias", "key_bias", "value_bias", "proj_bias", "layer_scale", "branch_scale", "d_x"};
+    add_tests(
+        tests, name, arrays_of(block), [=](auto& values) { attention_block(block, values); },
+        [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); }, nullable, s.tokens == 17);
   }
   return tests;
 }

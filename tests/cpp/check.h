@@ -57,4 +57,33 @@ inline Arrays only(Arrays arrays, const std::string& gradient) {
   return arrays;
 }
 
+// Adds the tests of one block: on all arrays, without the nullable ones, and with each gradient by itself.
+template <class Naive, class Run>
+void add_tests(std::vector<Test>& tests, const std::string& name, const Arrays& arrays, const Naive& naive,
+               const Run& run, const std::vector<std::string>& nullable, bool each_gradient) {
+  tests.emplace_back(name, arrays, naive, run);
+  if (!nullable.empty()) tests.emplace_back(name + ", nothing nullable", without(arrays, nullable), naive, run);
+  for (const auto& [gradient, array] : arrays)
+    if (each_gradient && is_gradient(gradient))
+      tests.emplace_back(name + ", only " + gradient, only(arrays, gradient), naive, run);
+}
+
+// Points a block at its parameters, whose names begin with `at`; `weight(name)` tells where a matrix lies.
+template <class Find>
+void set_parameters(AttentionBlock& block, Arrays& arrays, const std::string& at, const Find& weight) {
+  block.norm_weight = data(arrays, at + "norm_weight"), block.norm_bias = data(arrays, at + "norm_bias");
+  block.query_weight = weight(at + "query_weight"), block.query_bias = data(arrays, at + "query_bias");
+  block.key_weight = weight(at + "key_weight"), block.key_bias = data(arrays, at + "key_bias");
+  block.value_weight = weight(at + "value_weight"), block.value_bias = data(arrays, at + "value_bias");
+  block.proj_weight = weight(at + "proj_weight"), block.proj_bias = data(arrays, at + "proj_bias");
+  block.layer_scale = data(arrays, at + "layer_scale");
+}
+template <class Find>
+void set_parameters(MlpBlock& block, Arrays& arrays, const std::string& at, const Find& weight) {
+  block.norm_weight = data(arrays, at + "norm_weight"), block.norm_bias = data(arrays, at + "norm_bias");
+  block.fc1_weight = weight(at + "fc1_weight"), block.fc1_bias = data(arrays, at + "fc1_bias");
+  block.fc2_weight = weight(at + "fc2_weight"), block.fc2_bias = data(arrays, at + "fc2_bias");
+  block.layer_scale = data(arrays, at + "layer_scale");
+}
+
 }  // namespace hydravit::tests

@@ -54,16 +54,10 @@ std::vector<Test> head_tests() {
     block.batch = s.batch, block.pool_start = s.pool_start, block.pool_stop = s.pool_stop;
     block.embed = s.embed, block.classes = s.classes, block.eps = 1e-6f;
     const std::string name = named("head", {s.batch, s.tokens, s.pool_start, s.pool_stop, s.embed, s.classes});
-    const auto add = [&](const std::string& what, const Arrays& arrays) {
-      tests.emplace_back(
-          name + what, arrays, [=](auto& values) { head(block, values); },
-          [=](Arrays& arrays, const Threads& threads) { run(block, s.tokens, arrays, threads); });
-    };
-    const Arrays arrays = arrays_of(block, s.tokens);
-    add("", arrays);
-    add(", nothing nullable", without(arrays, {"norm_weight", "norm_bias", "bias", "d_x"}));
-    for (const auto& [gradient, array] : arrays)
-      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+    add_tests(
+        tests, name, arrays_of(block, s.tokens), [=](auto& values) { head(block, values); },
+        [=](Arrays& arrays, const Threads& threads) { run(block, s.tokens, arrays, threads); },
+        {"norm_weight", "norm_bias", "bias", "d_x"}, true);
   }
   return tests;
 }

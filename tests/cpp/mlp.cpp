@@ -23,10 +23,8 @@ Arrays arrays_of(const MlpBlock& block) {
 
 void run(MlpBlock block, Arrays& arrays, const Threads& threads) {
   block.x = const_tokens(arrays, "x");
-  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
-  block.fc1_weight = const_weight(arrays, "fc1_weight"), block.fc1_bias = data(arrays, "fc1_bias");
-  block.fc2_weight = const_weight(arrays, "fc2_weight"), block.fc2_bias = data(arrays, "fc2_bias");
-  block.layer_scale = data(arrays, "layer_scale"), block.branch_scale = data(arrays, "branch_scale");
+  set_parameters(block, arrays, "", [&](const std::string& name) { return const_weight(arrays, name); });
+  block.branch_scale = data(arrays, "branch_scale");
 
   block.y = mutable_tokens(arrays, "y");
   launch([&] { return mlp_block_cpu(block, threads); });
@@ -61,17 +59,11 @@ std::vector<Test> mlp_tests() {
     MlpBlock block{};
     block.batch = s.batch, block.tokens = s.tokens, block.embed = s.embed, block.hidden = s.hidden, block.eps = 1e-6f;
     const std::string name = named("mlp", {s.batch, s.tokens, s.embed, s.hidden});
-    const auto add = [&](const std::string& what, const Arrays& arrays) {
-      tests.emplace_back(
-          name + what, arrays, [=](auto& values) { mlp_block(block, values); },
-          [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); });
-    };
-    const Arrays arrays = arrays_of(block);
-    add("", arrays);
-    if (s.tokens != 17) continue;
-    add(", nothing nullable", without(arrays, {"fc1_bias", "fc2_bias", "layer_scale", "branch_scale", "d_x"}));
-    for (const auto& [gradient, array] : arrays)
-      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+    std::vector<std::string> nullable;
+    if (s.tokens == 17) nullable = {"fc1_bias", "fc2_bias", "layer_scale", "branch_scale", "d_x"};
+    add_tests(
+        tests, name, arrays_of(block), [=](auto& values) { mlp_block(block, values); },
+        [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); }, nullable, s.tokens == 17);
   }
   return tests;
 }

@@ -155,19 +155,8 @@ class Plan {
     stem_.cls_token = const_weight(arrays, "stem.cls_token");
     stem_.pos_embed = const_weight(arrays, "stem.pos_embed");
     for (int64_t i = 0; i < shape.layers; i++) {
-      AttentionBlock& a = attention_[i];
-      const std::string attention = "attention" + std::to_string(i) + ".", mlp = "mlp" + std::to_string(i) + ".";
-      a.norm_weight = data(arrays, attention + "norm_weight"), a.norm_bias = data(arrays, attention + "norm_bias");
-      a.query_weight = matrix(attention + "query_weight"), a.query_bias = data(arrays, attention + "query_bias");
-      a.key_weight = matrix(attention + "key_weight"), a.key_bias = data(arrays, attention + "key_bias");
-      a.value_weight = matrix(attention + "value_weight"), a.value_bias = data(arrays, attention + "value_bias");
-      a.proj_weight = matrix(attention + "proj_weight"), a.proj_bias = data(arrays, attention + "proj_bias");
-      a.layer_scale = data(arrays, attention + "layer_scale");
-      MlpBlock& m = mlp_[i];
-      m.norm_weight = data(arrays, mlp + "norm_weight"), m.norm_bias = data(arrays, mlp + "norm_bias");
-      m.fc1_weight = matrix(mlp + "fc1_weight"), m.fc1_bias = data(arrays, mlp + "fc1_bias");
-      m.fc2_weight = matrix(mlp + "fc2_weight"), m.fc2_bias = data(arrays, mlp + "fc2_bias");
-      m.layer_scale = data(arrays, mlp + "layer_scale");
+      set_parameters(attention_[i], arrays, "attention" + std::to_string(i) + ".", matrix);
+      set_parameters(mlp_[i], arrays, "mlp" + std::to_string(i) + ".", matrix);
     }
     head_.norm_weight = data(arrays, "head.norm_weight"), head_.norm_bias = data(arrays, "head.norm_bias");
     head_.weight = matrix("head.weight"), head_.bias = data(arrays, "head.bias");

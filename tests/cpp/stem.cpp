@@ -75,17 +75,10 @@ std::vector<Test> stem_tests() {
     block.pos_on_prefix = s.pos_on_prefix;
     const std::string name =
         named("stem", {s.batch, s.grid_height * s.grid_width, s.embed, s.cls_tokens, s.reg_tokens});
-    const auto add = [&](const std::string& what, const Arrays& arrays) {
-      tests.emplace_back(
-          name + what, arrays, [=](auto& values) { stem(block, values); },
-          [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); });
-    };
-    const Arrays arrays = arrays_of(block, s.channels_last);
-    add("", arrays);
-    add(", nothing nullable", without(arrays, {"bias", "pos_embed", "d_images"}));
-    if (s.reg_tokens == 0) continue;
-    for (const auto& [gradient, array] : arrays)
-      if (is_gradient(gradient)) add(", only " + gradient, only(arrays, gradient));
+    add_tests(
+        tests, name, arrays_of(block, s.channels_last), [=](auto& values) { stem(block, values); },
+        [=](Arrays& arrays, const Threads& threads) { run(block, arrays, threads); }, {"bias", "pos_embed", "d_images"},
+        s.reg_tokens > 0);
   }
   return tests;
 }

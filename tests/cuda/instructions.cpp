@@ -217,46 +217,24 @@ void test_mistakes() {
     __syncthreads();
     barrier_wait(0, 0);
   });
-  const auto multiply = [](float (&sums)[64], uint32_t address) {
+  // Multiplies matrices from an address on; without the fence or the wait, or over sums that change meanwhile.
+  enum class Mistake { kNone, kFence, kWait, kSums };
+  const auto multiply = [](Mistake mistake, uint32_t address) {
+    float sums[64] = {};
+    if (mistake != Mistake::kFence) warpgroup_fence();
     warpgroup_multiply_add<Bf16>(sums, matrix_descriptor(address), matrix_descriptor(address));
     warpgroup_commit();
+    if (mistake == Mistake::kSums) sums[0] = 0;
+    if (mistake != Mistake::kWait) warpgroup_wait<0>();
   };
-  expect_stop("wgmma without a fence", [=] {
-    float sums[64] = {};
-    multiply(sums, 0);
-    warpgroup_wait<0>();
-  });
-  expect_stop("ending before wgmma has", [=] {
-    float sums[64] = {};
-    warpgroup_fence();
-    multiply(sums, 0);
-  });
-  expect_stop("writing sums that wgmma adds to", [=] {
-    float sums[64] = {};
-    warpgroup_fence();
-    multiply(sums, 0);
-    sums[0] = 0;
-    warpgroup_wait<0>();
-  });
+  expect_stop("wgmma without a fence", [=] { multiply(Mistake::kFence, 0); });
+  expect_stop("ending before wgmma has", [=] { multiply(Mistake::kWait, 0); });
+  expect_stop("writing sums that wgmma adds to", [=] { multiply(Mistake::kSums, 0); });
   expect_stop("wgmma by three warps", [=] {
-    float sums[64] = {};
-    if (threadIdx.x >= 96) return;
-    warpgroup_fence();
-    multiply(sums, 0);
-    warpgroup_wait<0>();
+    if (threadIdx.x < 96) multiply(Mistake::kNone, 0);
   });
-  expect_stop("a swizzled matrix between two multiples of 1024 bytes", [=] {
-    float sums[64] = {};
-    warpgroup_fence();
-    multiply(sums, 512);
-    warpgroup_wait<0>();
-  });
-  expect_stop("a matrix behind shared memory", [=] {
-    float sums[64] = {};
-    warpgroup_fence();
-    multiply(sums, 32768 - 4096);
-    warpgroup_wait<0>();
-  });
+  expect_stop("a swizzled matrix between two multiples of 1024 bytes", [=] { multiply(Mistake::kNone, 512); });
+  expect_stop("a matrix behind shared memory", [=] { multiply(Mistake::kNone, 32768 - 4096); });
   emulator::release_all();
 }
 

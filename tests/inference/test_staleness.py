@@ -9,6 +9,7 @@ from small import images, shake
 from torch import nn
 
 from hydravit import HydraViT
+from hydravit.training import SliceAdamW, SliceGradients
 
 pytestmark = [
     pytest.mark.needs("native"),
@@ -77,6 +78,13 @@ def step(optimizer_of):
         optimizer.step()
 
     return change
+
+
+def slice_step(model, x):
+    gradients, optimizer = SliceGradients(model), SliceAdamW(model.parameters(), model, lr=0.1)
+    model(x, heads=2).square().sum().backward()
+    optimizer.step()
+    gradients.close()
 
 
 @torch.no_grad()
@@ -148,6 +156,7 @@ CHANGES = {
     "fused AdamW": step(lambda p: torch.optim.AdamW(p, 0.1, fused=True)),
     "fused SGD": step(lambda p: torch.optim.SGD(p, 0.1, fused=True)),
     "foreach AdamW": step(lambda p: torch.optim.AdamW(p, 0.1, foreach=True)),
+    "AdamW of the slice": slice_step,
     "in place": edit_in_place,
     "data": edit_data,
     "numpy": edit_numpy,

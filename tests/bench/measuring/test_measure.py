@@ -84,35 +84,28 @@ def test_rounded_weights_are_allowed_what_they_change_and_no_more():
     assert found["views"]["mbyte"] - found["change"]["mbyte"] == pytest.approx(3e-6 * costs(SMALL)[3].params)
 
 
-def test_a_peer_that_goes_wrong_while_it_is_timed_is_refused():
-    def inference(model, images, heads):
-        calls, (run,) = [], views(model, images, heads).values()
+def test_a_peer_that_goes_wrong_while_it_is_timed_does_not_end_the_run():
+    def after_three_calls(change):
+        def inference(model, images, heads):
+            calls, (run,) = [], views(model, images, heads).values()
 
-        def drift():
-            calls.append(1)
-            return run() + (len(calls) > 3)
+            def call():
+                calls.append(1)
+                return change(run()) if len(calls) > 3 else run()
 
-        return {heads[0]: drift}
+            return {heads[0]: call}
 
-    (found,) = measure(INFERENCE, [Peer("drifts", "", inference=inference)], timer())
-    assert found["status"] == "refused" and found["reason"].startswith("after timing, logits at k=3 is off")
+        return inference
 
+    def breaks(logits):
+        raise MemoryError("no more")
 
-def test_a_peer_that_breaks_while_it_is_timed_does_not_end_the_run():
-    def inference(model, images, heads):
-        calls, (run,) = [], views(model, images, heads).values()
-
-        def breaks():
-            calls.append(1)
-            if len(calls) > 3:
-                raise MemoryError("no more")
-            return run()
-
-        return {heads[0]: breaks}
-
-    found = measure(INFERENCE, [Peer("breaks", "", inference=inference), peer("views")], timer())
-    assert {row["peer"]: row["status"] for row in found} == {"breaks": "failed", "views": "measured"}
-    assert found[0]["reason"] == "MemoryError: no more"
+    changes = {"drifts": lambda logits: logits + 1, "breaks": breaks}
+    peers = [Peer(name, "", inference=after_three_calls(change)) for name, change in changes.items()]
+    found = {row["peer"]: row for row in measure(INFERENCE, [*peers, peer("views")], timer())}
+    assert found["drifts"]["status"] == "refused" and found["views"]["status"] == "measured"
+    assert found["drifts"]["reason"].startswith("after timing, logits at k=3 is off")
+    assert (found["breaks"]["status"], found["breaks"]["reason"]) == ("failed", "MemoryError: no more")
 
 
 # Every peer gets a row ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bench import ROOT
 from bench.report import plot
 from bench.report.page import PARAMETERS, page
 from bench.report.summary import line, summary
-from bench.report.wording import STATUSES, number, spans
+from bench.report.wording import STATUSES, number
 from bench.rows import COLUMNS, write_results
 
 ENVIRONMENT = {
@@ -305,10 +305,6 @@ def test_headline_figure(rows, tmp_path):
 @pytest.mark.parametrize("value, text", [(None, "-"), (0, "0"), (0.01234, "0.0123"), (4.0, "4.00"), (12345.6, "12346")])
 def test_numbers(value, text):
     assert number(value) == text
-
-
-def test_spans():
-    assert spans([3, 4, 5, 8, 10, 11]) == "3-5, 8, 10, 11"
 
 
 def test_command_lines(rows, tmp_path):

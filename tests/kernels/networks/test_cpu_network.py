@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from blocks import hydravit
-from packing import VARIANTS, WIDE, make, tensors_held_by
+from packing import WIDE, make, tensors_held_by
 from small import SMALL, images
 
 from hydravit import geometry
@@ -24,20 +24,6 @@ def network_of(model):
 
 
 # ---- The network ----
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_last_block_may_compute_pooled_tokens_only(isa, threads, variant, count):
-    threads(count)
-    config = resolve_config(WIDE, **VARIANTS[variant])
-    model, x = make(config), images(config, 5)
-    network = network_of(model)
-    for heads in (1, 4, torch.tensor([4, 1, 2, 2, 1])):
-        widths = model.widths(heads, 5)
-        assert torch.equal(
-            *(network.run(x, widths.subnetworks, widths.width_index, pooled_only=only) for only in (True, False))
-        )
 
 
 def test_the_reason_why_a_subnetwork_is_not_served():

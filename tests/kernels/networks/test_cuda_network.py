@@ -18,12 +18,23 @@ def in_panels(rows):
     return padded.view(height // 8, 8, width // 64, 4, 2, 4, 2).permute(2, 0, 3, 1, 5, 4, 6).contiguous()
 
 
+def hard_to_round():
+    """All values of E4M3, the numbers halfway between two of them, and the neighbours of these, of both signs."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (values[1:] + values[:-1]) / 2
+    found = torch.cat([values, middle, middle.nextafter(values[1:]), middle.nextafter(values[:-1])])
+    return torch.cat([found, -found])
+
+
 @pytest.mark.long
 def test_packing_rounds_to_e4m3_as_pytorch_does(cuda_on_the_cpu):
+    """Rows of zeros, of tiny and of huge numbers, of NaN and infinity; and rows of scale 1, which 448 gives."""
     model = make(SMALL_CUDA, in_channels=1, num_classes=70)
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight[3, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38])
-        model.blocks[0].mlp.fc2.weight[:2].mul_(torch.tensor([[1e-30], [1e-42]]))
+        model.blocks[0].mlp.fc2.weight[:3].mul_(torch.tensor([[1e-30], [1e-37], [1e-42]]))
+        for row, values in zip(model.blocks[1].mlp.fc1.weight, hard_to_round().split(191), strict=False):
+            row[0], row[1 : 1 + len(values)] = -448.0, values
         model.blocks[1].attn.qkv.weight[5] = 0.0
     packed = make_network(model, torch.float8_e4m3fn, 1).packed.numpy().tobytes()
     for parameter in model.network_parameters().flat():

@@ -1,11 +1,12 @@
-"""The CPU kernels without torch: tests/cpp under sanitizers, and for another processor on an emulator."""
+"""The kernels without torch: those of the CPU under sanitizers and for another processor, CUDA's on an emulator."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command):
@@ -14,10 +15,10 @@ def run(*command):
     return result.stdout
 
 
-def build(folder, *options):
+def build(folder, *options, target="test_kernels"):
     run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DHYDRAVIT_TESTS=ON", *options)
-    run("cmake", "--build", folder)
-    return folder / "test_kernels"
+    run("cmake", "--build", folder, "--target", target, "--parallel", str(os.cpu_count() or 1))
+    return folder / target
 
 
 @pytest.mark.long
@@ -31,3 +32,8 @@ def test_on_another_processor(tmp_path):
     target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
     program = build(tmp_path, *target, "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++")
     assert "portable: ok" in run("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", program)
+
+
+@pytest.mark.long
+def test_cuda_kernels_on_the_emulator(tmp_path):
+    assert " 0 failures" in run(build(tmp_path, target="test_cuda_kernels"))

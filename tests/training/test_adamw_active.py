@@ -9,8 +9,6 @@ from adamw_runs import BACKENDS, CASES, OPTIONS, Run, assert_same, batch, dense,
 from small import poison
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hydravit.training.regions import intersection, join, subtract
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 native = pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not there")
 
@@ -125,22 +123,6 @@ def test_threads_do_not_show(isa, threads):
         assert_same(run.model, found[0].model)
 
 
-@native
-def test_a_step_makes_packed_weights_stale():
-    run = Run("native")
-    run.model.eval(), run.average.eval()
-    images, _ = batch(98)
-    for heads in (4, 1, 2):
-        run.step(heads)
-        for module in (run.model, run.average):
-            in_place = copy.deepcopy(module)
-            in_place.packed_inference = None
-            with torch.no_grad():
-                for _ in range(3):  # the second call packs
-                    assert torch.equal(module(images), in_place(images))
-            assert module.packed_inference.network is not None
-
-
 def test_backward_after_a_step_raises():
     run = Run(BACKENDS[0])
     images, labels = batch(0)
@@ -169,16 +151,6 @@ def test_steps_that_a_scaler_skips_are_none():
 
 
 # Regions ------------------------------------------------------------------------------------------------------------
-
-
-def test_boxes():
-    box, hole = ((0, 4), (0, 6)), ((2, 9), (1, 2))
-    assert intersection(box, hole) == ((2, 2), (1, 2)) and intersection(box, ((4, 1), (0, 6))) is None
-    rest = subtract(box, [hole])
-    cells = torch.zeros(4, 6)
-    for (row, rows), (column, columns) in [*rest, intersection(box, hole)]:
-        cells[row : row + rows, column : column + columns] += 1
-    assert bool((cells == 1).all()) and join([*rest, intersection(box, hole)]) == [box]
 
 
 def test_rings_have_few_rectangles():

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 
-import plain
 import pytest
 import torch
 
@@ -23,19 +22,6 @@ def test_a_subnetwork_is_small_frozen_and_hashable():
     assert one == two and hash(one) == hash(two) and one is not two
     with pytest.raises(AttributeError):
         one.eps = 1.0
-
-
-@pytest.mark.parametrize("heads", range(1, 13))
-def test_hydravit_prefix(heads):
-    config = CONFIGS["base"]
-    resolved = config.sizes.validate(geometry.hydravit(config, heads))
-    layer, width = plain.prefix(config, heads).layers[0], 64 * heads
-    slices = geometry.parameter_slices(config, resolved)
-    rows, columns = slices["blocks.11.attn.qkv.weight"]
-    assert indices(rows) == layer.query + layer.key + layer.value
-    assert indices(columns) == list(range(width))
-    assert indices(slices["blocks.0.mlp.fc1.bias"][0]) == list(range(4 * width))
-    assert resolved.attention[0].scale == 0.125
 
 
 # Which roles of the full model (DeiT-S) a Scala subnetwork's queries, keys and values come from, with rows of each.

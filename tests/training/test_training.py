@@ -11,13 +11,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import adamw_runs
 import pytest
 import torch
 import torch.nn.functional as F
 
 import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig
-from hydravit.geometry import scala, skd
 from hydravit.recipes import RECIPES, Recipe, get_recipe
 from hydravit.training import (
     Batches,
@@ -72,8 +72,8 @@ def batch(count=6):
     return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % 5
 
 
-def backward(model, heads):
-    images, labels = batch()
+def backward(model, heads, data=None):
+    images, labels = data or batch()
     F.cross_entropy(model(images, heads=heads), labels).backward()
 
 
@@ -83,29 +83,16 @@ def assert_same_gradients(model, ordinary):
         torch.testing.assert_close(a.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-CASES = {
-    "one width": ({}, [2]),
-    "two widths": ({}, [3, 1]),
-    "per image": ({}, [torch.tensor([1, 3, 2, 3, 1, 1])]),
-    "separate classifiers": ({"separate_classifiers": (1, 2, 4)}, [2, 4]),
-    "separate, per image": ({"separate_classifiers": (1, 2, 4)}, [torch.tensor([1, 2, 2, 1, 2, 1])]),
-    "layer scale, registers": ({"layer_scale": 0.5, "register_tokens": 2, "pool": "avg"}, [1, 3]),
-    "scala prefix and suffix": ({}, [scala(CONFIG, 8, suffix=False), scala(CONFIG, 16, suffix=True)]),
-    "skd with skipped branches": ({}, [skd(CONFIG, [(4, 0), (0, 24)])]),
-    "sortednet": ({"geometry": "sortednet"}, [1, 3]),
-    "dynabert": ({"geometry": "dynabert"}, [2]),
-}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", adamw_runs.CASES)
 def test_in_place_gradients_are_the_ordinary_ones(case, backend):
-    changes, widths = CASES[case]
-    model, ordinary = make_model(backend=backend, **changes), make_model(backend=backend, **changes)
-    gradients = SliceGradients(model)
+    changes, steps = adamw_runs.CASES[case]
+    model, ordinary = (adamw_runs.make_model(backend, **changes) for _ in range(2))
+    gradients, data = SliceGradients(model), adamw_runs.batch(0)
+    widths = [heads for step in steps[:2] for heads in step]
     for heads in widths:
-        backward(model, heads)
-        backward(ordinary, heads)
+        backward(model, heads, data)
+        backward(ordinary, heads, data)
     assert_same_gradients(model, ordinary)
 
     live = {slices.name: sum(view.numel() for view in slices.views) for slices in gradients.live()}
@@ -119,6 +106,10 @@ def test_in_place_gradients_are_the_ordinary_ones(case, backend):
     gradients.zero_()
     assert all(not parameter.grad.any() for parameter in model.parameters())
     assert not list(gradients.live())
+    ordinary.zero_grad()
+    backward(model, 4, data)
+    backward(ordinary, 4, data)
+    assert_same_gradients(model, ordinary)
 
 
 def test_live_part_is_the_slice():
@@ -131,26 +122,6 @@ def test_live_part_is_the_slice():
     assert live["head.weight"] == [(5, 8)] and live["head.bias"] == [(5,)]
     assert live["patch_embed.proj.weight"] == [(8, 1, 4, 4)]
     assert merge([(4, 4), (0, 2), (1, 2), (8, 1)]) == ((0, 3), (4, 5))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("changes", [{}, {"separate_classifiers": (1, 2, 3, 4)}])
-def test_steps_in_place_are_the_ordinary_ones(backend, changes):
-    model, ordinary = make_model(backend=backend, **changes), make_model(backend=backend, **changes)
-    gradients = SliceGradients(model)
-    # A large epsilon: AdamW divides the rounding of gradients that are zero (those of key biases) by itself otherwise.
-    optimizers = [make_optimizer(m, RECIPE.replace(eps=1e-3)) for m in (model, ordinary)]
-    for heads in (3, 1, 4):
-        gradients.zero_()
-        optimizers[1].zero_grad(set_to_none=False)
-        backward(model, heads)
-        backward(ordinary, heads)
-        gradients.clip_norm_(0.5)
-        torch.nn.utils.clip_grad_norm_(ordinary.parameters(), 0.5)
-        for optimizer in optimizers:
-            optimizer.step()
-    for a, b in zip(model.parameters(), ordinary.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -473,7 +444,7 @@ def test_recipe_refuses(changes):
 
 _RANK = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_training import {function} as run
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/store", rank=rank, world_size=2)
@@ -485,7 +456,8 @@ dist.destroy_process_group()
 
 def on_two_ranks(function, folder):
     """``function(folder, rank)`` of this file in two processes that are ranks of one group."""
-    script = _RANK.format(tests=os.path.dirname(__file__), folder=str(folder), function=function.__name__)
+    folders = [str(Path(__file__).parents[up]) for up in (0, 1)]  # of this file, and of what tests share
+    script = _RANK.format(folders=folders, folder=str(folder), function=function.__name__)
     ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in (0, 1)]
     try:
         assert [rank.wait(timeout=900) for rank in ranks] == [0, 0]

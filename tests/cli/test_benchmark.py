@@ -10,7 +10,7 @@ import pytest
 import hydravit
 from hydravit.cli import benchmark, main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -10,19 +10,7 @@ from hydravit.data.dataset import folds
 from hydravit.training import comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = (
-    "compare",
-    "--recipe",
-    "demo",
-    "--epochs",
-    "1",
-    "--folds",
-    "2",
-    "--set",
-    "depth=1",
-    "--set",
-    "warmup_epochs=0.0",
-)
+QUICK = "compare --recipe demo --epochs 1 --folds 2 --set depth=1 --set warmup_epochs=0.0".split()
 
 
 def test_folds_spread_every_class_evenly():

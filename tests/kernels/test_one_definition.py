@@ -8,7 +8,7 @@ import pytest
 from hydravit_kernels import parameters, subnetwork
 from hydravit_kernels.networks.cpu import PANEL
 
-CSRC = Path(__file__).parent.parent / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 def fields(header, name):

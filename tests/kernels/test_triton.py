@@ -9,11 +9,10 @@ import importlib
 import pytest
 import torch
 from adamw_runs import OPTIONS, Run
-from blocks import Block, attention, head, hydravit, mlp, stem
+from blocks import Block, attention, equal, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from machine import TRITON_DEVICE as DEVICE
 from small import images, make
-from test_ops import calls
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +20,7 @@ from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
 from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
 from hydravit_kernels.subnetwork import flatten
+from tests.kernels.test_ops import calls
 
 GPU = DEVICE == "cuda"
 pytestmark = [
@@ -113,11 +113,7 @@ def test_nothing_is_left_to_chance(name):
     """The same bits every time, gradients of parameters included."""
     block = BLOCKS[name]().on("triton", DEVICE)
     grad = torch.randn_like(block.forward()[0])
-    runs = []
-    for _ in range(2):
-        buffers = block.zeros()
-        runs.append([block.forward()[0], block.backward(grad, buffers), *(b for b in buffers if b is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert equal(block.results(grad), block.results(grad))
 
 
 @pytest.mark.needs("GPU", "triton_compiler")
@@ -170,34 +166,22 @@ def test_tokens_of_a_longer_image(name):
     runs = []
     for x in (image[:, 2:-2], image[:, 2:-2].contiguous()):
         block.x = x
-        y, buffers = block.forward()[0], block.zeros()
-        runs.append([y, block.backward(torch.ones_like(y), buffers), *(b for b in buffers if b is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        runs.append(block.results())
+    assert equal(*runs)
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
 def test_saved_activations_with_rows_apart(name):
     """Backward accepts saved activations that are views of wider tensors."""
     block = BLOCKS[name]().on("triton", DEVICE)
-    y, *saved = block.forward(save=True)
-    runs = []
-    for tensors in (saved, [torch.nn.functional.pad(t, (0, 3))[..., :-3] for t in saved]):
-        buffers = block.zeros()
-        dx = block.backward(torch.ones_like(y), buffers, saved=tensors)
-        runs.append([dx, *(b for b in buffers if b is not None)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    _, *saved = block.forward(save=True)
+    apart = [torch.nn.functional.pad(t, (0, 3))[..., :-3] for t in saved]
+    assert equal(block.results(saved=apart), block.results(saved=saved))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_no_images(name):
-    block = BLOCKS[name]().on("triton", DEVICE)
-    block.x = block.x[:0]
-    if block.saves:
-        block.constants = (block.constants[0][:0], *block.constants[1:])
-    y = block.forward()[0]
-    buffers = block.zeros()
-    assert len(y) == 0 and block.backward(y, buffers).shape == block.x.shape
-    assert all(b is None or not b.any() for b in buffers)
+    BLOCKS[name]().on("triton", DEVICE).check_no_images()
 
 
 # ---- The model ----

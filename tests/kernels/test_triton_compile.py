@@ -1,7 +1,7 @@
 """The Triton kernels through Triton's own compiler, for GPUs that need not be there: they compile, they fit, once.
 
 Nothing is launched. The interpreter replaces the compiler, so this is no test for a process that has it. What every
-kernel needs is printed: ``pytest -rP tests/test_triton_compile.py``.
+kernel needs is printed: ``pytest -rP tests/kernels/test_triton_compile.py``.
 """
 
 import re

@@ -42,7 +42,7 @@ BACKWARD = [f"{name}_backward" for name in reversed(FORWARD)]
 def python(tmp_path, code, backend="reference", nvtx=FAKE):
     """What the code prints in a process of its own, where ``nvtx`` is the given module."""
     (tmp_path / "nvtx.py").write_text(nvtx)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-c", MODEL.replace("BACKEND", backend) + code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
