@@ -25,7 +25,6 @@ COLUMNS = {
     "about": "what the peer is",
     "weights": "e4m3 where the peer rounds its matrices to it, which allows larger errors",
     "ours": "whether the peer is a backend of this repository",
-    "bound": "whether the peer is no competitor, but shows what the workload could cost at best",
     "status": "measured; absent: cannot run here; refused: wrong outputs; failed: it broke; skipped: no time left",
     "reason": "why the status is not measured; for a measured row a restriction",
     "p20_ms": "20th percentile over the rounds; a round times one call, the mean of a few short calls, or one call of "
@@ -131,7 +130,7 @@ def baseline(rows: Iterable[dict]) -> str | None:
 
 def strongest(rows: Iterable[dict]) -> dict | None:
     """The fastest measured row of another's peer, among rows about one workload."""
-    others = [row for row in rows if row["p50_ms"] is not None and not row["ours"] and not row["bound"]]
+    others = [row for row in rows if row["p50_ms"] is not None and not row["ours"]]
     return min(others, key=lambda row: row["p50_ms"], default=None)
 
 

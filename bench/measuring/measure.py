@@ -22,7 +22,7 @@ from bench.rows import AGREEMENT, COLUMNS, baseline
 
 def make_row(workload: Workload, peer: Peer, status: str, reason: str = "", launch: str = "call", **values) -> dict:
     """A row of ``bench.rows.COLUMNS``; columns that are not given are None."""
-    floating, moved = needs(workload, peer.bound, peer.pooled_only, 1 if peer.weights == "e4m3" else None)
+    floating, moved = needs(workload, peer.pooled_only, 1 if peer.weights == "e4m3" else None)
     return {
         **dict.fromkeys(COLUMNS),
         "task": workload.task,
@@ -36,7 +36,6 @@ def make_row(workload: Workload, peer: Peer, status: str, reason: str = "", laun
         "about": peer.about,
         "weights": peer.weights,
         "ours": peer.ours,
-        "bound": peer.bound,
         "status": status,
         "reason": reason,
         "gflop": floating / 1e9,

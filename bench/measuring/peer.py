@@ -53,7 +53,6 @@ class Peer(NamedTuple):
     about: str
     ours: bool = False
     pooled_only: bool = False  # its last block computes only the tokens that are pooled: it executes fewer operations
-    bound: bool = False  # no competitor: it shows what the workload could cost at best
     version: str = ""  # version of the tool beside torch
     opaque: bool = False  # its operators are hidden from PyTorch
     uncapturable: str = ""  # why no CUDA graph can hold a call

@@ -131,19 +131,19 @@ class Needs(NamedTuple):
 
 
 @functools.cache
-def needs(workload: Workload, alone: bool = False, pooled_only: bool = False, weight_bytes: int | None = None) -> Needs:
+def needs(workload: Workload, pooled_only: bool = False, weight_bytes: int | None = None) -> Needs:
     """The least that one call of the workload takes; with several widths, one call of each.
 
-    ``alone``: the network nests nothing, so its optimizer has only the width's own parameters. ``pooled_only``: see
-    ``bench.measuring.peer.Peer``. ``weight_bytes``: size of a weight in inference, where it differs from the dtype's.
+    ``pooled_only``: see ``bench.measuring.peer.Peer``. ``weight_bytes``: size of a weight in inference, where it
+    differs from the dtype's.
     """
     config = resolve_config(workload.config)
-    parts = [_needs_of_width(workload, config, k, alone, pooled_only, weight_bytes) for k in workload.heads]
+    parts = [_needs_of_width(workload, config, k, pooled_only, weight_bytes) for k in workload.heads]
     return Needs(sum(flops for flops, _ in parts), sum(moved for _, moved in parts))
 
 
 def _needs_of_width(
-    workload: Workload, config: HydraViTConfig, heads: int, alone: bool, pooled_only: bool, weight_bytes: int | None
+    workload: Workload, config: HydraViTConfig, heads: int, pooled_only: bool, weight_bytes: int | None
 ) -> Needs:
     subnetworks = every_width(config)
     subnetwork = subnetworks[heads]
@@ -152,7 +152,7 @@ def _needs_of_width(
     size = DTYPES[workload.dtype].itemsize
     images = batch * math.prod(config.image_shape)
     if workload.task.startswith("training"):
-        stepped = params if alone else cost(config, subnetworks[config.max_heads]).params
+        stepped = cost(config, subnetworks[config.max_heads]).params
         stem = math.prod(config.grid) * subnetwork.embed.embed * config.in_channels * config.patch_size**2
         # Forward, and backward for the input and the weights; images need no gradient. AdamW reads four
         # values of float32 and writes three.

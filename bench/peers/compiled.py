@@ -78,26 +78,6 @@ def _extracted(mode: str | None, settings: dict, model: HydraViT, images: Tensor
     return {k: ready(k) for k in heads}
 
 
-def _graphs(model: HydraViT, images: Tensor, heads: Sequence[int]):
-    if images.device.type != "cuda":
-        raise Absent("CUDA graphs need a GPU")
-
-    def ready(k: int) -> Callable[[], Tensor]:
-        vit = plain_vit(model, k).eval()
-        compiled = _compile(lambda images: vit(images), "max-autotune")
-
-        def run() -> Tensor:
-            torch.compiler.cudagraph_mark_step_begin()  # allows it to overwrite the logits of the call before
-            return compiled(images)
-
-        run = _without_gradients(run)
-        for _ in range(2):  # the first calls warm up and record
-            run()
-        return run
-
-    return {k: ready(k) for k in heads}
-
-
 def _sliced(model: HydraViT, images: Tensor, heads: Sequence[int]):
     def ready(k: int) -> Callable[[], Tensor]:
         return _without_gradients(partial(_compile(lambda images: views_network(model, images, k)), images))
@@ -146,12 +126,6 @@ PEERS = [
         "compiled-max",
         "torch.compile of the extracted width, max-autotune; on a CPU the same products as compiled, see aot-max",
         inference=partial(_extracted, _MAX, {}),
-    ),
-    _peer(
-        "compiled-graphs",
-        "torch.compile of the extracted width, max-autotune with its own CUDA graphs",
-        uncapturable="it captures its own graphs",
-        inference=_graphs,
     ),
     _peer(
         "compiled-sliced",

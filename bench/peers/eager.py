@@ -23,8 +23,6 @@ from bench.peers.training import (
     block_parameters,
     block_step,
     cut_block,
-    make_optimizer,
-    train_step,
     train_steps,
     without_gradients,
 )
@@ -46,13 +44,6 @@ def authors_network(model: HydraViT, images: Tensor, heads: int) -> Tensor:
         x = _authors_mlp(block, x, heads, model.config.hidden_per_head)
     x = _authors_norm(model.norm, x, width)
     return _authors_linear(model.head, x[:, 0], width, model.num_classes)
-
-
-def authors_block(model: HydraViT, kind: str, x: Tensor, heads: int) -> Tensor:
-    """Block 0's attention or MLP."""
-    if kind == "attention":
-        return _authors_attention(model.blocks[0], x, heads)
-    return _authors_mlp(model.blocks[0], x, heads, model.config.hidden_per_head)
 
 
 def _authors_attention(block: nn.Module, x: Tensor, heads: int) -> Tensor:
@@ -188,7 +179,8 @@ def _views_inference(model: HydraViT, images: Tensor, heads: Sequence[int]) -> d
 
 def _views_block(model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
     if grad is not None:
-        return _sliced_block(views_block, model, kind, heads, x, grad)
+        parameters, finish = block_parameters(model.blocks[0], kind), partial(cut_block, model=model, heads=heads)
+        return block_step(lambda x: views_block(model, kind, x, heads), parameters, x, grad, finish)
     with torch.no_grad():
         attention, mlp = _views(model, heads).blocks[0]
     eps = model.config.norm_eps
@@ -202,12 +194,6 @@ def _views_block(model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor
 
 def _sliced_inference(network: Callable, model: HydraViT, images: Tensor, heads: Sequence[int]):
     return {k: without_gradients(partial(network, model, images, k)) for k in heads}
-
-
-def _sliced_block(block: Callable, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
-    parameters = block_parameters(model.blocks[0], kind)
-    finish = partial(cut_block, model=model, heads=heads)
-    return block_step(lambda x: block(model, kind, x, heads), parameters, x, grad, finish)
 
 
 def _sliced_training(network: Callable, model: HydraViT, images: Tensor, labels: Tensor, heads: Sequence[int], amp):
@@ -242,39 +228,12 @@ def _extracted_inference(model: HydraViT, images: Tensor, heads: Sequence[int]):
     return {k: without_gradients(partial(plain_vit(model, k).eval(), images)) for k in heads}
 
 
-def _extracted_block(model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
-    vit = plain_vit(model, heads)
-    block = vit.blocks[0]
-
-    def forward(x: Tensor) -> Tensor:
-        if not TIMM:
-            return views_block(vit, kind, x, heads)
-        if kind == "attention":
-            return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-    return block_step(forward, block_parameters(block, kind), x, grad)
-
-
-def _alone_training(model: HydraViT, images: Tensor, labels: Tensor, heads: Sequence[int], amp):
-    def step(vit: nn.Module) -> Step:
-        optimizer = make_optimizer(vit.parameters())
-
-        def gradients() -> dict[str, Tensor]:
-            return {name: parameter.grad.clone() for name, parameter in vit.named_parameters()}
-
-        return train_step(vit, images, labels, amp, optimizer, optimizer.zero_grad, gradients)
-
-    return {k: step(plain_vit(model, k).train()) for k in heads}
-
-
 PEERS = [
     Peer(
         "authors",
         "eager PyTorch as the authors of HydraViT slice: rows of qkv gathered by Python lists in every layer",
         uncapturable="its lists of rows are copied from the host in every layer",
         inference=partial(_sliced_inference, authors_network),
-        block=partial(_sliced_block, authors_block),
         training=partial(_sliced_training, authors_network),
     ),
     Peer(
@@ -289,15 +248,6 @@ PEERS = [
         f"the width copied out, {_PLAIN} in eager PyTorch",
         version=_PLAIN_VERSION,
         inference=_extracted_inference,
-        block=_extracted_block,
-        without="a width that is copied out is nested no more; see alone",
-    ),
-    Peer(
-        "alone",
-        f"{_PLAIN} of the width trained alone in eager PyTorch: it nests nothing",
-        bound=True,
-        version=_PLAIN_VERSION,
-        training=_alone_training,
-        without="same as extracted",
+        without="a width that is copied out is nested no more",
     ),
 ]

@@ -119,12 +119,11 @@ def _training(
 
 
 def _peers(backend: str) -> list[Peer]:
-    about = f"this repository's {backend} backend"
-    plain = Peer(
-        backend,
-        about,
-        ours=True,
-        pooled_only=True,
+    about, without = f"this repository's {backend} backend", f"same as {backend}"
+    ours = Peer("", "", ours=True, pooled_only=True, without=without)
+    plain = ours._replace(
+        name=backend,
+        about=about,
         inference=partial(_inference, backend, True),
         mixed=partial(_mixed, backend, True),
         block=partial(_block, backend),
@@ -132,34 +131,28 @@ def _peers(backend: str) -> list[Peer]:
     )
     if backend == "reference":
         return [plain]
-    all_tokens = Peer(
-        f"{backend}-all-tokens",
-        f"{about}, the last block computed for every token, as all others do",
-        ours=True,
-        inference=partial(_inference, backend, False) if backend == "native" else None,  # packed inference can do it
-        mixed=partial(_mixed, backend, False) if backend == "native" else None,
+    packs = backend == "native"  # packed inference can compute every token
+    all_tokens = ours._replace(
+        name=f"{backend}-all-tokens",
+        about=f"{about}, the last block computed for every token, as all others do",
+        pooled_only=False,
+        inference=partial(_inference, backend, False) if packs else None,
+        mixed=partial(_mixed, backend, False) if packs else None,
         training=partial(_training, backend, False, False, False),
-        without=f"same as {backend}",
     )
-    in_place = Peer(
-        f"{backend}-inplace",
-        f"{about}, gradients added in place (SliceGradients)",
+    in_place = ours._replace(
+        name=f"{backend}-inplace",
+        about=f"{about}, gradients added in place (SliceGradients)",
         uncapturable="which gradients a step clears depends on the step before",
-        ours=True,
-        pooled_only=True,
         block=partial(_block_in_place, backend),
         training=partial(_training, backend, True, True, False),
-        without=f"same as {backend}",
     )
-    active = Peer(
-        f"{backend}-active",
-        f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside the slice rest, unlike in "
-        "all other peers; only inside the slice, which is compared, is it the same step",
-        uncapturable="which gradients a step clears depends on the step before",
-        ours=True,
-        pooled_only=True,
+    active = in_place._replace(
+        name=f"{backend}-active",
+        about=f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside the slice rest, "
+        "unlike in all other peers; only inside the slice, which is compared, is it the same step",
+        block=None,
         training=partial(_training, backend, True, True, True),
-        without=f"same as {backend}",
     )
     return [plain, all_tokens, in_place, active]
 

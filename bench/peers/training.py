@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,45 +64,6 @@ def block_step(
 OPTIONS = {"lr": 1e-4, "weight_decay": 0.05}  # every peer's AdamW has these
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW, dense and fused; on a GPU it may be captured in a CUDA graph."""
-    parameters = list(parameters)
-    return torch.optim.AdamW(parameters, **OPTIONS, fused=True, capturable=parameters[0].is_cuda)
-
-
-def train_step(
-    forward: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    amp: torch.dtype | None,
-    optimizer: torch.optim.Optimizer,
-    clear: Callable[[], None],
-    gradients: Callable[[], dict[str, Tensor]],
-) -> Step:
-    """``forward(images)`` gives logits, ``clear()`` clears the gradients, ``gradients()`` returns them.
-
-    Raises ``Absent`` for float16, where gradients would need a scaled loss.
-    """
-    if amp == torch.float16:
-        raise Absent("autocast to float16 needs a scaled loss, which is not measured")
-
-    def backward() -> None:
-        clear()
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-
-    def run() -> None:
-        backward()
-        optimizer.step()
-
-    def outputs() -> dict[str, Tensor]:
-        backward()
-        return gradients()
-
-    return Step(run, outputs)
-
-
 def train_steps(
     model: nn.Module,
     forward: Callable[[Tensor, int], Tensor],
@@ -114,19 +76,30 @@ def train_steps(
 ) -> dict[int, Step]:
     """Per width a step of one optimizer on all parameters of ``model``, which is the peer's own copy.
 
-    ``forward(images, k)`` gives logits; ``clear`` replaces the optimizer's ``zero_grad``. Gradients outside the width
-    are zeros and not None, so dense AdamW decays and moves every weight in every step, as in the authors' code.
-    ``optimizer`` replaces dense AdamW.
+    ``forward(images, k)`` gives logits; ``clear`` replaces the optimizer's ``zero_grad``. ``optimizer`` replaces AdamW,
+    dense and fused, which on a GPU may be captured in a CUDA graph. Gradients outside the width are zeros and not None,
+    so dense AdamW decays and moves every weight in every step, as in the authors' code.
+
+    Raises ``Absent`` for float16, where gradients would need a scaled loss.
     """
-    optimizer = optimizer or make_optimizer(model.parameters())
+    if amp == torch.float16:
+        raise Absent("autocast to float16 needs a scaled loss, which is not measured")
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS, fused=True, capturable=images.is_cuda)
+    clear = clear or optimizer.zero_grad
 
-    def step(k: int) -> Step:
-        def gradients() -> dict[str, Tensor]:
-            return cut({name: parameter.grad for name, parameter in model.named_parameters()}, model, k)
+    def backward(k: int) -> None:
+        clear()
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            loss = F.cross_entropy(forward(images, k), labels)
+        loss.backward()
 
-        def own(images: Tensor) -> Tensor:
-            return forward(images, k)
+    def run(k: int) -> None:
+        backward(k)
+        optimizer.step()
 
-        return train_step(own, images, labels, amp, optimizer, clear or optimizer.zero_grad, gradients)
+    def outputs(k: int) -> dict[str, Tensor]:
+        backward(k)
+        return cut({name: parameter.grad for name, parameter in model.named_parameters()}, model, k)
 
-    return {k: step(k) for k in heads}
+    return {k: Step(partial(run, k), partial(outputs, k)) for k in heads}

@@ -11,10 +11,9 @@ from bench.rows import AGREEMENT, read_results, workload_of
 
 
 class Pair(NamedTuple):
-    """The ratio of one peer to ours on one workload, in either run."""
+    """The ratio of one peer to ours on one workload, in either run; noisy if either run says so."""
 
-    peer: str
-    workload: tuple
+    name: str
     ratios: tuple[float, float]
     noisy: bool
 
@@ -25,15 +24,15 @@ class Pair(NamedTuple):
 
 
 def pairs(first: Sequence[dict], second: Sequence[dict]) -> list[Pair]:
-    """Every ratio that both runs have; noisy if either run says so."""
-    others = {(row["peer"], workload_of(row)): row for row in second if row["ratio"] is not None}
-    result = []
-    for row in first:
-        other = others.get((row["peer"], workload_of(row)))
-        if row["ratio"] is not None and other is not None:
-            noisy = row["noisy"] or other["noisy"]
-            result.append(Pair(row["peer"], workload_of(row), (row["ratio"], other["ratio"]), noisy))
-    return result
+    """Every ratio that both runs have."""
+    runs = [
+        {(row["peer"], *workload_of(row)): row for row in rows if row["ratio"] is not None} for rows in (first, second)
+    ]
+    return [
+        Pair(" ".join(map(str, key)), (row["ratio"], other["ratio"]), row["noisy"] or other["noisy"])
+        for key, row in runs[0].items()
+        if (other := runs[1].get(key)) is not None
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for pair in sorted(apart, key=lambda pair: -pair.difference):
         ratios = " and ".join(f"{ratio:.3f}" for ratio in pair.ratios)
         marked = "marked noisy" if pair.noisy else "not marked noisy"
-        apart_by = f"{100 * (pair.difference - 1):.0f} % apart"
-        print(f"{pair.peer} {' '.join(map(str, pair.workload))}: {ratios}, {apart_by}, {marked}")
+        print(f"{pair.name}: {ratios}, {100 * (pair.difference - 1):.0f} % apart, {marked}")
     share = 1.0 - len(apart) / len(found)
     noisy = sum(pair.noisy for pair in apart)
     print(f"{100 * share:.0f} % of {len(found)} ratios agree within {100 * (AGREEMENT - 1):.0f} %", end="; ")

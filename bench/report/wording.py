@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 STATUSES = ("absent", "refused", "failed", "skipped")  # all but measured
 
@@ -66,28 +69,18 @@ def about(row: dict, *, task: bool = True, configs: bool = False) -> str:
 
 def machine(environment: dict) -> list[tuple[str, str]]:
     """The environment as pairs of label and text, without what was not recorded."""
-    get = environment.get
-    clocks, peaks, bandwidth = get("clock_mhz"), get("peak_gflops"), get("bandwidth_gb_s")
-    if isinstance(clocks, (list, tuple)):
-        clocks = " to ".join(dict.fromkeys(f"{clock:.0f}" for clock in clocks))
-    if isinstance(peaks, dict):
-        peaks = ", ".join(f"{number(value)} {dtype}" for dtype, value in peaks.items())
-    if isinstance(bandwidth, (int, float)):
-        bandwidth = number(bandwidth)
-    pairs = {
-        "processor": get("name"),
-        "host": get("cpu") if get("cpu") != get("name") else None,
-        "threads": get("threads"),
-        "clocks": f"{clocks} MHz" if clocks else None,
-        "peak": f"{peaks} GFLOP/s" if peaks else None,
-        "bandwidth": f"{bandwidth} GB/s" if bandwidth else None,
-        "torch": get("torch"),
-        "Python": get("python"),
-        "system": get("system"),
-        "commit": get("commit"),
-        "date": get("date"),
+    peaks = {dtype: number(value) for dtype, value in (environment.get("peak_gflops") or {}).items()}
+    facts = {
+        **environment,
+        "host": environment.get("cpu") if environment.get("cpu") != environment.get("name") else None,
+        "peak_gflops": ", ".join(f"{value} {dtype}" for dtype, value in peaks.items()),
     }
-    return [(label, str(value)) for label, value in pairs.items() if value not in (None, "")]
+    labels = {
+        **{"name": "processor", "host": "host", "threads": "threads", "clock_mhz": "clocks, MHz"},
+        **{"peak_gflops": "peak, GFLOP/s", "bandwidth_gb_s": "bandwidth, GB/s", "torch": "torch", "python": "Python"},
+        **{"system": "system", "commit": "commit", "date": "date"},
+    }
+    return [(label, str(facts[key])) for key, label in labels.items() if facts.get(key) not in (None, "")]
 
 
 def missing(rows: Iterable[dict]) -> dict[tuple[str, str, str], list[dict]]:
@@ -100,3 +93,15 @@ def missing(rows: Iterable[dict]) -> dict[tuple[str, str, str], list[dict]]:
                 reason += f" (error {row['error']:.1e}, allowed {row['allowed']:.1e})"
             groups.setdefault((row["peer"], row["status"], reason), []).append(row)
     return groups
+
+
+def command(name: str, description: str, run: Callable[..., None], option: str = "") -> None:
+    """The command line of a module: calls ``run`` with a result file, and with ``option``'s file if there is one."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.report.{name}", description=description)
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    if option:
+        parser.add_argument(option, type=Path, required=True, metavar="FILE")
+    try:
+        run(*vars(parser.parse_args()).values())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -152,13 +152,13 @@ def test_every_task_is_measured(task, heads):
     rows = measure(Workload(task, heads, 2, config=SMALL), [*EAGER, *ours.PEERS], timer())
     states = {row["peer"]: (row["status"], row["reason"]) for row in rows}
     nothing = ("absent", "same as native")
-    assert states["authors"] == states["views"] == states["reference"] == ("measured", "")
-    assert states["alone" if task == "training" else "extracted"] == ("measured", "")
+    assert states["views"] == states["reference"] == ("measured", "")
+    if task in ("switching", "mixed"):
+        assert states["extracted"] == ("measured", "")
     in_place = task in ("mlp_backward", "training")
     if states["native"][0] == "measured":
         assert states["native-inplace"] == (("measured", "") if in_place else nothing)
         assert states["native-active"] == (("measured", "") if task == "training" else nothing)
-    assert {row["peer"] for row in rows if row["bound"]} == {"alone"}
     json.dumps(rows, allow_nan=False)
 
 

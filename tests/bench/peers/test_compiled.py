@@ -134,11 +134,6 @@ def test_only_float32_on_the_cpu(name):
         PEERS[name].inference(make_model(workload, CPU), make_images(workload, CPU), HEADS)
 
 
-def test_graphs_need_a_gpu():
-    with pytest.raises(Absent, match="CUDA graphs need a GPU"):
-        PEERS["compiled-graphs"].inference(make_model(WORKLOAD, CPU), make_images(WORKLOAD, CPU), HEADS)
-
-
 def test_a_failure_to_compile_is_a_reason():
     with pytest.raises(Absent, match="^does not compile: no such operator$"), compiled.compiling():
         raise torch._dynamo.exc.Unsupported("no such operator\nand a trace")

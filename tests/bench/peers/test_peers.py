@@ -137,7 +137,7 @@ def test_every_nested_peer_takes_the_same_steps(trained, compared):
     images, labels = make_images(workload, CPU), make_labels(workload, CPU)
     results = {}
     for name, peer in BY_NAME.items():
-        if peer.bound or not peer.training or (name.endswith("-active") and {*trained} != {compared}):
+        if not peer.training or (name.endswith("-active") and {*trained} != {compared}):
             continue
         steps = peer.training(model, images, labels, HEADS, None)
         for heads in trained:
@@ -153,7 +153,7 @@ def test_autocast():
     workload, model = make("training")
     images, labels = make_images(workload, CPU), make_labels(workload, CPU)
     exact = exact_gradients(model, images, labels, 3)
-    for name in ("authors", "views", "alone", "reference"):
+    for name in ("authors", "views", "reference"):
         outputs = BY_NAME[name].training(model, images, labels, [3], torch.bfloat16)[3].outputs()
         error = torch.linalg.vector_norm(outputs["head.weight"].double() - exact["head.weight"])
         assert 1e-4 < error / torch.linalg.vector_norm(exact["head.weight"]) < 0.1
@@ -207,9 +207,6 @@ def test_extracted_without_timm(monkeypatch):
     monkeypatch.setattr(eager, "TIMM", False)
     assert eager.plain_vit(make("inference")[1], 3).config.max_heads == 3
     test_logits("extracted")
-    test_training("alone")
-    for kind in ("attention", "mlp"):
-        test_blocks("extracted", kind, 3)
 
 
 def test_views_can_be_compiled_in_one_graph():
