@@ -168,6 +168,17 @@ def test_the_supernets_widths_are_measured_beside_eager_pytorch(model, dataset, 
         assert image.width > 2 * image.height  # accuracy, latency, memory
 
 
+def test_a_supernet_without_fused_kernels_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYDRAVIT_BACKEND", "reference")
+    supernet = measure_supernet(TINY, seconds=0.01, memory=False)
+    assert all(row["latency_ms"]["fused"] is None for row in supernet["widths"])
+    text = format_supernet(supernet)
+    assert "no latency of ours: the model runs on the reference backend" in text and "memory: not asked for" in text
+    rows = [{**row, "top1": 50.0, "top1_interval": [40.0, 60.0]} for row in supernet["widths"]]
+    plot({"widths": rows, "environment": {"images": 9}, "supernet": supernet}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
 def test_the_plot_needs_no_latency(model, dataset, tmp_path):
     plot(evaluate(model, dataset, latency=False, memory=False), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
