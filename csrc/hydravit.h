@@ -1,4 +1,4 @@
-// The contract between the bindings (the only files that see torch) and the kernels of every device.
+// The contract between the CPU bindings, which see torch, and the CPU kernels, which do not. CUDA's is cuda/phase.h.
 //
 // A kernel sees one slice of the weights: base pointers that include the slice's offsets, lengths and element strides.
 // It never sees the sizes of the full tensors, so it cannot read or write anything outside the slice. One call serves
@@ -153,8 +153,8 @@ struct HeadGradients {
 };
 
 // ---- The whole network, for inference ----
-// One subnetwork's blocks, made once per width. A call fills in the images, y and every activation: the residual stays
-// in the workspace.
+// One subnetwork's blocks, made once per width. Their pointers to images, y and activations are null: each call works on
+// its own images, in its own workspace.
 struct NetworkPlan {
   const Stem* stem;
   const AttentionBlock* attention;  // one for each layer

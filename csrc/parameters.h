@@ -1,5 +1,5 @@
 // The parameters of a network, and their order. hydravit_kernels/parameters.py has the same structs with the same
-// fields in the same order. Torch-free; the CPU bindings and the CUDA engine share it.
+// fields in the same order. Torch-free; the CPU bindings and the CUDA network share it.
 //
 // T is what the user of a struct knows of a parameter: a pointer, an offset, a checked tensor.
 #pragma once

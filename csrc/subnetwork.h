@@ -1,5 +1,5 @@
 // A subnetwork: what one width reads of every layer. hydravit_kernels/subnetwork.py has the same structs with the same
-// fields in the same order. Torch-free; the CPU bindings and the CUDA engine share it.
+// fields in the same order. Torch-free; the CPU bindings and the CUDA network share it.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,8 @@
 A compiled backend has separate ops for forward and backward, behind one ``autograd.Function`` that is entered only if a
 gradient is needed. Gradients of parameters are full-size tensors with exact zeros outside the slice, as PyTorch users
 expect. With ``buffers``, a tuple like ``parameters``, backward adds them to the slice of those tensors in place
-instead, and autograd sees none. An entry of None means that this gradient is not wanted.
+instead, and autograd sees none. An entry of None means that this gradient is not wanted. ``reference`` needs no
+buffers: autograd itself adds its gradients to ``.grad``.
 
 ``slices`` has one slice for all images, or several and ``width_index (B,)``, int64: each image's index into them.
 
@@ -36,7 +37,7 @@ def stem(
     backend: str,
     buffers: StemParameters | None = None,
 ) -> Tensor:
-    """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual stream ``(B, N, Dk)``.
+    """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual ``(B, N, Dk)``.
 
     The tokens are the class token, the registers and the patches, in this order (ViT, arXiv 2010.11929; registers,
     arXiv 2309.16588).

@@ -20,7 +20,7 @@ Slice = TypeVar("Slice", "EmbedSlice", "AttentionSlice", "MlpSlice", "HeadSlice"
 
 
 class EmbedSlice(NamedTuple):
-    """The interval of the residual stream that the stem writes."""
+    """The interval of the residual that the stem writes."""
 
     embed_offset: int
     embed: int
@@ -68,7 +68,7 @@ class HeadSlice(NamedTuple):
 
 
 class Subnetwork(NamedTuple):
-    """Everything that one width reads: slices of the residual stream, of both blocks of every layer, and of the head.
+    """Everything that one width reads: slices of the residual, of both blocks of every layer, and of the head.
 
     It is frozen and hashable, and made once per width, never inside a forward. ``heads`` names the width; kernels read
     only the slices. ``eps`` is the epsilon of every norm.
@@ -130,7 +130,7 @@ def unflatten(kind: type[Slice], integers: Sequence[int]) -> list[Slice]:
 
 
 def widest(slices: Sequence[Slice]) -> int:
-    """How many channels the residual stream has that serves all ``slices``; narrow images leave the rest zero."""
+    """How many channels the residual has that serves all ``slices``; narrow images leave the rest zero."""
     embed = slices[0].embed
     for entry in slices[1:]:
         embed = max(embed, entry.embed)

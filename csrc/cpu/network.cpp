@@ -1,8 +1,9 @@
 // The whole network: the residual of a few images stays in the workspace from the pixels to the logits.
 //
-// A phase ends only where a row needs other rows of its image: once per layer, before attention. Within a phase each
-// thread carries its own rows through all steps. The threads share the rows by their cost, because images may differ in
-// width.
+// Threads wait for each other only where a row needs other rows of its image: once per layer, before attention. In
+// between each thread carries its own rows through all steps; they share the rows by their cost, because images may
+// differ in width. Where the head pools few rows, the last layer has too few for that: its products are split by columns
+// (`finish_block`).
 #include "attention.h"
 #include "attention_heads.h"
 #include "gemm.h"
@@ -19,7 +20,7 @@ namespace {
 int64_t qkv_columns(const AttentionBlock& block) { return block.heads * (2 * block.head_dim + block.value_dim); }
 int64_t attended_columns(const AttentionBlock& block) { return block.heads * block.value_dim; }
 
-// Multiply-adds per token.
+// Multiply-adds per token. At least one, because shares are divided by it: a subnetwork may skip every branch.
 int64_t cost_of(const NetworkCall& call, const NetworkPlan& plan) {
   int64_t cost = plan.head->embed;
   for (int64_t i = 0; i < call.layers; i++) {

@@ -152,7 +152,7 @@ constexpr int kKeyGroups = 4;  // four warps share 16 queries: each takes a part
 struct Attention {
   int images, heads, image_rows, image_tokens;
   int query_tiles;              // tiles of 16 queries that a block computes
-  int first_block, blocks;      // a head has `blocks`; those before first_block would have no needed queries
+  int first_block, blocks;      // blocks of a head; those before first_block have no needed query
   int query_start, query_stop;  // the needed queries [query_start, query_stop) of an image
   float scale;
   const void* qkv;  // T panels, one for each head: all queries, then all keys, then all values

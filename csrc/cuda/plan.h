@@ -35,10 +35,10 @@ struct Layout {
   const NetworkSizes sizes;
   const Dtype dtype;  // of the matrices
   int64_t bytes = 0;
-  // The tokens and the position embedding have no place of their own: with the stem's bias, whose place nothing reads,
-  // they make `positions`: a row for each token.
+  // Class and register tokens, the stem's bias and the position embedding are packed as their sum, `positions`, a row
+  // for each token. Of these the bias alone also has a place of its own, which nothing reads.
   NetworkParameters<Packed> parameters;
-  std::vector<Packed> in_order;  // the same
+  std::vector<Packed> in_order;  // the entries of `parameters`, in order
   Packed positions;
 
   Layout(const NetworkSizes& sizes, Dtype dtype);

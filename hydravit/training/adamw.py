@@ -19,9 +19,8 @@ class SliceAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) for a model with ``SliceGradients``, whose steps read and write the trained slice only.
 
     A step leaves weights, moments and averages outside the slice as they are. Dense AdamW, for which their gradient is
-    zero, decays and moves them. Every entry has its own count of steps, those that it took part in, for bias correction
-    and ``ema_decay``: moments begin at zero, and only these steps have moved them away from it. Inside the slice
-    ``native`` computes the bits of torch's ``AdamW(fused=True)``, except in the last elements of a parameter, which
+    zero, decays and moves them. Bias correction and ``ema_decay`` count, for every entry, only the steps that trained
+    it, because only these moved its moments away from zero. Inside the slice ``native`` computes the bits of torch's ``AdamW(fused=True)``, except in the last elements of a parameter, which
     fill no whole vector and which torch rounds in another way.
 
     ``SliceGradients.zero_`` clears the gradients. Parameters that are frozen when the optimizer gets them are left out.

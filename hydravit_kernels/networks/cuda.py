@@ -58,7 +58,7 @@ def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CudaNetwork:
-    """A network in bf16 or fp16 with float accumulation and a float residual stream.
+    """A network in bf16 or fp16 with float accumulation and a float residual.
 
     With float8_e4m3fn only the matrices have that dtype, with a float scale per row; activations are then fp16.
     A network serves one thread and one CUDA stream at a time.

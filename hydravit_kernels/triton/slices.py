@@ -268,7 +268,7 @@ def mlp_products(slices: tuple[int, ...]) -> MlpProducts:
 
 class HeadProducts(NamedTuple):
     classifier: ProductSlices
-    features: ProductSlices  # no product: rows and columns are the channels of the residual stream
+    features: ProductSlices  # no product: rows and columns are the channels of the residual
 
 
 @functools.cache
