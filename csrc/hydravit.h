@@ -153,8 +153,8 @@ struct HeadGradients {
 };
 
 // ---- The whole network, for inference ----
-// One subnetwork's blocks, made once per width. Their pointers to images, y and activations are null: each call works on
-// its own images, in its own workspace.
+// One subnetwork's blocks, made once per width. Their pointers to images, y and activations are null: each call works
+// on its own images, in its own workspace.
 struct NetworkPlan {
   const Stem* stem;
   const AttentionBlock* attention;  // one for each layer

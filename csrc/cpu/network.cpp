@@ -2,7 +2,8 @@
 //
 // Threads wait for each other only where a row needs other rows of its image: once per layer, before attention. In
 // between each thread carries its own rows through all steps; they share the rows by their cost, because images may
-// differ in width. Where the head pools few rows, the last layer has too few for that: its products are split by columns
+// differ in width. Where the head pools few rows, the last layer has too few for that: its products are split by
+// columns
 // (`finish_block`).
 #include "attention.h"
 #include "attention_heads.h"

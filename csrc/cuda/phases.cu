@@ -1,7 +1,7 @@
 // A network as a chain of kernels, one for each phase.
 //
-// A kernel lets the next kernel start as soon as it runs itself. Blocks of the next kernel fetch their first weights and
-// then wait for this kernel to end. This kernel waited in the same way, so all earlier phases have ended too.
+// A kernel lets the next kernel start as soon as it runs itself. Blocks of the next kernel fetch their first weights
+// and then wait for this kernel to end. This kernel waited in the same way, so all earlier phases have ended too.
 #include "attention.cuh"
 #include "plan.h"
 #include "product.cuh"

@@ -20,8 +20,9 @@ class SliceAdamW(torch.optim.Optimizer):
 
     A step leaves weights, moments and averages outside the slice as they are. Dense AdamW, for which their gradient is
     zero, decays and moves them. Bias correction and ``ema_decay`` count, for every entry, only the steps that trained
-    it, because only these moved its moments away from zero. Inside the slice ``native`` computes the bits of torch's ``AdamW(fused=True)``, except in the last elements of a parameter, which
-    fill no whole vector and which torch rounds in another way.
+    it, because only these moved its moments away from zero. Inside the slice ``native`` computes the bits of torch's
+    ``AdamW(fused=True)``, except in the last elements of a parameter, which fill no whole vector and which torch rounds
+    in another way.
 
     ``SliceGradients.zero_`` clears the gradients. Parameters that are frozen when the optimizer gets them are left out.
     A step that a ``GradScaler`` skips does not count. A CUDA graph cannot hold a step, because its numbers change from
