@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import RESULTS
 from bench.measuring.clock import SYSTEM
 from bench.measuring.dtypes import DTYPES
 from bench.measuring.machine import Machine, keep_freed_memory
@@ -27,12 +26,6 @@ from hydravit.cli import parse_heads
 from hydravit.config import resolve_config
 
 _DEFAULT_PARTS = "inference"
-_EXAMPLES = """examples:
-  hydravit benchmark                                     # k=3,6,12 at batch 1 and 8 beside every peer
-  hydravit benchmark --heads 3-12                        # every width
-  hydravit benchmark --parts blocks,training --batch 16 --peers views,native,native-inplace
-  hydravit benchmark --parts all --minutes 30 --out runs/bench
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,8 +90,7 @@ class _Plan:
         self.machine = Machine(device, dtypes)
         self.timer = Timer(device, effort, witness=None if gpu else Witness())
         self.name = args.name or ("suite" if args.parts == _DEFAULT_PARTS else args.parts.replace(",", "-"))
-        self.out = Path(args.out) if args.out else RESULTS / self.machine.slug
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.out = self.machine.folder(args.out)
 
 
 def run(plan: _Plan, rows: list[dict]) -> None:
@@ -167,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hydravit benchmark",
         description="Measure every width beside the best other tools; writes NAME.json, NAME.csv and NAME.html.",
-        epilog=f"parts:\n{parts}\n\npeers:\n{known}\n\n{_EXAMPLES}",
+        epilog=f"parts:\n{parts}\n\npeers:\n{known}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", default=_DEFAULT_PARTS, help="see below; or all (default: %(default)s)")

@@ -8,7 +8,9 @@ imports nothing that has to be built, because it builds. ``--device cpu`` is a d
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
+import importlib.util
+import platform
 import re
 import signal
 import sys
@@ -21,14 +23,6 @@ from bench.gpu.parts import GOOD, MEASURED, PARTS, Outcome, Run, closing_seconds
 from bench.measuring.clock import SYSTEM, Clock
 
 _DEFAULT_PARTS = PARTS[:4]
-_EXAMPLES = """examples:
-  make gpu                                               # 8 minutes, results to bench/results/ and the GPU's name
-  make gpu PARTS=build,tests MINUTES=3 OUT=/tmp/gpu
-  make gpu PARTS=build,tiles                             # look for better tile sizes of the Triton kernels
-  make gpu PARTS=build,phases                            # where the CUDA engine's time goes
-  python -m bench.gpu --parts bench --bench "--dtype fp32 --heads 3-12"
-  python -m bench.gpu --parts tests,bench --device cpu --minutes 1 --bench "--config tiny"
-"""
 
 
 def main(argv: Sequence[str] | None = None, clock: Clock = SYSTEM, run: Run = process.run) -> int:
@@ -60,20 +54,13 @@ def main(argv: Sequence[str] | None = None, clock: Clock = SYSTEM, run: Run = pr
 
 
 def _facts() -> dict[str, str]:
-    """The environment, for the report. Another process reads it, so that this one holds nothing on the GPU."""
-    code = """
-import importlib.metadata, json, platform, torch
-facts = {"python": platform.python_version(), "system": platform.platform(), "torch": torch.__version__}
-for name in ("triton", "numpy", "timm", "onnxruntime", "openvino", "nvtx"):
-    try:
-        facts[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        facts[name] = "not installed"
-if torch.cuda.is_available():
-    facts["gpu"] = torch.cuda.get_device_name()
-print(json.dumps(facts))
-"""
-    facts = json.loads(process.output([sys.executable, "-c", code]) or "{}")
+    """The environment, for the report. Another process asks torch, so that this one holds nothing on the GPU."""
+    facts = {"python": platform.python_version(), "system": platform.platform()}
+    for name in ("torch", "triton", "numpy", "timm", "onnxruntime", "openvino", "nvtx"):
+        found = importlib.util.find_spec(name) is not None
+        facts[name] = importlib.metadata.version(name) if found else "not installed"
+    if gpu := process.output([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]):
+        facts["gpu"] = gpu
     fields = "name,driver_version,memory.total,power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
     smi = process.output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"])
     facts["nvidia-smi"] = smi or "not available"
@@ -93,7 +80,7 @@ def _check(args: argparse.Namespace, facts: dict[str, str]) -> list[str]:
             raise ValueError(f"--parts {args.parts!r}: unknown {part!r}; known: {', '.join(PARTS)}")
     if not args.minutes > 0:
         raise ValueError(f"--minutes must be positive, not {args.minutes}")
-    if "torch" not in facts:
+    if facts["torch"] == "not installed":
         raise ValueError(f"{sys.executable} cannot import torch")
     if args.device == "cuda" and "gpu" not in facts:
         raise ValueError(f"torch {facts['torch']} finds no CUDA device (--device cpu is a dry run)")
@@ -115,8 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description="Build, run the GPU tests and the compute sanitizer, and measure; leaves at most 8 files.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = f"of {', '.join(PARTS)} (default: %(default)s)"
     parser.add_argument("--parts", default=",".join(_DEFAULT_PARTS), help=known)

@@ -12,12 +12,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 
 import hydravit_kernels as kernels
-from bench import RESULTS
 from bench.measuring.dtypes import DTYPES
 from bench.measuring.machine import Machine
 from bench.measuring.timer import Effort, Timer, quantiles
@@ -29,10 +27,6 @@ from hydravit.config import resolve_config
 from hydravit.inference import make_network
 
 _DTYPES = {**{name: DTYPES[name] for name in ("bf16", "fp16")}, "e4m3": torch.float8_e4m3fn}
-_EXAMPLES = """examples:
-  python -m bench.gpu.phases                                 # k=3,6,12 at batch 1 and 8 in bf16
-  python -m bench.gpu.phases --heads 3-12 --batch 1 --dtype e4m3
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(*batches, args.repeats) < 1 or args.dtype not in _DTYPES:
             raise ValueError(f"--batch and --repeats must be positive, --dtype one of {', '.join(_DTYPES)}")
         machine = Machine(device, [])
-        folder = Path(args.out) if args.out else RESULTS / machine.slug
-        folder.mkdir(parents=True, exist_ok=True)
+        path = machine.folder(args.out) / "phases.json"
     except (ValueError, RuntimeError, OSError) as error:
         print(f"bench.gpu.phases: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    calls, path = [], folder / "phases.json"
+    calls = []
     environment = machine.environment() | {"config": args.config, "dtype": args.dtype, "loader": args.loader}
     for call in measure(args, device, heads, batches):
         calls.append(call)
@@ -113,8 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.phases",
         description="Time every phase of the CUDA engine, in every shape of its tiles; writes phases.json.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--heads", help="widths such as 3,6,12 or 3-12 (default: 3,6,12)")
     parser.add_argument("--batch", default="1,8", help="images per call (default: %(default)s)")

@@ -14,12 +14,10 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from bench import RESULTS
 from bench.measuring.check import Reference
 from bench.measuring.clock import SYSTEM, Clock
 from bench.measuring.cuda_graph import captured
@@ -44,10 +42,6 @@ TASKS = {
 }
 GAIN = 1.01  # a neighbour that is faster by less is not better
 _LIMITS = {"rows": (16, 256), "columns": (16, 256), "k_step": (16, 128), "warps": (1, 16), "stages": (1, 8)}
-_EXAMPLES = """examples:
-  python -m bench.gpu.tiles                                  # every problem in bf16, k=3,6,12 at batch 64
-  python -m bench.gpu.tiles --problems product,gradient --dtype bf16,tf32 --minutes 8
-"""
 
 
 def main(argv: Sequence[str] | None = None, clock: Clock = SYSTEM) -> int:
@@ -99,9 +93,7 @@ class Search:
         self.batch, self.deadline = args.batch, clock.now() + 60 * args.minutes
         self.timer = Timer(self.device, Effort(args.rounds, args.rounds, 0.0, attempts=2), clock)
         self.machine = Machine(self.device, [])
-        folder = Path(args.out) if args.out else RESULTS / self.machine.slug
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "tiles.json"
+        self.path = self.machine.folder(args.out) / "tiles.json"
         self.rows: list[dict] = []
         self.best: dict[tuple[str, str], object] = {}
 
@@ -226,8 +218,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.tiles",
         description="Find the fastest tile sizes of the Triton kernels on this GPU; writes tiles.json.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--problems", default=",".join(TASKS), help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bf16", help=f"of {', '.join(DTYPES)} (default: %(default)s)")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench import RESULTS
 from bench.measuring import fma
 from bench.measuring.clock import SYSTEM, Clock
 from bench.measuring.dtypes import DTYPES, precision
@@ -42,6 +43,12 @@ class Machine:
         """The name of the folder for results of this machine."""
         name = self._name() if self.device.type == "cuda" else f"{self._name()} {torch.get_num_threads()} threads"
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+    def folder(self, out: str | None) -> Path:
+        """The folder ``out``, else the one of this machine's committed results; made if it is missing."""
+        path = Path(out) if out else RESULTS / self.slug
+        path.mkdir(parents=True, exist_ok=True)
+        return path
 
     def probe(self) -> None:
         """Look for a higher peak and bandwidth, and note the clocks. Takes less than two seconds."""

@@ -41,8 +41,8 @@ def _compile(function: Callable, mode: str | None = None) -> Callable:
 
 
 @contextlib.contextmanager
-def compiling(**settings) -> Iterator[None]:
-    """Around a first call: inductor has ``settings``, caches beside our files, and prints nothing.
+def compiling() -> Iterator[None]:
+    """Around a first call: inductor caches beside our files and prints nothing.
 
     Raises ``Absent`` if it cannot compile.
     """
@@ -50,7 +50,7 @@ def compiling(**settings) -> Iterator[None]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     try:
-        with torch._inductor.config.patch({**quiet, **settings}), warnings.catch_warnings():
+        with torch._inductor.config.patch(quiet), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -58,29 +58,25 @@ def compiling(**settings) -> Iterator[None]:
         raise Absent(f"does not compile: {lines[0] if lines else type(error).__name__}") from error
 
 
-def _without_gradients(compiled: Callable[[], Tensor], **settings) -> Callable[[], Tensor]:
-    """``compiled``, warmed. Under ``torch.inference_mode`` inductor would silently freeze nothing."""
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return compiled()
-
-    with compiling(**settings):
+def _warm(compiled: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``compiled`` without gradients, after its first call."""
+    run = torch.no_grad()(compiled)
+    with compiling():
         run()
     return run
 
 
-def _extracted(mode: str | None, settings: dict, model: HydraViT, images: Tensor, heads: Sequence[int]):
+def _extracted(mode: str | None, model: HydraViT, images: Tensor, heads: Sequence[int]):
     def ready(k: int) -> Callable[[], Tensor]:
         vit = plain_vit(model, k).eval()
-        return _without_gradients(partial(_compile(lambda images: vit(images), mode), images), **settings)
+        return _warm(partial(_compile(lambda images: vit(images), mode), images))
 
     return {k: ready(k) for k in heads}
 
 
 def _sliced(model: HydraViT, images: Tensor, heads: Sequence[int]):
     def ready(k: int) -> Callable[[], Tensor]:
-        return _without_gradients(partial(_compile(lambda images: views_network(model, images, k)), images))
+        return _warm(partial(_compile(lambda images: views_network(model, images, k)), images))
 
     return {k: ready(k) for k in heads}
 
@@ -108,10 +104,6 @@ def _sliced_training(model: HydraViT, images: Tensor, labels: Tensor, heads: Seq
     return steps
 
 
-# Dynamo reads this setting too, so as an option of torch.compile alone it would have no effect. In float32 on x86 the
-# packed products are MKL's, in other types oneDNN's. torch never frees the frozen weights of a network; a long run can
-# afford that.
-_FROZEN = {"freezing": True}
 _MAX = "max-autotune-no-cudagraphs"  # the timer captures the call itself
 
 
@@ -121,11 +113,11 @@ def _peer(name: str, about: str, **rest) -> Peer:
 
 
 PEERS = [
-    _peer("compiled", "torch.compile of the extracted width, default mode", inference=partial(_extracted, None, {})),
+    _peer("compiled", "torch.compile of the extracted width, default mode", inference=partial(_extracted, None)),
     _peer(
         "compiled-max",
         "torch.compile of the extracted width, max-autotune; on a CPU the same products as compiled, see aot-max",
-        inference=partial(_extracted, _MAX, {}),
+        inference=partial(_extracted, _MAX),
     ),
     _peer(
         "compiled-sliced",
@@ -133,10 +125,5 @@ PEERS = [
         inference=_sliced,
         block=_sliced_block,
         training=_sliced_training,
-    ),
-    _peer(
-        "frozen",
-        "torch.compile of the extracted width with frozen, packed weights",
-        inference=partial(_extracted, None, _FROZEN),
     ),
 ]

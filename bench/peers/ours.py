@@ -52,48 +52,17 @@ def _mixed(backend: str, pooled_only: bool, model: HydraViT, images: Tensor, hea
     return _inference(backend, pooled_only, model, images, [widths])[widths]
 
 
-def _block_forward(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, buffers=None) -> Tensor:
-    subnetwork, block = model.subnetwork(heads), model.blocks[0]
-    if kind == "attention":
-        function, parameters, slices = kernels.attention_block, block.attention_parameters(), subnetwork.attention[0]
-    else:
-        function, parameters, slices = kernels.mlp_block, block.mlp_parameters(), subnetwork.mlp[0]
-    return function(x, parameters, None, [slices], subnetwork.eps, backend=backend, buffers=buffers)
-
-
 def _block(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
-    _on(model, backend)
-    forward = partial(_block_forward, backend, model, kind, heads)
-    parameters = block_parameters(model.blocks[0], kind)
-    return block_step(forward, parameters, x, grad, partial(cut_block, model=model, heads=heads))
+    subnetwork, block = _on(model, backend).subnetwork(heads), model.blocks[0]
+    if kind == "attention":
+        function, own, slices = kernels.attention_block, block.attention_parameters(), subnetwork.attention[0]
+    else:
+        function, own, slices = kernels.mlp_block, block.mlp_parameters(), subnetwork.mlp[0]
 
+    def forward(x: Tensor) -> Tensor:
+        return function(x, own, None, [slices], subnetwork.eps, backend=backend)
 
-def _block_in_place(backend: str, model: HydraViT, kind: str, heads: int, x: Tensor, grad: Tensor | None) -> Step:
-    if grad is None:
-        raise Absent(f"same as {backend}")
-    own = copy.deepcopy(_on(model, backend)).requires_grad_(False)
-    parameters = block_parameters(own.blocks[0], kind)
-    for parameter in parameters.values():
-        parameter.requires_grad = True  # these alone get buffers
-    gradients = SliceGradients(own)
-    subnetwork, block = own.subnetwork(heads), own.blocks[0]
-    buffers = gradients.buffers_of(block.attention_parameters() if kind == "attention" else block.mlp_parameters())
-    x = x.detach().requires_grad_()
-
-    def run() -> Tensor:
-        x.grad = None
-        gradients.zero_()
-        gradients.mark([subnetwork])  # as the model does in every forward
-        y = _block_forward(backend, own, kind, heads, x, buffers)
-        y.backward(grad)
-        return y
-
-    def outputs() -> dict[str, Tensor]:
-        y = run()
-        summed = {name: parameter.grad for name, parameter in parameters.items()}
-        return {"y": y.detach(), "x": x.grad, **cut_block(summed, own, heads)}
-
-    return Step(run, outputs)
+    return block_step(forward, block_parameters(block, kind), x, grad, partial(cut_block, model=model, heads=heads))
 
 
 def _training(
@@ -119,8 +88,8 @@ def _training(
 
 
 def _peers(backend: str) -> list[Peer]:
-    about, without = f"this repository's {backend} backend", f"same as {backend}"
-    ours = Peer("", "", ours=True, pooled_only=True, without=without)
+    about = f"this repository's {backend} backend"
+    ours = Peer("", "", ours=True, pooled_only=True, without=f"same as {backend}")
     plain = ours._replace(
         name=backend,
         about=about,
@@ -144,14 +113,13 @@ def _peers(backend: str) -> list[Peer]:
         name=f"{backend}-inplace",
         about=f"{about}, gradients added in place (SliceGradients)",
         uncapturable="which gradients a step clears depends on the step before",
-        block=partial(_block_in_place, backend),
+        without=f"measured in training only, see {backend}",
         training=partial(_training, backend, True, True, False),
     )
     active = in_place._replace(
         name=f"{backend}-active",
         about=f"{about}, gradients in place, AdamW on the slice only (SliceAdamW): weights outside the slice rest, "
         "unlike in all other peers; only inside the slice, which is compared, is it the same step",
-        block=None,
         training=partial(_training, backend, True, True, True),
     )
     return [plain, all_tokens, in_place, active]

@@ -5,34 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from bench.rows import AGREEMENT, read_results, workload_of
 
-
-class Pair(NamedTuple):
-    """The ratio of one peer to ours on one workload, in either run; noisy if either run says so."""
-
-    name: str
-    ratios: tuple[float, float]
-    noisy: bool
-
-    @property
-    def difference(self) -> float:
-        """The larger ratio by the smaller."""
-        return max(self.ratios) / min(self.ratios)
+Pair = tuple[str, float, float, bool]  # peer and workload, the ratio in either run, whether either run says noisy
 
 
 def pairs(first: Sequence[dict], second: Sequence[dict]) -> list[Pair]:
-    """Every ratio that both runs have."""
-    runs = [
-        {(row["peer"], *workload_of(row)): row for row in rows if row["ratio"] is not None} for rows in (first, second)
-    ]
-    return [
-        Pair(" ".join(map(str, key)), (row["ratio"], other["ratio"]), row["noisy"] or other["noisy"])
-        for key, row in runs[0].items()
-        if (other := runs[1].get(key)) is not None
-    ]
+    """Every ratio that both runs have, the most different first."""
+    others = {(row["peer"], workload_of(row)): row for row in second if row["ratio"] is not None}
+    found = []
+    for row in first:
+        other = others.get((row["peer"], workload_of(row)))
+        if row["ratio"] is not None and other is not None:
+            name = f"{row['peer']} {' '.join(map(str, workload_of(row)))}"
+            found.append((name, row["ratio"], other["ratio"], row["noisy"] or other["noisy"]))
+    return sorted(found, key=lambda pair: min(pair[1:3]) / max(pair[1:3]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    apart = [pair for pair in found if pair.difference > AGREEMENT]
-    for pair in sorted(apart, key=lambda pair: -pair.difference):
-        ratios = " and ".join(f"{ratio:.3f}" for ratio in pair.ratios)
-        marked = "marked noisy" if pair.noisy else "not marked noisy"
-        print(f"{pair.name}: {ratios}, {100 * (pair.difference - 1):.0f} % apart, {marked}")
+    apart = [pair for pair in found if max(pair[1:3]) / min(pair[1:3]) > AGREEMENT]
+    for name, one, other, marked in apart:
+        by, word = 100 * (max(one, other) / min(one, other) - 1), "marked" if marked else "not marked"
+        print(f"{name}: {one:.3f} and {other:.3f}, {by:.0f} % apart, {word} noisy")
     share = 1.0 - len(apart) / len(found)
-    noisy = sum(pair.noisy for pair in apart)
+    noisy = sum(pair[3] for pair in apart)
     print(f"{100 * share:.0f} % of {len(found)} ratios agree within {100 * (AGREEMENT - 1):.0f} %", end="; ")
     print(f"of the {len(apart)} others {noisy} are marked noisy")
     return 0 if share >= 0.9 and noisy == len(apart) else 1

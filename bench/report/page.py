@@ -28,7 +28,8 @@ def page(path: Path) -> str:
         for group in grouped(own, *_CONDITIONS).values():
             parts += _group(group, own)
         parts.append(_not_measured(own))
-    told = [_line(name, [_cell(_of_peer(row))]) for name, row in {row["peer"]: row for row in rows}.items()]
+    about_peers = {row["peer"]: " ".join(filter(None, (row["about"], row["peer_version"]))) for row in rows}
+    told = [_line(name, [_cell(text)]) for name, text in about_peers.items()]
     parts.append(_table("The peers", ["peer", "what it is"], {"": told}))
     names = ", ".join(dict.fromkeys(row["peer"] for row in rows if row["ours"])) or "none"
     held = f"The others are held against {base}." if base else "None of them was measured."
@@ -52,7 +53,7 @@ def _headline(environment: dict, rows: list[dict]) -> Iterable[str]:
         lines.append(_line(about(group[0], task=False), cells))
     yield "<h2>Ours against the strongest other peer</h2>"
     try:
-        yield _image(plot.headline(rows, environment), "Time of every peer relative to ours")
+        yield _image(plot.headline(environment, rows), "Time of every peer relative to ours")
     except ValueError as error:
         yield f"<p>{escape(str(error))}.</p>"
     yield _table("Time of the fastest other peer relative to ours", ["workload", *map(_title, widths)], {"": lines})
@@ -144,10 +145,6 @@ def _not_measured(rows: Sequence[dict]) -> str:
     return _table("Not measured", ["peer", "why"], {"": lines})
 
 
-def _of_peer(row: dict) -> str:
-    return f"{row['about'] or ''}{' (' + row['peer_version'] + ')' if row['peer_version'] else ''}"
-
-
 def _table(caption: str, head: Sequence[str], bodies: dict[str, list[str]]) -> str:
     """A table that scrolls sideways, with ready-made rows by title; empty without any."""
     if not any(bodies.values()):
@@ -188,13 +185,5 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def main() -> None:
-    def write(path: Path) -> None:
-        path.with_suffix(".html").write_text(page(path), encoding="utf-8")
-        print("wrote", path.with_suffix(".html"))
-
-    command("page", "One self-contained HTML page.", write)
-
-
 if __name__ == "__main__":
-    main()
+    command("page", "One HTML page.", lambda path: path.with_suffix(".html").write_text(page(path), encoding="utf-8"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib.style as style
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from bench.report.wording import about, command, number, ratio, short, telling
+from bench.report.wording import about, command, number, ratio, telling
 from bench.rows import baseline, grouped, read_results, widths_of
 
 # Okabe and Ito's palette, which all common kinds of colour blindness can tell apart. Markers differ too.
@@ -43,7 +42,7 @@ def curves(rows: Sequence[dict], names: Sequence[str], base: str | None, column:
             k, y = [int(row["heads"]) for row in own], [row[column] for row in own]
             color = _OURS if own[0]["ours"] else _OTHERS[i % len(_OTHERS)]
             look = {"color": color, "marker": "o" if name == base else _MARKERS[i % len(_MARKERS)]}
-            axes.plot(k, y, **look, linewidth=3 if name == base else 1.3, label=short(name, 18))
+            axes.plot(k, y, **look, linewidth=3 if name == base else 1.3, label=f"{name:.18}")
             spread = [[row[end] if row[end] is not None else row[column] for row in own] for end in (low, high)]
             axes.vlines(k, *spread, color=color, alpha=0.6)
             noisy = [(at, value) for at, value, row in zip(k, y, own, strict=True) if row["noisy"]]
@@ -63,7 +62,7 @@ def curves(rows: Sequence[dict], names: Sequence[str], base: str | None, column:
         return _file(figure)
 
 
-def headline(rows: Sequence[dict], environment: dict, form: str = "svg") -> bytes:
+def headline(environment: dict, rows: Sequence[dict], form: str = "svg") -> bytes:
     """Time of every peer by ours at three widths, batch 1: the README's figure. Raises ``ValueError`` without ours."""
     rows = [row for row in rows if row["task"] == "inference" and row["batch"] == 1 and row["cache"] == "warm"]
     for column in ("config", "dtype", "launch"):
@@ -101,7 +100,7 @@ def headline(rows: Sequence[dict], environment: dict, form: str = "svg") -> byte
                 f"{k} head{'s' * (k != '1')}: {number(own[k]['p50_ms'])} ms", loc="left", size=11, weight="bold"
             )
             axes.spines[["bottom", "left"]].set_visible(False)
-            axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
+            axes.set_yticks(range(len(names)), [f"{name:.18}" for name in names])
             axes.tick_params(axis="y", length=0)
         for text in figure.axes[0].get_yticklabels():
             text.set_fontweight("bold" if text.get_text() == ours else "normal")
@@ -120,13 +119,10 @@ def _file(figure: Figure, form: str = "svg") -> bytes:
     return file.getvalue()
 
 
-def main() -> None:
-    def write(path: Path, headline_path: Path) -> None:
-        environment, rows = read_results(path)
-        headline_path.write_bytes(headline(rows, environment, "png"))
-
-    command("plot", "The README's figure.", write, "--headline")
-
-
 if __name__ == "__main__":
-    main()
+    command(
+        "plot",
+        "The README's figure.",
+        lambda path, out: out.write_bytes(headline(*read_results(path), form="png")),
+        "--headline",
+    )

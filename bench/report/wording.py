@@ -28,10 +28,6 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "\u2026"
-
-
 def spans(numbers: Sequence[int]) -> str:
     """ "3-5, 8" for 3, 4, 5, 8."""
     runs: list[list[int]] = []
@@ -95,7 +91,7 @@ def missing(rows: Iterable[dict]) -> dict[tuple[str, str, str], list[dict]]:
     return groups
 
 
-def command(name: str, description: str, run: Callable[..., None], option: str = "") -> None:
+def command(name: str, description: str, run: Callable[..., object], option: str = "") -> None:
     """The command line of a module: calls ``run`` with a result file, and with ``option``'s file if there is one."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.report.{name}", description=description)
     parser.add_argument("file", type=Path, metavar="FILE.json")

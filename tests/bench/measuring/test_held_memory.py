@@ -30,5 +30,5 @@ def test_most_memory_of_a_training_step():
     workload = Workload("training_memory", (6,), 1, config=CONFIG)
     weights = 4 * sum(parameter.numel() for parameter in make_model(workload, CPU).parameters())
     assert 4 * weights < held_bytes(workload, BY_NAME["views"], CPU) < 8 * weights
-    with pytest.raises(Absent, match="see alone"):  # the training of the extracted network is the peer "alone"
+    with pytest.raises(Absent, match="nested no more"):
         held_bytes(workload, BY_NAME["extracted"], CPU)

@@ -217,7 +217,7 @@ def test_nothing_measured(status, tmp_path):
     assert "None of them was measured" in html and "because of a" in html and "<img" not in html
     assert "Nothing of ours was measured" in summary(ENVIRONMENT, rows)
     with pytest.raises(ValueError, match="ours"):
-        plot.headline(rows, ENVIRONMENT)
+        plot.headline(ENVIRONMENT, rows)
 
 
 def test_no_rows_at_all(tmp_path):
@@ -229,7 +229,7 @@ def test_one_width_and_only_ours(tmp_path):
     rows = everything(widths=[3], batches=[1])
     Checker(render(rows, tmp_path))
     Checker(render([entry for entry in rows if entry["peer"] == "native"], tmp_path))
-    assert plot.headline(rows, ENVIRONMENT, "png")[:4] == b"\x89PNG"
+    assert plot.headline(ENVIRONMENT, rows, "png")[:4] == b"\x89PNG"
 
 
 def test_ours_is_another_where_the_best_of_ours_does_not_run(tmp_path):
