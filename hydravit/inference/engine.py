@@ -22,8 +22,8 @@ class Engine:
     Calls may change the width and the batch at no cost: a call allocates the logits, copies no weights and makes no
     graph, but for the first call of a width at a batch above 8 on CUDA, which makes its graph. The engine notices when
     optimizer steps, ``load_state_dict``, in-place operations or replaced parameters change the model's weights, and
-    packs them again; after writes that torch cannot see, call ``model.weights_changed()``. It never runs hooks or other code of
-    the model's modules. One engine serves one thread and one CUDA stream at a time: make one for each.
+    packs them again; after writes that torch cannot see, call ``model.weights_changed()``. It never runs hooks or other
+    code of the model's modules. One engine serves one thread and one CUDA stream at a time: make one for each.
 
     On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. On the
     CPU an image's logits have the same bits at any batch. On CUDA large batches may be multiplied by another family of
