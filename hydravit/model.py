@@ -123,8 +123,8 @@ class HydraViT(nn.Module):
         return tuple(heads for heads in self._subnetworks if heads in self.trained_heads)
 
     def _resolve_subnetworks(self) -> None:
-        """Make the subnetworks of all widths, so that a call only looks them up."""
-        self._sizes = self.config.sizes
+        """Make the subnetworks of all widths, and what else follows from the config, so that a call only looks it up."""
+        self._sizes, self._image_shape = self.config.sizes, self.config.image_shape
         self._subnetworks = every_width(self.config)
         self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
 
@@ -285,7 +285,7 @@ class HydraViT(nn.Module):
         Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)`` with ``B > 0``, in
         the model's dtype and on its device.
         """
-        return self._check_batch("images", images, self.config.image_shape)
+        return self._check_batch("images", images, self._image_shape)
 
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):

@@ -130,7 +130,7 @@ def check_hydravit(arguments):
 
 def parse(arguments):
     if arguments[0] != "benchmark":
-        return cli._parser().parse_args(arguments)
+        return cli.parser().parse_args(arguments)
     from bench import run
 
     return run._parser().parse_args(arguments[1:])
