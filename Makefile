@@ -16,15 +16,17 @@ help:  ## this list
 demo: .venv/demo  ## train every width on small images, time every width of ViT-B, draw both; ARGS="--epochs 5"
 	HYDRAVIT_BUILD=cpu hydravit demo --out runs/demo $(ARGS)
 
-# Triton's interpreter replaces its compiler in a whole process: what runs on it has one of its own.
-INTERPRETED := TRITON_INTERPRET=1 python -m pytest tests/kernels/test_triton.py tests/kernels/test_adamw_kernel.py
+# Tests are small: a process per core, of one thread, is faster than one process with a thread per core.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Triton's interpreter replaces its compiler in a whole process: what runs on it has processes of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_triton.py tests/kernels/test_adamw_kernel.py
 
 test: build  ## the test suite, without the long tests
-	python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 	$(INTERPRETED) -m "not long"
 
 test-long: build  ## the long tests
-	python -m pytest -m long
+	$(PYTEST) -m long
 	$(INTERPRETED) -m long
 
 bench: build  ## every width beside the best other tools; ARGS="--heads 3-12", see `hydravit benchmark --help`

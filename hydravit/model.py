@@ -123,7 +123,7 @@ class HydraViT(nn.Module):
         return tuple(heads for heads in self._subnetworks if heads in self.trained_heads)
 
     def _resolve_subnetworks(self) -> None:
-        """Make the subnetworks of all widths, and what else follows from the config, so that a call only looks it up."""
+        """Make all subnetworks, and what else follows from the config, so that a call only looks it up."""
         self._sizes, self._image_shape = self.config.sizes, self.config.image_shape
         self._subnetworks = every_width(self.config)
         self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
