@@ -7,6 +7,7 @@ import pytest
 
 from hydravit.cli import main
 from hydravit.data.dataset import folds
+from hydravit.recipes import get_recipe
 from hydravit.training import comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,20 +27,21 @@ def test_settings_are_compared_without_the_test_part(tmp_path, capsys, monkeypat
     asked, load = [], comparison.load_dataset
     monkeypatch.setattr(comparison, "load_dataset", lambda *a, **k: asked.append(k["split"]) or load(*a, **k))
     out = tmp_path / "made" / "settings.jsonl"
-    assert main([*QUICK, "--try", "lr=2e-3 heads=(1,2)", "--out", str(out)]) == 0
+    assert main([*QUICK, "--try", "lr=4e-3 heads=(1,2)", "--out", str(out)]) == 0
     as_it_is, changed = capsys.readouterr().out.splitlines()
-    assert as_it_is.endswith("as it is") and changed.endswith("lr=2e-3 heads=(1,2)")
+    assert as_it_is.endswith("as it is") and changed.endswith("lr=4e-3 heads=(1,2)")
     assert set(asked) == {"train"}
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     trained = [(entry["identity"]["recipe"]["lr"], entry["identity"]["fold"]) for entry in entries]
-    assert trained == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+    own = get_recipe("demo").lr
+    assert trained == [(own, 0), (own, 1), (4e-3, 0), (4e-3, 1)]
     assert list(entries[-1]["top1"]) == ["1", "2"]
     mean = sum(entry["top1"][k] for entry in entries[2:] for k in "12") / 4
     assert changed.startswith(f"{mean:.2f} ")
 
     asked.clear()  # what is known is not trained again
     out.write_text("".join(json.dumps(entry) + "\n" for entry in entries[:3]))
-    assert main([*QUICK, "--try", "lr=2e-3 heads=(1,2)", "--out", str(out)]) == 0
+    assert main([*QUICK, "--try", "lr=4e-3 heads=(1,2)", "--out", str(out)]) == 0
     assert len(asked) == 2 and capsys.readouterr().out.splitlines()[0] == as_it_is
 
 
