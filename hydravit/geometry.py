@@ -15,7 +15,7 @@ from hydravit.config import HydraViTConfig
 from hydravit_kernels import AttentionSlice, EmbedSlice, HeadSlice, Intervals, MlpSlice, Subnetwork
 
 
-class Widths(NamedTuple):
+class Selection(NamedTuple):
     """The subnetworks of one call.
 
     ``width_index (B,)`` int64 is the index of each image's subnetwork; None: the whole batch uses the only one.
@@ -103,12 +103,12 @@ def _uniform(
 
 def hydravit(config: HydraViTConfig, heads: int) -> Subnetwork:
     """The first ``heads`` heads and the matching first channels of everything else (arXiv 2409.17978, section 3)."""
-    width = heads * config.head_dim
+    embed = heads * config.head_dim
     return _uniform(
         config,
         heads,
-        _per_role_attention(config, width, heads, config.head_dim),
-        MlpSlice(0, width, 0, heads * config.hidden_per_head),
+        _per_role_attention(config, embed, heads, config.head_dim),
+        MlpSlice(0, embed, 0, heads * config.hidden_per_head),
     )
 
 
@@ -118,14 +118,14 @@ def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
     SortedNet, arXiv 2309.00255. ``heads * head_dim`` must be divisible by ``max_heads``. The attention scale stays the
     full model's.
     """
-    width = heads * config.head_dim
-    if width % config.max_heads:
-        raise ValueError(f"sortednet: width {width} is not divisible by {config.max_heads} heads")
+    embed = heads * config.head_dim
+    if embed % config.max_heads:
+        raise ValueError(f"sortednet: embed {embed} is not divisible by {config.max_heads} heads")
     return _uniform(
         config,
         heads,
-        _per_role_attention(config, width, config.max_heads, width // config.max_heads),
-        MlpSlice(0, width, 0, heads * config.hidden_per_head),
+        _per_role_attention(config, embed, config.max_heads, embed // config.max_heads),
+        MlpSlice(0, embed, 0, heads * config.hidden_per_head),
     )
 
 
@@ -149,10 +149,10 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
     )
 
 
-def _per_role_attention(config: HydraViTConfig, width: int, heads: int, head_dim: int) -> AttentionSlice:
-    """The first heads of Q, K and V, each in its own third of the fused weight, from the first ``width`` channels."""
+def _per_role_attention(config: HydraViTConfig, embed: int, heads: int, head_dim: int) -> AttentionSlice:
+    """The first heads of Q, K and V, each in its own third of the fused weight, from the first ``embed`` channels."""
     full = config.embed
-    return AttentionSlice(0, width, 0, full, 2 * full, 0, heads, head_dim, head_dim, head_dim, config.head_dim**-0.5)
+    return AttentionSlice(0, embed, 0, full, 2 * full, 0, heads, head_dim, head_dim, head_dim, config.head_dim**-0.5)
 
 
 # The values of `HydraViTConfig.geometry`: the methods in which a number of heads names a width.
@@ -175,35 +175,35 @@ def every_width(config: HydraViTConfig) -> dict[int, Subnetwork]:
     return found
 
 
-def scala(config: HydraViTConfig, width: int, *, suffix: bool) -> Subnetwork:
-    """The first ``width`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
+def scala(config: HydraViTConfig, embed: int, *, suffix: bool) -> Subnetwork:
+    """The first ``embed`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
 
-    This follows the released checkpoints. They cut the qkv weight as one block of ``3 * width`` rows, and split that
+    This follows the released checkpoints. They cut the qkv weight as one block of ``3 * embed`` rows, and split that
     into queries, keys and values, so a subnetwork's queries may be the full model's key rows. The attention scale stays
     the full model's, and epsilon is 1e-5.
     """
-    if not 1 <= width <= config.embed or width % config.max_heads:
-        raise ValueError(f"scala: width {width} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
-    hidden = round(config.mlp_ratio * width)
-    channel = config.embed - width if suffix else 0
+    if not 1 <= embed <= config.embed or embed % config.max_heads:
+        raise ValueError(f"scala: embed {embed} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
+    hidden = round(config.mlp_ratio * embed)
+    channel = config.embed - embed if suffix else 0
     row = 3 * channel
-    head_dim = width // config.max_heads
+    head_dim = embed // config.max_heads
     attention = AttentionSlice(
-        channel, width, row, row + width, row + 2 * width, channel,
+        channel, embed, row, row + embed, row + 2 * embed, channel,
         config.max_heads, head_dim, head_dim, head_dim, config.head_dim**-0.5,
     )  # fmt: skip
-    mlp = MlpSlice(channel, width, config.hidden - hidden if suffix else 0, hidden)
+    mlp = MlpSlice(channel, embed, config.hidden - hidden if suffix else 0, hidden)
     return _uniform(config, config.max_heads, attention, mlp, eps=1e-5)
 
 
-def skd(config: HydraViTConfig, widths: Sequence[tuple[int, int]]) -> Subnetwork:
-    """The first ``r`` channels of every head and the first ``m`` hidden channels; ``widths`` has ``(r, m)`` per layer.
+def skd(config: HydraViTConfig, lengths: Sequence[tuple[int, int]]) -> Subnetwork:
+    """The first ``r`` channels of every head and the first ``m`` hidden channels; ``lengths`` has ``(r, m)`` per layer.
 
     SKD, arXiv 2511.11683. The residual and the number of heads stay whole. A 0 skips the layer's branch with its bias.
     """
     full, pitch = config.embed, config.head_dim
     attention = [
         AttentionSlice(0, full, 0, full, 2 * full, 0, config.max_heads if r else 0, r, r, pitch, pitch**-0.5)
-        for r, _ in widths
+        for r, _ in lengths
     ]
-    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, full, 0, m) for _, m in widths])
+    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, full, 0, m) for _, m in lengths])

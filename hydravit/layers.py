@@ -17,7 +17,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 Parameters = TypeVar("Parameters", bound=tuple)
 
 
-class GradientBuffers(Protocol):
+class InPlaceGradients(Protocol):
     """Gradients in place as model and optimizer see them; ``hydravit.training.SliceGradients`` has all of this."""
 
     @property
@@ -28,14 +28,14 @@ class GradientBuffers(Protocol):
     def mark(self, subnetworks: Iterable[kernels.Subnetwork]) -> None:
         """Note that these subnetworks' slices are about to receive gradients."""
 
-    def buffers_of(self, parameters: Parameters) -> Parameters:
+    def grads_of(self, parameters: Parameters) -> Parameters:
         """Return the tensors to which backward adds these parameters' gradients; None for a parameter without one."""
         ...
 
 
-def buffers_of(gradients: GradientBuffers | None, parameters: Parameters) -> Parameters | None:
+def grads_of(gradients: InPlaceGradients | None, parameters: Parameters) -> Parameters | None:
     """Return the buffers of the parameters' gradients; None where autograd gets the gradients."""
-    return None if gradients is None else gradients.buffers_of(parameters)
+    return None if gradients is None else gradients.grads_of(parameters)
 
 
 class Attention(nn.Module):
@@ -128,7 +128,7 @@ class Block(nn.Module):
         eps: float,
         width_index: Tensor | None,
         backend: str,
-        gradients: GradientBuffers | None = None,
+        gradients: InPlaceGradients | None = None,
         pool: tuple[int, int] | None = None,
     ) -> Tensor:
         """Add both branches to the residual ``x (B, N, Dk)``.
@@ -144,7 +144,7 @@ class Block(nn.Module):
             x = kernels.attention_block(
                 x, of_attention, self.branch_scale(x), attention, eps, width_index,
                 queries=None if pool is None else pool[1],
-                backend=backend, buffers=buffers_of(gradients, of_attention),
+                backend=backend, grads=grads_of(gradients, of_attention),
             )  # fmt: skip
         if pool is not None:
             x = x[:, pool[0] : pool[1]]
@@ -152,7 +152,7 @@ class Block(nn.Module):
             of_mlp = self.mlp_parameters()
             x = kernels.mlp_block(
                 x, of_mlp, self.branch_scale(x), mlp, eps, width_index,
-                backend=backend, buffers=buffers_of(gradients, of_mlp),
+                backend=backend, grads=grads_of(gradients, of_mlp),
             )  # fmt: skip
         return x
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
-from hydravit.geometry import GEOMETRIES, Widths, every_width, position
+from hydravit.geometry import GEOMETRIES, Selection, every_width, position
 from hydravit.inference import Engine, PackedInference
-from hydravit.layers import Block, Classifier, GradientBuffers, PatchEmbed, buffers_of, hooks_of, init_weights, is_ours
+from hydravit.layers import Block, Classifier, InPlaceGradients, PatchEmbed, grads_of, hooks_of, init_weights, is_ours
 from hydravit_kernels import NetworkSizes, Subnetwork
 
 # Calls name the same few subnetworks again and again: validating one takes longer than looking it up.
@@ -63,8 +63,8 @@ class HydraViT(nn.Module):
         self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
         init_weights(self)
 
-        self.unseen_writes = 0  # how often `weights_changed` was called
-        self.slice_gradients: GradientBuffers | None = None  # set by hydravit.training.SliceGradients
+        self.declared_changes = 0  # how often `weights_changed` was called
+        self.slice_gradients: InPlaceGradients | None = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: every call reads the weights in place
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
@@ -152,14 +152,14 @@ class HydraViT(nn.Module):
             self._check_heads(heads)
         return self._subnetworks[heads]
 
-    def widths(self, heads: int | Tensor | Subnetwork | None, batch: int) -> Widths:
+    def select(self, heads: int | Tensor | Subnetwork | None, batch: int) -> Selection:
         """Return the subnetworks of one call; ``heads`` is that of ``forward``."""
         heads = self.heads if heads is None else heads
         if isinstance(heads, Subnetwork):
             validate = NetworkSizes.validate if torch.compiler.is_compiling() else _validate
-            return Widths((validate(self._sizes, heads),), None)
+            return Selection((validate(self._sizes, heads),), None)
         if not isinstance(heads, Tensor):
-            return Widths((self.subnetwork(heads),), None)
+            return Selection((self.subnetwork(heads),), None)
         if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
         if heads.shape != (batch,):
@@ -169,11 +169,11 @@ class HydraViT(nn.Module):
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
-            return Widths(subnetworks, None)
+            return Selection(subnetworks, None)
         beyond = self.config.max_heads + 1
         index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
         width_index = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
-        return Widths(subnetworks, width_index)
+        return Selection(subnetworks, width_index)
 
     def _select_backend(self, parameter: Tensor) -> None:
         """Select the backend for the device and dtype of ``parameter``; raise if the requested one cannot run there."""
@@ -190,13 +190,13 @@ class HydraViT(nn.Module):
 
         Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call.
         """
-        self.unseen_writes += 1
+        self.declared_changes += 1
         if self.packed_inference is not None:
             self.packed_inference.drop()
 
-    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str) -> Engine:
+    def engine(self, max_batch: int = 8, dtype: torch.dtype | None = None, loader: str = "best") -> Engine:
         """Make an engine for inference with the least latency: see ``hydravit.inference.Engine``."""
-        return Engine(self, max_batch, dtype, **cuda)
+        return Engine(self, max_batch, dtype, loader)
 
     def __getstate__(self):
         """Leave gradient buffers out of copies and pickles; ``PackedInference`` leaves out the packed weights."""
@@ -217,24 +217,26 @@ class HydraViT(nn.Module):
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
-        images, widths = self._enter(images, heads)
+        images, selection = self._enter(images, heads)
         if self.packed_inference is not None:
-            logits = self.packed_inference.run(self, images, widths)
+            logits = self.packed_inference.run(self, images, selection)
             if logits is not None:
                 return logits
-        x = self._trunk(images, widths, pooled_only=self.config.pool == "token")
-        return self._head(x, self.head_parameters(), widths)
+        x = self._trunk(images, selection, pooled_only=self.config.pool == "token")
+        return self._head(x, self.head_parameters(), selection)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
         """Compute the tokens ``(B, N, Dk)`` after the blocks and, as in timm, a final norm that precedes pooling.
 
         With one width per image ``Dk`` is that of the widest, and the channels beyond an image's own are zero.
         """
-        images, widths = self._enter(images, heads)
-        x = self._trunk(images, widths)
+        images, selection = self._enter(images, heads)
+        x = self._trunk(images, selection)
         if self.config.pool == "avg":
             return x
-        return kernels.layer_norm(x, self.norm.weight, self.norm.bias, widths.embed, widths.eps, widths.width_index)
+        return kernels.layer_norm(
+            x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
+        )
 
     def forward_head(
         self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
@@ -243,41 +245,41 @@ class HydraViT(nn.Module):
 
         ``heads`` must be the same as there.
         """
-        widths = self.widths(heads, features.shape[0])
-        features = self._check_batch("features", features, (self.config.tokens, kernels.widest(widths.embed)))
+        selection = self.select(heads, features.shape[0])
+        features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
         parameters = self.head_parameters()
         if self.config.pool == "token":  # the features are normalised already
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
         if pre_logits:
             parameters = parameters._replace(weight=None, bias=None)
-        return self._head(features, parameters, widths)
+        return self._head(features, parameters, selection)
 
     def attention_maps(self, images: Tensor, heads: int | Subnetwork | None = None) -> list[Tensor | None]:
         """Compute the attention weights of every layer, ``(B, heads, queries, keys)``; None for a skipped attention.
 
         Raises ``ValueError`` for more than one width.
         """
-        images, widths = self._enter(images, heads)
-        if widths.width_index is not None:
+        images, selection = self._enter(images, heads)
+        if selection.width_index is not None:
             raise ValueError("attention_maps takes one width for the batch")
-        x = self._stem(images, widths)
+        x = self._stem(images, selection)
         maps = []
         for i, block in enumerate(self._layers()):
-            (attention,) = widths.attention(i)
+            (attention,) = selection.attention(i)
             parameters = block.attention_parameters()
-            maps.append(kernels.attention_map(x, parameters, attention, widths.eps) if attention.heads else None)
-            x = self._block(i, x, widths)
+            maps.append(kernels.attention_map(x, parameters, attention, selection.eps) if attention.heads else None)
+            x = self._block(i, x, selection)
         return maps
 
-    def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Widths]:
+    def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Selection]:
         """Begin a forward: check the images, find the widths, and select the backend anew if the parameters moved."""
         images = self.check_images(images)
-        widths = self.widths(heads, images.shape[0])
+        selection = self.select(heads, images.shape[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # they were replaced
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
-            self.slice_gradients.mark(widths.subnetworks)
-        return images, widths
+            self.slice_gradients.mark(selection.subnetworks)
+        return images, selection
 
     def check_images(self, images: Tensor) -> Tensor:
         """Return the images in the model's dtype. Under autocast they may come in another, but parameters are not cast.
@@ -328,29 +330,33 @@ class HydraViT(nn.Module):
     def _layers(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)  # a ModuleList does not tell the type of its modules
 
-    def _stem(self, images: Tensor, widths: Widths) -> Tensor:
+    def _stem(self, images: Tensor, selection: Selection) -> Tensor:
         parameters = self.stem_parameters()
-        buffers = buffers_of(self.slice_gradients, parameters)
-        return kernels.stem(images, parameters, widths.embed, widths.width_index, backend=self.backend, buffers=buffers)
+        grads = grads_of(self.slice_gradients, parameters)
+        return kernels.stem(
+            images, parameters, selection.embed, selection.width_index, backend=self.backend, grads=grads
+        )
 
-    def _trunk(self, images: Tensor, widths: Widths, pooled_only: bool = False) -> Tensor:
+    def _trunk(self, images: Tensor, selection: Selection, pooled_only: bool = False) -> Tensor:
         """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.
 
         It returns all tokens nonetheless if it is foreign or has hooks, which may expect them.
         """
-        x, last = self._stem(images, widths), self.blocks[-1]
+        x, last = self._stem(images, selection), self.blocks[-1]
         for i, block in enumerate(self.blocks):
             unseen = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
-            x = self._block(i, x, widths, pool=self.config.pool_range if unseen else None)
+            x = self._block(i, x, selection, pool=self.config.pool_range if unseen else None)
         return x
 
-    def _block(self, i: int, x: Tensor, widths: Widths, pool: tuple[int, int] | None = None) -> Tensor:
-        slices = widths.attention(i), widths.mlp(i)
-        return self.blocks[i](x, *slices, widths.eps, widths.width_index, self.backend, self.slice_gradients, pool)
+    def _block(self, i: int, x: Tensor, selection: Selection, pool: tuple[int, int] | None = None) -> Tensor:
+        slices = selection.attention(i), selection.mlp(i)
+        return self.blocks[i](
+            x, *slices, selection.eps, selection.width_index, self.backend, self.slice_gradients, pool
+        )
 
-    def _head(self, x: Tensor, parameters: kernels.HeadParameters, widths: Widths) -> Tensor:
+    def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
         pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
-        buffers = buffers_of(self.slice_gradients, parameters)
+        grads = grads_of(self.slice_gradients, parameters)
         return kernels.head(
-            x, parameters, pool, widths.head, widths.eps, widths.width_index, backend=self.backend, buffers=buffers
+            x, parameters, pool, selection.head, selection.eps, selection.width_index, backend=self.backend, grads=grads
         )

@@ -2,9 +2,9 @@
 
 A compiled backend has separate ops for forward and backward, behind one ``autograd.Function`` that is entered only if a
 gradient is needed. Gradients of parameters are full-size tensors with exact zeros outside the slice, as PyTorch users
-expect. With ``buffers``, a tuple like ``parameters``, backward adds them to the slice of those tensors in place
+expect. With ``grads``, a tuple like ``parameters``, backward adds them to the slice of those tensors in place
 instead, and autograd sees none. An entry of None means that this gradient is not wanted. ``reference`` needs no
-buffers: autograd itself adds its gradients to ``.grad``.
+such tensors: autograd itself adds its gradients to ``.grad``.
 
 ``slices`` has one slice for all images, or several and ``width_index (B,)``, int64: each image's index into them.
 
@@ -35,7 +35,7 @@ def stem(
     width_index: Tensor | None = None,
     *,
     backend: str,
-    buffers: StemParameters | None = None,
+    grads: StemParameters | None = None,
 ) -> Tensor:
     """Patch embedding and tokens: images ``(B, C, height, width)`` to the residual ``(B, N, Dk)``.
 
@@ -44,7 +44,7 @@ def stem(
     """
     if backend == "reference":
         return reference.stem(images, parameters, slices, width_index)
-    return _run("stem", backend, images, parameters, (flatten(slices), width_index), buffers)
+    return _run("stem", backend, images, parameters, (flatten(slices), width_index), grads)
 
 
 @annotate("attention_block")
@@ -58,7 +58,7 @@ def attention_block(
     *,
     queries: int | None = None,
     backend: str,
-    buffers: AttentionParameters | None = None,
+    grads: AttentionParameters | None = None,
 ) -> Tensor:
     """Norm, attention, projection, scales and residual: ``x (B, N, Dk)`` to the same shape.
 
@@ -70,7 +70,7 @@ def attention_block(
     if backend == "reference":
         return reference.attention_block(x, parameters, branch_scale, slices, eps, width_index, queries)
     constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, width_index, queries)
-    return _run("attention_block", backend, x, parameters, constants, buffers)
+    return _run("attention_block", backend, x, parameters, constants, grads)
 
 
 @annotate("mlp_block")
@@ -83,12 +83,12 @@ def mlp_block(
     width_index: Tensor | None = None,
     *,
     backend: str,
-    buffers: MlpParameters | None = None,
+    grads: MlpParameters | None = None,
 ) -> Tensor:
     """Norm, fc1, exact GELU, fc2, scales and residual: ``x (B, N, Dk)`` to the same shape."""
     if backend == "reference":
         return reference.mlp_block(x, parameters, branch_scale, slices, eps, width_index)
-    return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, width_index), buffers)
+    return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, width_index), grads)
 
 
 @annotate("head")
@@ -101,7 +101,7 @@ def head(
     width_index: Tensor | None = None,
     *,
     backend: str,
-    buffers: HeadParameters | None = None,
+    grads: HeadParameters | None = None,
 ) -> Tensor:
     """Mean of the tokens ``[pool[0], pool[1])``, norm, classifier: ``x (B, N, Dk)`` to logits ``(B, classes)``.
 
@@ -109,15 +109,15 @@ def head(
     """
     if backend == "reference":
         return reference.head(x, parameters, *pool, slices, eps, width_index)
-    return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, width_index), buffers)
+    return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, width_index), grads)
 
 
-def _run(name, backend, x, parameters, constants, buffers):
+def _run(name, backend, x, parameters, constants, grads):
     """Run the op, inside the ``autograd.Function`` if a gradient is wanted."""
     if backend == "triton" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # the kernels cast weights themselves, tile by tile
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
-        return _Block.apply(name, backend, constants, buffers, x, *parameters)
+        return _DifferentiableOp.apply(name, backend, constants, grads, x, *parameters)
     result = _op(name, backend)(x, *parameters, *constants, *((False,) if name in _SAVING else ()))
     return result[0] if name in _SAVING else result
 
@@ -148,18 +148,18 @@ def _reached(edges, parameters) -> list[bool]:
     return reached
 
 
-class _Block(torch.autograd.Function):
+class _DifferentiableOp(torch.autograd.Function):
     """The forward and backward ops of one block. ``parameters`` are in the order of the op's schema."""
 
     @staticmethod
-    def forward(ctx, name, backend, constants, buffers, x, *parameters):
+    def forward(ctx, name, backend, constants, grads, x, *parameters):
         if name in _SAVING:
             y, *saved = _op(name, backend)(x, *parameters, *constants, True)
         else:
             y, saved = _op(name, backend)(x, *parameters, *constants), []
         ctx.save_for_backward(x, *saved, *parameters)
         ctx.saved_count = len(saved)
-        ctx.op_name, ctx.backend, ctx.constants, ctx.buffers = name, backend, constants, buffers
+        ctx.op_name, ctx.backend, ctx.constants, ctx.grads = name, backend, constants, grads
         return y
 
     @staticmethod
@@ -169,11 +169,11 @@ class _Block(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]
         x_wanted, *wanted = ctx.needs_input_grad[4:]
-        in_place = ctx.buffers is not None
+        in_place = ctx.grads is not None
         if in_place:
             compiling = torch.compiler.is_compiling()
             reached = wanted if compiling else _reached(ctx.next_functions[1:], parameters)
-            sums = [b if want and run else None for b, want, run in zip(ctx.buffers, wanted, reached, strict=True)]
+            sums = [b if want and run else None for b, want, run in zip(ctx.grads, wanted, reached, strict=True)]
         else:
             sums = [torch.zeros_like(p) if want else None for p, want in zip(parameters, wanted, strict=True)]
         grad_x = _op(f"{ctx.op_name}_backward", ctx.backend)(

@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace, device: torch.device, heads: Sequence[int]
     """Per width and batch the time of a call and of its phases, in microseconds; also printed at once."""
     stored = "fp16" if args.dtype == "e4m3" else args.dtype
     model = make_model(Workload("inference", tuple(heads), max(batches), stored, args.config), device)
-    network = make_network(model, _DTYPES[args.dtype], max(batches), loader=args.loader)
+    network = make_network(model, _DTYPES[args.dtype], max(batches), args.loader)
     for k in heads:
         for batch in batches:
             images = make_images(Workload("inference", (k,), batch, stored, args.config), device)

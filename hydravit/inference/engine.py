@@ -34,12 +34,12 @@ class Engine:
         dtype: the dtype of weights and activations; None: bfloat16 on CUDA, float32 on the CPU. CUDA also has float16,
             and float8_e4m3fn, which is for the matrices, with float16 activations: it halves their bytes and changes
             the logits (``with_e4m3_weights`` shows how).
-        cuda: options of ``hydravit_kernels.CudaNetwork``, for CUDA only.
+        loader: see ``hydravit_kernels.CudaNetwork``; on the CPU there is only "best".
     Raises:
         ValueError, RuntimeError: the kernels cannot compute the dtype or the model, or they were not built.
     """
 
-    def __init__(self, model: Packable, max_batch: int = 8, dtype: torch.dtype | None = None, **cuda: str):
+    def __init__(self, model: Packable, max_batch: int = 8, dtype: torch.dtype | None = None, loader: str = "best"):
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be an integer of at least 1, not {max_batch!r}")
         self.model, self.max_batch = model, max_batch
@@ -48,10 +48,10 @@ class Engine:
         self.dtype = possible[0] if dtype is None else dtype
         if self.dtype not in possible:
             raise ValueError(f"dtype must be {' or '.join(map(str, possible))} on {self.device.type}, not {dtype}")
-        if cuda and self.device.type == "cpu":
-            raise ValueError(f"{', '.join(cuda)}: for engines on CUDA only")
+        if loader != "best" and self.device.type == "cpu":
+            raise ValueError(f"loader={loader!r} is for engines on CUDA only")
         self._subnetworks = {heads: model.subnetwork(heads) for heads in model.allowed_heads}
-        self._network = make_network(model, self.dtype, max_batch, **cuda)
+        self._network = make_network(model, self.dtype, max_batch, loader)
         self._remember()
 
     def __call__(self, images: Tensor, heads: int | None = None) -> Tensor:
@@ -86,21 +86,21 @@ class Engine:
         """Note the modules and parameters that were packed."""
         self._structure = Structure(self.model)
         self._fingerprint = Fingerprint.take(self._structure.parameters())
-        self._unseen_writes = self.model.unseen_writes
+        self._declared_changes = self.model.declared_changes
 
     def _is_stale(self) -> bool:
-        if self._unseen_writes != self.model.unseen_writes or not self._structure.holds():
+        if self._declared_changes != self.model.declared_changes or not self._structure.holds():
             return True
         # Where there is no fingerprint torch tracks no changes, and only `weights_changed` tells of them.
         return self._fingerprint is not None and not self._fingerprint.holds(self._structure.parameters())
 
 
-def make_network(model: Packable, dtype: torch.dtype, max_batch: int, **cuda: str) -> kernels.Network:
+def make_network(model: Packable, dtype: torch.dtype, max_batch: int, loader: str = "best") -> kernels.Network:
     """Make the network of the model's device, with every allowed width; raise what ``Engine`` raises."""
     parameters, sizes = model.network_parameters(), model.config.sizes
     subnetworks = {heads: model.subnetwork(heads) for heads in model.allowed_heads}
     if dtype in DTYPES["cuda"]:  # the CPU has float32 only, which CUDA lacks
-        return kernels.CudaNetwork(parameters, sizes, subnetworks.values(), dtype, max_batch, **cuda)
+        return kernels.CudaNetwork(parameters, sizes, subnetworks.values(), dtype, max_batch, loader)
     for heads, subnetwork in subnetworks.items():
         if reason := kernels.CpuNetwork.why_not(subnetwork):
             raise ValueError(f"engine: packed weights cannot serve heads={heads}: {reason}")

@@ -20,7 +20,7 @@ class Packable(Protocol):
     heads: int
     blocks: nn.ModuleList
     pos_embed: nn.Parameter
-    unseen_writes: int  # how often `weights_changed` was called
+    declared_changes: int  # how often `weights_changed` was called
 
     @property
     def allowed_heads(self) -> tuple[int, ...]: ...

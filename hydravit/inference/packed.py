@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import hydravit_kernels as kernels
-from hydravit.geometry import Widths
+from hydravit.geometry import Selection
 from hydravit.inference.packable import Packable
 from hydravit.inference.staleness import Fingerprint, Structure
 
@@ -45,24 +45,24 @@ class PackedInference:
         with self._lock:
             self._seen = self._packed = None
 
-    def run(self, model: Packable, images: Tensor, widths: Widths) -> Tensor | None:
+    def run(self, model: Packable, images: Tensor, selection: Selection) -> Tensor | None:
         """Compute the logits; return None if the blocks must run one by one, or the weights are not packed yet."""
         if model.backend != "native" or model.training or torch.compiler.is_compiling():
             return None
         structure = self._structure
         if structure is None or not structure.holds():
             structure = self._structure = Structure(model)
-        if structure.seen_from_outside():
+        if structure.needs_modules_to_run():
             return None
         parameters = structure.parameters()
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
             return None
-        if any(kernels.CpuNetwork.why_not(s) for s in widths.subnetworks):
+        if any(kernels.CpuNetwork.why_not(s) for s in selection.subnetworks):
             return None
         network = self._fresh(model, parameters)
         if network is None:
             return None
-        return network.run(images, widths.subnetworks, widths.width_index, pooled_only=self.pooled_only)
+        return network.run(images, selection.subnetworks, selection.width_index, pooled_only=self.pooled_only)
 
     def _fresh(self, model: Packable, parameters: list[Tensor | None]) -> kernels.CpuNetwork | None:
         """Return the packed copy if it is up to date, or make it if the last call found the same parameters."""

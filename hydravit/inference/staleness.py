@@ -34,7 +34,7 @@ class Structure:
         """Whether the model still has the same modules."""
         return all(list(now.values()) == then for now, then in self._children)
 
-    def seen_from_outside(self) -> bool:
+    def needs_modules_to_run(self) -> bool:
         """Whether a hook or a foreign block would miss its call."""
         return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
 

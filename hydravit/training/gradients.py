@@ -64,7 +64,7 @@ class SliceGradients:
                 parameter.grad = zeros_like(parameter)
                 self._buffers[name] = parameter, parameter.grad
         self._marked: set[Subnetwork] = set()
-        self._forward: tuple[Subnetwork, ...] = ()
+        self._last_forward: tuple[Subnetwork, ...] = ()
         self._views: dict[frozenset[Subnetwork], list[LiveSlices]] = {}
         self._hook = model.register_forward_hook(_mark_in_backward)
         model.slice_gradients = self
@@ -93,8 +93,8 @@ class SliceGradients:
         self._check_buffers()
         if torch.compiler.is_compiling():  # symbolic widths would each need a graph: mark all
             subnetworks = [self.model.subnetwork(self.model.config.max_heads)]
-        self._forward = tuple(subnetworks)
-        self._marked.update(self._forward)
+        self._last_forward = tuple(subnetworks)
+        self._marked.update(self._last_forward)
 
     @property
     def marked(self) -> frozenset[Subnetwork]:
@@ -106,11 +106,11 @@ class SliceGradients:
         self._check_buffers()
         return frozenset(self._marked)
 
-    def buffers_of(self, parameters: Parameters) -> Parameters:
+    def grads_of(self, parameters: Parameters) -> Parameters:
         """Return the buffers of ``StemParameters``, ``AttentionParameters``, ... in a tuple of the same kind."""
-        return type(parameters)(*(None if p is None else self.buffer(p) for p in parameters))  # type: ignore[arg-type]
+        return type(parameters)(*(None if p is None else self.grad_of(p) for p in parameters))  # type: ignore[arg-type]
 
-    def buffer(self, parameter: Tensor) -> Tensor | None:
+    def grad_of(self, parameter: Tensor) -> Tensor | None:
         """Return the tensor to which backward adds the gradient of a parameter or of a view of one; None if frozen.
 
         It is the parameter's ``.grad``, or the same view of it.
@@ -206,7 +206,7 @@ def _mark_in_backward(model, inputs, output) -> None:
     gradients = model.slice_gradients
     if gradients is None or torch.compiler.is_compiling() or not (isinstance(output, Tensor) and output.requires_grad):
         return
-    subnetworks = gradients._forward
+    subnetworks = gradients._last_forward
     output.register_hook(lambda _: gradients._marked.update(subnetworks))
 
 

@@ -195,8 +195,8 @@ def test_wrong_arguments_raise(kind):
         model.engine(max_batch=0)
     with pytest.raises(ValueError, match="^dtype must be .* not torch.float64"):
         model.engine(dtype=torch.float64)
-    with pytest.raises(ValueError, match="^loader: for engines on CUDA only"):
-        model.engine(loader="best")
+    with pytest.raises(ValueError, match="^loader='async' is for engines on CUDA only"):
+        model.engine(loader="async")
     engine, x = model.engine(max_batch=2), images(CONFIG, 3)
     with pytest.raises(ValueError, match="^images: at most max_batch=2 expected, 3 given"):
         engine(x)

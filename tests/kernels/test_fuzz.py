@@ -11,7 +11,7 @@ from machine import ISAS, isa_why_not
 from small import poison, shake
 
 from hydravit import HydraViT, HydraViTConfig
-from hydravit.geometry import Widths
+from hydravit.geometry import Selection
 from hydravit_kernels import (
     AttentionSlice,
     CpuNetwork,
@@ -119,13 +119,13 @@ def check_network(case):
     subnetworks = case.keep("subnetworks", tuple(random_subnetwork(case, config) for _ in range(count)))
     model = poison(shake(HydraViT(config, backend="native").eval()), subnetworks)
     images = case.images(batch, config.in_channels, *config.image_size)
-    widths = Widths(subnetworks, case.width_index(batch, count))
-    expected = model._head(model._trunk(images, widths), model.head_parameters(), widths)
+    selection = Selection(subnetworks, case.width_index(batch, count))
+    expected = model._head(model._trunk(images, selection), model.head_parameters(), selection)
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 
     network = CpuNetwork(model.network_parameters(), config.sizes)
     for pooled_only in (True, False):
-        logits = network.run(images, *widths, pooled_only=pooled_only)
+        logits = network.run(images, *selection, pooled_only=pooled_only)
         assert torch.equal(logits, expected), f"other bits, pooled_only={pooled_only}"
 
 

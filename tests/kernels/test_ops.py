@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.utils._python_dispatch
+from op_calls import calls
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 
@@ -18,46 +19,6 @@ from hydravit_kernels import ops
 native = pytest.mark.needs("native")
 
 TWELVE = HydraViTConfig(image_size=32, patch_size=8, depth=2, max_heads=12, head_dim=8, num_classes=10)
-
-
-def calls(backend="native"):
-    """One call of every op on small tensors, with every optional argument: name to arguments."""
-    d, embed, tokens, batch, full = 8, 16, 5, 3, 24
-    attention, mlp = [4, embed, 2, 26, 50, 3, 2, d, d, d], [4, embed, 7, 30]
-    x = torch.randn(batch, tokens, embed)
-    norms = (torch.randn(full), torch.randn(full))
-    scales = (torch.randn(full), torch.rand(batch))
-    qkv = (torch.randn(3 * full, full), torch.randn(3 * full), torch.randn(full, full), torch.randn(full))
-    fc = (torch.randn(96, full), torch.randn(96), torch.randn(full, 96), torch.randn(full))
-    stem = (torch.randn(full, 3, 4, 4), torch.randn(full), *(torch.randn(1, n, full) for n in (1, 2, 4)))
-    images, classifier = torch.randn(batch, 3, 4, 4), (torch.randn(10, full), torch.randn(10))
-    one = torch.zeros(batch, dtype=torch.int64)
-
-    def buffers(parameters):
-        return tuple(torch.zeros_like(p) for p in parameters)
-
-    def run(name, *arguments):
-        return getattr(torch.ops.hydravit, f"{name}_{backend}")(*arguments)
-
-    attention_inputs = (*norms, *qkv, *scales, attention, [0.3], 1e-6, one, 2)
-    mlp_inputs = (*norms, *fc, *scales, mlp, 1e-6, one)
-    head_inputs = (x, *norms, *classifier, 1, tokens, [4, embed, 2, 6], 1e-6, one)
-    stem_inputs = (images, *stem[:4], torch.randn(1, 4, full), [4, embed], one)
-    y, *attention_saved = run("attention_block", x, *attention_inputs, True)
-    _, hidden = run("mlp_block", x, *mlp_inputs, True)
-    return {
-        "stem": stem_inputs,
-        "stem_backward": (torch.randn(batch, 4, embed), *stem_inputs, True, *buffers(stem_inputs[1:6])),
-        # Of fewer queries, what is saved is in part nobody's business, and differs from call to call.
-        "attention_block": (x, *attention_inputs[:-1], tokens, True),
-        "attention_block_backward": (
-            torch.randn_like(y), x, *attention_saved, *attention_inputs, True, *buffers((*norms, *qkv, scales[0])),
-        ),
-        "mlp_block": (x, *mlp_inputs, False),
-        "mlp_block_backward": (torch.randn_like(x), x, hidden, *mlp_inputs, True, *buffers((*norms, *fc, scales[0]))),
-        "head": head_inputs,
-        "head_backward": (torch.randn(batch, 6), *head_inputs, True, *buffers((*norms, *classifier))),
-    }  # fmt: skip
 
 
 @native
@@ -234,7 +195,7 @@ def test_switching_width_is_a_few_calls_of_python():
     with LargestAllocation([]) as seen:
         sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
         model.heads = 3
-        model.widths(None, 1)
+        model.select(None, 1)
         sys.setprofile(None)
     assert seen.largest == 0 and 0 < len(calls) < 40, calls
 

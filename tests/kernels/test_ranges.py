@@ -94,10 +94,10 @@ assert counters["stats"]["unique_graphs"] == 1
 def test_without_nvtx_nothing_is_wrapped(tmp_path):
     code = """
 from hydravit.training import Trainer
-from hydravit_kernels.functional import _Block, attention_block, head, mlp_block, stem
+from hydravit_kernels.functional import _DifferentiableOp, attention_block, head, mlp_block, stem
 
 for function in (stem, attention_block, mlp_block, head, Trainer._update):
     assert not hasattr(function, "__wrapped__"), function
-assert not hasattr(_Block.backward.__wrapped__, "__wrapped__")  # the one wrapper is once_differentiable's
+assert not hasattr(_DifferentiableOp.backward.__wrapped__, "__wrapped__")  # the one wrapper is once_differentiable's
 """
     python(tmp_path, code, nvtx="raise ImportError('none here')")

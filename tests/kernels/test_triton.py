@@ -12,6 +12,7 @@ from adamw_runs import OPTIONS, Run
 from blocks import Block, attention, equal, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from machine import TRITON_DEVICE as DEVICE
+from op_calls import calls
 from small import images, make
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +21,6 @@ from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
 from hydravit_kernels import AdamWStep, AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, adamw, backends, ops
 from hydravit_kernels.subnetwork import flatten
-from tests.kernels.test_ops import calls
 
 GPU = DEVICE == "cuda"
 pytestmark = [

@@ -181,7 +181,7 @@ def test_a_geometry_lacks_some_widths():
     """SortedNet keeps all heads, so a width must divide into them; separate classifiers exist for their widths only."""
     model = hydravit.fused_model(config=SMALL, head_dim=6, mlp_ratio=2.0, geometry="sortednet")
     assert model.allowed_heads == (2, 4)
-    with pytest.raises(ValueError, match="sortednet: width 6 is not divisible by 4 heads"):
+    with pytest.raises(ValueError, match="sortednet: embed 6 is not divisible by 4 heads"):
         model(IMAGES, heads=1)
     assert hydravit.fused_model(config=SMALL, separate_classifiers=(1, 2)).heads == 2
 

@@ -69,7 +69,7 @@ def assert_equal_numbers(actual, exact, name):
 def check(model, heads, subnetwork, images):
     """Logits and all gradients, with NaN in every parameter element outside the slice."""
     exact, gradients = plain_results(model, subnetwork, images)
-    poison(model, model.widths(heads, len(images)).subnetworks)
+    poison(model, model.select(heads, len(images)).subnetworks)
     model.zero_grad()
     logits = model(images, heads=heads)
     logits.square().sum().backward()

@@ -53,7 +53,7 @@ def test_it_is_adamw_with_a_count_per_entry(case, backend):
     }
     for widths in steps:
         run.step(*widths)
-        subnetworks = [g for heads in widths for g in run.model.widths(heads, 4).subnetworks]
+        subnetworks = [g for heads in widths for g in run.model.select(heads, 4).subnetworks]
         elementwise(run, subnetworks, ages, states)
     for name, parameter in run.model.named_parameters():
         state = run.optimizer.state[parameter]

@@ -384,13 +384,14 @@ def test_fake_kernel(classes, mixed):
     opcheck copies its arguments, and a plan belongs to one packed tensor, not to its copy.
     """
     model = make(SMALL, num_classes=classes)
-    widths = model.widths(torch.tensor([2, 1, 4]) if mixed else 2, 3)
+    selection = model.select(torch.tensor([2, 1, 4]) if mixed else 2, 3)
     packed, offsets = pack(model)
     plans = [
-        hydravit.plan_network_native(packed, offsets, model.config.sizes, *s.flat(), s.eps) for s in widths.subnetworks
+        hydravit.plan_network_native(packed, offsets, model.config.sizes, *s.flat(), s.eps)
+        for s in selection.subnetworks
     ]
-    columns = max(s.head.classes if classes else s.embed.embed for s in widths.subnetworks)
-    arguments = (images(SMALL, 3), packed, plans, columns, widths.width_index)
+    columns = max(s.head.classes if classes else s.embed.embed for s in selection.subnetworks)
+    arguments = (images(SMALL, 3), packed, plans, columns, selection.width_index)
     logits = hydravit.network_native(*arguments, True)
     with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
         faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
