@@ -26,13 +26,13 @@ Vec multiply_add(Vec a, Vec b, Vec c) {
 Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 #endif
 
-// a + weight * (b - a), from the end that is nearer: with a weight of 1 it is b, exactly.
+// a + weight * (b - a), computed from the nearer of a and b, so that a weight of 1 gives exactly b.
 Vec interpolate(Vec a, Vec b, float weight) {
   const bool near_a = weight < 0.5f;
   return multiply_add(splat(near_a ? weight : weight - 1.0f), b - a, near_a ? a : b);
 }
 
-// `count` elements from `at` on, at most a vector.
+// Updates `count` elements from `at` on, at most a vector.
 void advance(const AdamwRectangle& rectangle, int64_t at, int64_t count) {
   const AdamwStep& step = *rectangle.step;
   const Vec gradient = load(rectangle.gradient + at, count);
@@ -49,7 +49,7 @@ void advance(const AdamwRectangle& rectangle, int64_t at, int64_t count) {
   store(rectangle.average + at, interpolate(load(rectangle.average + at, count), weight, step.average_weight), count);
 }
 
-// Hardware cannot guess where the next row of a rectangle begins, and rows are short: the kernel fetches it ahead.
+// Prefetches the next row of a rectangle: rows are short, and hardware cannot guess where the next one begins.
 void fetch(const AdamwRectangle& rectangle, int64_t at) {
   __builtin_prefetch(rectangle.weight + at);
   __builtin_prefetch(rectangle.gradient + at);
@@ -58,7 +58,7 @@ void fetch(const AdamwRectangle& rectangle, int64_t at) {
   if (rectangle.average != nullptr) __builtin_prefetch(rectangle.average + at);
 }
 
-// Elements [begin, end), counted row by row.
+// Updates elements [begin, end), counted row by row.
 void advance(const AdamwRectangle& rectangle, const Range& elements) {
   for (int64_t i = elements.begin; i < elements.end;) {
     const int64_t row = i / rectangle.columns, column = i % rectangle.columns;

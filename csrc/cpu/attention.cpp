@@ -1,10 +1,9 @@
 // Attention block: y = x + branch_scale * layer_scale * (attended proj^T + b). `attended` is the attention of Q, K and
-// V, the products of norm(x) with the query, key and value weights. Chunks of images go through the block one by one.
+// V, the products of norm(x) with the query, key and value weights. The chunks go through the block one by one.
 //
-// Forward has two phases: first Q, K and V; then attention, projection and residual. The second phase waits until all
-// rows of an image are there. Within a phase every thread carries its own rows through all steps. Backward has the same
-// phases in reverse and then sums over rows. It recomputes the normalised x, and the probabilities from the saved Q, K
-// and log-sum-exp.
+// In forward, a first parallel loop computes norm, Q, K and V, and a second one attention, projection and residual: the
+// attention of a row needs K and V of all rows of its image. Backward has the same loops in reverse and then sums over
+// rows. It recomputes the normalised x, and the probabilities from the saved Q, K and log-sum-exp.
 #include "attention.h"
 
 #include "attention_heads.h"
@@ -39,7 +38,7 @@ Tokens column_of(const MutableTokens& tokens, int64_t column) {
   return {tokens.data + column, tokens.image_stride, tokens.token_stride};
 }
 
-// The block of images [image, image + images). qkv and attended are buffers of the chunk.
+// The heads of images [image, image + images), whose qkv and attended are given.
 Heads heads_of(const AttentionBlock& block, int64_t image, int64_t images, const MutableTokens& qkv,
                const MutableTokens& attended) {
   const Roles roles(block);
@@ -71,8 +70,8 @@ Axis rows_of(const AttentionBlock& block, const Role& role) {
 
 View of_role(const AttentionBlock& block, const Role& role) { return {role.weight.data, rows_of(block, role), {}}; }
 
-// A chunk of images in backward. A buffer holds the rows of all its images, (rows, padded_row(...)); z and the gradient
-// of `attended` have rows for the queries only.
+// Backward of one chunk. A buffer holds the rows of all its images, (rows, padded_row(...)); z and the gradient of
+// `attended` have rows for the queries only.
 struct Backward {
   AttentionBlock block;
   AttentionBlockGradients gradients;
@@ -93,7 +92,7 @@ struct Backward {
     return {d_normalised,     padded_row(block.embed),           statistics, gradients.grad.data, residual_rows(),
             gradients.x.data, rows_of(block.tokens, gradients.x)};
   }
-  // Rows are counted over all tokens, although only the queries have one.
+  // An index counts all tokens, although only queries have a residual.
   Axis residual_rows() const { return rows_of(block.tokens, gradients.grad); }
   Branch branch() const {
     return {query_rows(),
@@ -106,7 +105,7 @@ struct Backward {
   }
 };
 
-// From the gradient of y to the gradient of `attended`, for at most kBandRows queries of one image, by one thread.
+// Goes from the gradient of y to the gradient of `attended`, for a band of queries of one image, by one thread.
 void project_backward_rows(const Backward& chunk, int64_t image, const Range& queries, float* panel) {
   const AttentionBlock& block = chunk.block;
   const int64_t begin = image * block.queries + queries.begin, end = image * block.queries + queries.end;
@@ -118,7 +117,7 @@ void project_backward_rows(const Backward& chunk, int64_t image, const Range& qu
                 {to.data, {to.token_stride}, {}}, panel);
 }
 
-// From the gradients of Q, K and V to the gradient of x, for at most kBandRows tokens of one image, by one thread.
+// Goes from the gradients of Q, K and V to the gradient of x, for a band of tokens of one image, by one thread.
 void query_key_value_backward_rows(const Backward& chunk, int64_t image, const Range& tokens, float* panel) {
   const AttentionBlock& block = chunk.block;
   const int64_t begin = image * block.tokens + tokens.begin, end = image * block.tokens + tokens.end;
@@ -133,10 +132,10 @@ void query_key_value_backward_rows(const Backward& chunk, int64_t image, const R
     const Role& role = roles.role[i];
     const int64_t rows = i == 0 ? queries : end - begin;
     if (rows == 0) continue;
-    Output out{chunk.d_normalised + begin * embed, {embed}, {}};
-    out.accumulate = i != 1;
+    Epilogue epilogue{chunk.d_normalised + begin * embed, {embed}, {}};
+    epilogue.accumulate = i != 1;
     multiply_rows(rows, block.embed, block.heads * role.dim, d.data + role.column, {d.token_stride}, chunk.roles[i],
-                  out, panel);
+                  epilogue, panel);
   }
   if (chunk.gradients.x.data == nullptr) return;
   NormGradients through = chunk.norm_gradients();
@@ -145,7 +144,7 @@ void query_key_value_backward_rows(const Backward& chunk, int64_t image, const R
   normalize_backward_rows(chunk.norm(), through, begin + queries, end);
 }
 
-// The sums over rows: the gradients of the parameters.
+// Adds the gradients of the parameters, which are sums over rows.
 void add_gradients(const Backward& chunk, const Threads& threads, float* scratch) {
   const AttentionBlock& block = chunk.block;
   const AttentionBlockGradients& gradients = chunk.gradients;
@@ -180,7 +179,7 @@ void add_gradients(const Backward& chunk, const Threads& threads, float* scratch
   add_norm_gradients(threads, chunk.norm(), chunk.norm_gradients(), gradients.norm_weight, gradients.norm_bias);
   if (gradients.layer_scale != nullptr) {
     float* out = chunk.d_normalised;  // no longer needed
-    Output branch{out, {embed}, {}};
+    Epilogue branch{out, {embed}, {}};
     branch.bias = block.proj_bias;
     gemm(threads, scratch, query_rows, block.embed, values, attended, proj_of(block), branch);
     add_layer_scale_gradient(threads, chunk.branch(), out, embed, gradients.layer_scale);
@@ -225,11 +224,11 @@ void query_key_value_rows(const AttentionBlock& block, int64_t image, const Rang
     if (role.column == 0)
       wanted = {larger<int64_t>(0, queries.begin - tokens.begin), smaller(rows, queries.end - tokens.begin)};
     if (wanted.begin >= wanted.end) continue;
-    Output out{qkv.data + wanted.begin * qkv.token_stride + role.column, {qkv.token_stride}, {}};
-    out.bias = role.bias;
-    out.bias_axis = segmented(1, role.dim, block.pitch);
+    Epilogue epilogue{qkv.data + wanted.begin * qkv.token_stride + role.column, {qkv.token_stride}, {}};
+    epilogue.bias = role.bias;
+    epilogue.bias_axis = segmented(1, role.dim, block.pitch);
     multiply_rows(wanted.end - wanted.begin, block.heads * role.dim, block.embed, normalised + wanted.begin * stride,
-                  {stride}, transposed(role.weight, rows_of(block, role)), out, panel);
+                  {stride}, transposed(role.weight, rows_of(block, role)), epilogue, panel);
   }
 }
 
@@ -249,55 +248,56 @@ void project_rows(const AttentionBlock& block, int64_t image, const Range& token
   if (block.heads == 0) {
     return copy_rows(0, rows, block.embed, x.data, {x.token_stride}, y.data, {y.token_stride});
   }
-  Output out{y.data, {y.token_stride}, {}};
-  out.bias = block.proj_bias;
-  out.column_scale = block.layer_scale;
-  out.row_scale = block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
-  out.rows_per_scale = rows;
-  out.residual = x.data;
-  out.residual_rows = {x.token_stride};
+  Epilogue epilogue{y.data, {y.token_stride}, {}};
+  epilogue.bias = block.proj_bias;
+  epilogue.column_scale = block.layer_scale;
+  epilogue.row_scale = block.branch_scale == nullptr ? nullptr : block.branch_scale + image;
+  epilogue.rows_per_scale = rows;
+  epilogue.residual = x.data;
+  epilogue.residual_rows = {x.token_stride};
   multiply_rows(rows, block.embed, block.heads * block.value_dim, attended.data, {attended.token_stride},
-                proj_of(block), out, scratch);
+                proj_of(block), epilogue, scratch);
 }
 
 int64_t attention_rows_scratch(const AttentionBlock& block) {
-  const int64_t products = kBandRows * padded_row(block.embed) + round_up(kSweepScratch, 16);
+  const int64_t products = kBandRows * padded_row(block.embed) + round_up(kPieceScratch, 16);
   return block.heads == 0 ? products : larger(products, attend_scratch(block));
 }
 
 int attention_block(const AttentionBlock& block, const Threads& threads) {
-  const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
+  const int64_t tokens = block.tokens, chunk_images = images_per_chunk(block.batch, tokens);
   const int64_t values = block.heads * block.value_dim, columns = Roles(block).columns;
   const bool save = block.qkv.data != nullptr;
-  const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (columns + values) + tokens * (columns - values));
+  const int64_t jobs =
+      jobs_for(threads, chunk_images * tokens, block.embed * (columns + values) + tokens * (columns - values));
   const int64_t size = attention_rows_scratch(block);
   MutableTokens qkv{nullptr, tokens * padded_row(columns), padded_row(columns)};
   MutableTokens attended{nullptr, block.queries * padded_row(values), padded_row(values)};
-  const bool pack = block.heads > 0 && many_bands(block.batch * tokens, jobs);
+  const bool repack = block.heads > 0 && worth_repacking(block.batch * tokens, jobs);
   const Roles roles(block);
   float *scratch, *role_panels[3], *proj_panels;
   Workspace workspace;
-  workspace.add(&qkv.data, save ? 0 : step * qkv.image_stride);
-  workspace.add(&attended.data, save ? 0 : step * attended.image_stride);
+  workspace.add(&qkv.data, save ? 0 : chunk_images * qkv.image_stride);
+  workspace.add(&attended.data, save ? 0 : chunk_images * attended.image_stride);
   workspace.add(&scratch, jobs * size);
   for (int i = 0; i < 3; i++)
-    workspace.add(&role_panels[i], pack ? panels_size(block.embed, block.heads * roles.role[i].dim) : 0);
-  workspace.add(&proj_panels, pack ? panels_size(values, block.embed) : 0);
+    workspace.add(&role_panels[i], repack ? panels_size(block.embed, block.heads * roles.role[i].dim) : 0);
+  workspace.add(&proj_panels, repack ? panels_size(values, block.embed) : 0);
   if (!workspace.allocate()) return kOutOfMemory;
-  AttentionBlock packed = block;
-  if (pack) {
-    Weight* const weights[3] = {&packed.query_weight, &packed.key_weight, &packed.value_weight};
+  AttentionBlock repacked = block;
+  if (repack) {
+    Weight* const weights[3] = {&repacked.query_weight, &repacked.key_weight, &repacked.value_weight};
     for (int i = 0; i < 3; i++) {
       const Role& role = roles.role[i];
-      use_packed(threads, block.embed, block.heads * role.dim, transposed(role.weight, rows_of(block, role)),
-                 role_panels[i], *weights[i]);
+      repack_right(threads, block.embed, block.heads * role.dim, transposed(role.weight, rows_of(block, role)),
+                   role_panels[i], *weights[i]);
     }
-    use_packed(threads, values, block.embed, proj_of(block), proj_panels, packed.proj_weight);
+    repack_right(threads, values, block.embed, proj_of(block), proj_panels, repacked.proj_weight);
   }
 
-  for (int64_t image = 0; image < block.batch; image += step) {
-    AttentionBlock chunk = packed;
-    chunk.batch = smaller(step, block.batch - image);
+  for (int64_t image = 0; image < block.batch; image += chunk_images) {
+    AttentionBlock chunk = repacked;
+    chunk.batch = smaller(chunk_images, block.batch - image);
     chunk.x = rows_from(block.x, image, 0);
     chunk.y = rows_from(block.y, image, 0);
     chunk.qkv = save ? rows_from(block.qkv, image, 0) : qkv;
@@ -325,11 +325,11 @@ int attention_block(const AttentionBlock& block, const Threads& threads) {
 
 int attention_block_backward(const AttentionBlock& block, const AttentionBlockGradients& gradients,
                              const Threads& threads) {
-  const int64_t tokens = block.tokens, step = images_per_chunk(block.batch, tokens);
+  const int64_t tokens = block.tokens, chunk_images = images_per_chunk(block.batch, tokens);
   const Roles roles(block);
   const int64_t values = block.heads * block.value_dim;
   Backward backward{};
-  // From the end of the chain of gradients: which of them have to be computed.
+  // An intermediate gradient is needed where one that follows from it is wanted.
   backward.needs_normalised =
       gradients.x.data != nullptr || gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
   backward.needs_qkv = backward.needs_normalised;
@@ -342,9 +342,10 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   backward.d_qkv = {nullptr, tokens * padded_row(roles.columns), padded_row(roles.columns)};
   backward.d_attended = {nullptr, block.queries * padded_row(values), padded_row(values)};
 
-  const int64_t jobs = jobs_for(threads, step * tokens, block.embed * (roles.columns + values));
-  const bool pack = backward.needs_qkv && block.heads > 0 && many_bands(block.batch * tokens, jobs);
-  const int64_t images = block.heads == 0 ? 0 : step, rows = images * tokens, by_embed = rows * padded_row(block.embed);
+  const int64_t jobs = jobs_for(threads, chunk_images * tokens, block.embed * (roles.columns + values));
+  const bool repack = backward.needs_qkv && block.heads > 0 && worth_repacking(block.batch * tokens, jobs);
+  const int64_t images = block.heads == 0 ? 0 : chunk_images, rows = images * tokens,
+                by_embed = rows * padded_row(block.embed);
   backward.panel_stride = rows * kPanel;
   float *panels, *scratch, *heads_scratch, *proj, *of_roles[3];
   Workspace workspace;
@@ -354,23 +355,23 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
   workspace.add(&backward.d_normalised, by_embed);
   workspace.add(&backward.d_qkv.data, images * backward.d_qkv.image_stride);
   workspace.add(&backward.d_attended.data, images * backward.d_attended.image_stride);
-  workspace.add(&panels, jobs * round_up(kSweepScratch, 16));
+  workspace.add(&panels, jobs * round_up(kPieceScratch, 16));
   workspace.add(&scratch, gemm_scratch(threads));
   workspace.add(&heads_scratch, attend_backward_scratch(block, threads));
-  workspace.add(&proj, pack ? panels_size(block.embed, values) : 0);
+  workspace.add(&proj, repack ? panels_size(block.embed, values) : 0);
   for (int i = 0; i < 3; i++)
-    workspace.add(&of_roles[i], pack ? panels_size(block.heads * roles.role[i].dim, block.embed) : 0);
+    workspace.add(&of_roles[i], repack ? panels_size(block.heads * roles.role[i].dim, block.embed) : 0);
   if (!workspace.allocate()) return kOutOfMemory;
-  if (pack) {
-    use_packed(threads, block.embed, values, proj, backward.proj);
+  if (repack) {
+    repack_right(threads, block.embed, values, proj, backward.proj);
     for (int i = 0; i < 3; i++)
-      use_packed(threads, block.heads * roles.role[i].dim, block.embed, of_roles[i], backward.roles[i]);
+      repack_right(threads, block.heads * roles.role[i].dim, block.embed, of_roles[i], backward.roles[i]);
   }
 
-  for (int64_t image = 0; image < block.batch; image += step) {
+  for (int64_t image = 0; image < block.batch; image += chunk_images) {
     AttentionBlock& chunk = backward.block = block;
     backward.gradients = gradients;
-    chunk.batch = smaller(step, block.batch - image);
+    chunk.batch = smaller(chunk_images, block.batch - image);
     chunk.x = rows_from(block.x, image, 0);
     chunk.qkv = rows_from(block.qkv, image, 0);
     chunk.attended = rows_from(block.attended, image, 0);
@@ -386,7 +387,7 @@ int attention_block_backward(const AttentionBlock& block, const AttentionBlockGr
       parallel(threads, jobs, [&](int64_t job) {
         for_each_share(job, jobs, chunk.batch, count, [&](const Share& share) {
           for_each_band(share.tokens, [&](const Range& band) {
-            body(backward, share.image, band, panels + job * round_up(kSweepScratch, 16));
+            body(backward, share.image, band, panels + job * round_up(kPieceScratch, 16));
           });
         });
       });

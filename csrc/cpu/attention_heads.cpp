@@ -1,7 +1,6 @@
-// K and V of a head are packed once per (image, head) and stay in cache. A whole row of scores exists at once, for any
-// N. Forward takes a register tile of queries at a time, one query per row. Backward takes kTileColumns queries at a
-// time, one per vector lane; its scores are transposed, (tokens, kTileColumns), so that no sum over tokens crosses
-// lanes.
+// Each call repacks K and V of one head, which then stay in cache. A whole row of scores exists at once, for any N.
+// Forward takes a register tile of queries at a time, one query per row. Backward takes kQueries queries at a time, one
+// per vector lane; its scores are transposed, (tokens, kQueries), so that no sum over tokens crosses lanes.
 #include "attention_heads.h"
 
 namespace hydravit::HYDRAVIT_ISA {
@@ -13,7 +12,7 @@ constexpr int kQueries = kTileColumns;
 constexpr int kQueryRows =
     (kQueries + (kQueries + kTileRows - 1) / kTileRows - 1) / ((kQueries + kTileRows - 1) / kTileRows);
 
-constexpr int64_t kPad = kWidth;  // floats that packing may write beyond its panels
+constexpr int64_t kPad = kWidth;  // floats that repacking may write beyond the panels
 
 int64_t padded(int64_t columns) { return round_up(columns, kTileColumns); }
 
@@ -24,7 +23,7 @@ float* at(const MutableTokens& tokens, int64_t image, int64_t column) {
   return tokens.data + image * tokens.image_stride + column;
 }
 
-// scores (tokens, kQueries) = keys (packed rows) times queries (one packed panel)
+// scores (tokens, kQueries) = keys (from repack_rows) times queries (one panel from repack_columns)
 void score(int64_t tokens, int64_t dim, const float* keys, const float* queries, float* scores) {
   for (int64_t token = 0; token < tokens; token += kTileRows)
     tile_across(
@@ -89,9 +88,9 @@ struct BackwardSizes {
 };
 
 struct BackwardBuffers {
-  float *key_rows, *value_rows, *key_columns;          // K and V of the head, packed
-  float *d_keys, *d_values;                            // (tokens, padded): sums over the blocks of queries
-  float *query_lanes, *query_rows, *d_lanes, *d_rows;  // q and d attended of the block: (dim, query), (query, dim)
+  float *key_rows, *value_rows, *key_columns;          // K and V of the head, repacked
+  float *d_keys, *d_values;                            // (tokens, padded): sums over all queries
+  float *query_lanes, *query_rows, *d_lanes, *d_rows;  // q and d attended: lanes (dim, query), rows (query, dim)
   float *probabilities, *d_scores;                     // (tokens, kQueries)
 
   BackwardBuffers(const BackwardSizes& sizes, float* scratch) {
@@ -104,7 +103,7 @@ struct BackwardBuffers {
   }
 };
 
-// sums (tokens, padded(columns)) [+]= scores (tokens, kQueries) times rows (queries, columns), packed.
+// sums (tokens, padded(columns)) [+]= scores (tokens, kQueries) times rows (queries, columns), from repack_columns.
 void add_products(int64_t tokens, int64_t queries, int64_t columns, const float* scores, const float* rows,
                   bool accumulate, float* sums) {
   for (int64_t column = 0; column < columns; column += kTileColumns)
@@ -114,9 +113,9 @@ void add_products(int64_t tokens, int64_t queries, int64_t columns, const float*
                   sums + token * padded(columns) + column, padded(columns), accumulate});
 }
 
-// Replaces scores by probabilities p, and gradients dp of probabilities by gradients of scores, p (dp - sum(p dp))
-// scale. It normalises the probabilities again, because the saved log-sum-exp has lost digits: where one score
-// dominates, the difference must still be zero.
+// Replaces scores by probabilities p, and gradients dp of the probabilities by gradients of the scores,
+// p (dp - sum(p dp)) scale. It divides the probabilities by their sum once more, because the saved log-sum-exp has lost
+// digits: where one score dominates, dp - sum(p dp) must still be zero.
 void differentiate(int64_t tokens, float scale, const float* logsumexp, float* scores, float* gradients) {
   for (int half = 0; half < 2; half++) {
     float* lanes = scores + half * kWidth;
@@ -151,10 +150,10 @@ void attend_queries_backward(const Heads& heads, const HeadsGradients& gradients
   const float* saved = heads.logsumexp + image * heads.logsumexp_image_stride + head * heads.queries + query;
   std::memcpy(logsumexp, saved, static_cast<size_t>(count) * sizeof(float));
 
-  pack_columns(q, q_rows, {}, query, count, 0, d, buffers.query_lanes);
-  pack_columns(q, {}, q_rows, 0, d, query, query + count, buffers.query_rows);
-  pack_columns(d_attended, d_rows, {}, query, count, 0, dv, buffers.d_lanes);
-  pack_columns(d_attended, {}, d_rows, 0, dv, query, query + count, buffers.d_rows);
+  repack_columns(q, q_rows, {}, query, count, 0, d, buffers.query_lanes);
+  repack_columns(q, {}, q_rows, 0, d, query, query + count, buffers.query_rows);
+  repack_columns(d_attended, d_rows, {}, query, count, 0, dv, buffers.d_lanes);
+  repack_columns(d_attended, {}, d_rows, 0, dv, query, query + count, buffers.d_rows);
 
   score(tokens, d, buffers.key_rows, buffers.query_lanes, buffers.probabilities);
   score(tokens, dv, buffers.value_rows, buffers.d_lanes, buffers.d_scores);
@@ -181,9 +180,9 @@ void attend_head_backward(const Heads& heads, const HeadsGradients& gradients, i
   const int64_t tokens = heads.tokens, d = heads.head_dim, dv = heads.value_dim;
   const Axis rows{heads.k.token_stride};
   const float* k = at(heads.k, image, head * d);
-  pack_rows(k, rows, {}, 0, tokens, 0, d, buffers.key_rows);
-  pack_rows(at(heads.v, image, head * dv), rows, {}, 0, tokens, 0, dv, buffers.value_rows);
-  pack_columns(k, {}, rows, 0, d, 0, tokens, buffers.key_columns);
+  repack_rows(k, rows, {}, 0, tokens, 0, d, buffers.key_rows);
+  repack_rows(at(heads.v, image, head * dv), rows, {}, 0, tokens, 0, dv, buffers.value_rows);
+  repack_columns(k, {}, rows, 0, d, 0, tokens, buffers.key_columns);
   for (int64_t query = 0; query < heads.queries; query += kQueries)
     attend_queries_backward(heads, gradients, image, head, query, buffers);
   float* d_k = at(gradients.k, image, head * d);
@@ -209,8 +208,8 @@ void attend(const Heads& heads, int64_t image, int64_t head, const Range& querie
   float* values = keys + sizes.keys;
   float* scores = values + sizes.values;
   const Axis token_axis{heads.k.token_stride};
-  pack_columns(at(heads.k, image, head * d), token_axis, {}, 0, tokens, 0, d, keys);
-  pack_columns(at(heads.v, image, head * dv), {}, token_axis, 0, dv, 0, tokens, values);
+  repack_columns(at(heads.k, image, head * d), token_axis, {}, 0, tokens, 0, d, keys);
+  repack_columns(at(heads.v, image, head * dv), {}, token_axis, 0, dv, 0, tokens, values);
 
   const float* q = at(heads.q, image, head * d);
   float* attended = at(heads.attended, image, head * dv);

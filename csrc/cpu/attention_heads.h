@@ -16,11 +16,11 @@ struct Heads {
   float* logsumexp;        // (images, heads, queries), images `logsumexp_image_stride` apart; forward: nullable
   int64_t logsumexp_image_stride;
 };
-// Computes some queries of one (image, head), by one thread. `scratch`: attend_scratch(block) floats.
+// Computes some queries of one head of one image, by one thread. `scratch`: attend_scratch(block) floats.
 void attend(const Heads& heads, int64_t image, int64_t head, const Range& queries, float* scratch);
 int64_t attend_scratch(const AttentionBlock& block);
 
-// `attended` is the input. The gradients of q, k and v are laid out like q, k and v; only queries have a gradient of q.
+// `attended` is read, q, k and v are written. They are laid out like q, k and v; only queries have a gradient of q.
 struct HeadsGradients {
   Tokens attended;
   MutableTokens q, k, v;

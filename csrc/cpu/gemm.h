@@ -1,7 +1,7 @@
-// Matrix product P (m, n) = A (m, K) B (K, n) of strided operands, read in place: only packing copies them.
+// Matrix product P (m, n) = A (m, K) B (K, n) of strided operands. They are read in place, or repacked into panels.
 //
-// An output element is the sum of chains of multiply-adds along K. Where K is cut into chains depends on K alone, so
-// the bits of an element do not depend on the number of rows, on the tile origin or on the thread count.
+// An output element is the sum of one chain of multiply-adds for each piece of K. Where the pieces begin depends on K
+// alone, so the bits of an element do not depend on the number of rows, on the tile origin or on the thread count.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ constexpr int kTileRows = 4;
 constexpr int kTileColumns = 2 * kWidth;
 static_assert(kPanel % kTileColumns == 0);
 
-// The memory offset of index i: i * stride; or segments of `segment` indices lie `jump` elements apart (rows or columns
-// of one head, tokens of one image).
+// The memory offset of index i is i * stride; or, in segments of `segment` indices (rows or columns of one head, tokens
+// of one image) that lie `jump` elements apart, i / segment * jump + i % segment * stride.
 struct Axis {
   int64_t stride = 1;
   int64_t segment = 0;  // 0: one segment
@@ -41,10 +41,11 @@ inline Axis token_rows(int64_t tokens, int64_t token_stride, int64_t image_strid
   return segmented(token_stride, tokens, image_stride);
 }
 
+// An operand. Where `panels` is not null, a right operand is read there instead of in `data`, see kPanel.
 struct View {
   const float* data;
   Axis rows, columns;
-  const float* panels = nullptr;  // a packed right operand, see kPanel: read in place of `data`; nullable
+  const float* panels = nullptr;
   int64_t panel_stride = 0;
 };
 inline View transposed(const View& view) { return {view.data, view.columns, view.rows}; }
@@ -68,9 +69,9 @@ inline View transposed(const Weight& weight) { return transposed(weight, {weight
 //   without `gelu`:            out = [out +] residual + row_scale * column_scale * v
 //   with `gelu`:               out = v and gelu = gelu(v); gelu(v) alone if both are the same memory
 //   with `gelu` and `hidden`:  out = v * gelu'(hidden) and gelu = gelu(hidden)
-// With `gelu`, the epilogue reads no residual and no scales.
-struct Output {
-  float* data;
+// An epilogue with `gelu` reads neither residual nor scales.
+struct Epilogue {
+  float* data;  // out
   Axis rows, columns;
   bool accumulate = false;
   const float* bias = nullptr;
@@ -86,31 +87,32 @@ struct Output {
   Axis hidden_rows = {};
 };
 
-// Packs a right operand (K, n) into panels, one after the other: panels_size(K, n) floats.
-void pack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels);
+// Copies a right operand (K, n) to panels, one after the other: panels_size(K, n) floats.
+void copy_to_panels(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels);
 inline int64_t panels_size(int64_t k, int64_t n) { return round_up(n, kPanel) * k; }
 // The offset of the first element of a column, in memory whose groups of kPanel columns lie `panel` apart.
 inline int64_t in_panels(int64_t column, int64_t panel) { return column / kPanel * panel + column % kPanel; }
-// Packs a right operand, and lets `weight` or `b` itself refer to the panels.
-inline void use_packed(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels, Weight& weight) {
-  pack_right(threads, k, n, b, panels);
+// Repacks a right operand and makes `weight`, or `b` itself, refer to the panels.
+inline void repack_right(const Threads& threads, int64_t k, int64_t n, const View& b, float* panels, Weight& weight) {
+  copy_to_panels(threads, k, n, b, panels);
   weight.panels = panels, weight.panel_stride = kPanel * k;
 }
-inline void use_packed(const Threads& threads, int64_t k, int64_t n, float* panels, View& b) {
-  pack_right(threads, k, n, b, panels);
+inline void repack_right(const Threads& threads, int64_t k, int64_t n, float* panels, View& b) {
+  copy_to_panels(threads, k, n, b, panels);
   b.panels = panels, b.panel_stride = kPanel * k;
 }
 
-// Row length of the kernels' own buffers. It is never a power of two, because neighbouring rows would then share cache
-// sets.
+// Row length of the kernels' own buffers. It is never a power of two: neighbouring rows would then compete for the same
+// cache sets.
 inline int64_t padded_row(int64_t channels) { return round_up(channels, 16) + 16; }
 
-// out = a (m, K) times b (K, n), split over the threads. `scratch`: gemm_scratch(threads) floats.
+// a (m, K) times b (K, n), split over the threads. `scratch`: gemm_scratch(threads) floats.
 void gemm(const Threads& threads, float* scratch, int64_t m, int64_t n, int64_t k, const View& a, const View& b,
-          const Output& out);
+          const Epilogue& epilogue);
 int64_t gemm_scratch(const Threads& threads);
 
-// K is cut into equal pieces of whole panels: longer chains would lose precision, and their operands the cache.
+// K is cut into pieces of kPiece indices at most: longer chains would lose precision, and their operands would not stay
+// in cache. A piece begins at a multiple of kPanel.
 constexpr int64_t kPiece = 384;
 static_assert(kPiece % kPanel == 0);
 inline int64_t pieces_of(int64_t k) { return larger<int64_t>(1, divide_up(k, kPiece)); }
@@ -124,31 +126,32 @@ inline Piece piece_of(int64_t k, int64_t i) {
   return {{panels.begin * kPanel, smaller(k, panels.end * kPanel)}, i == 0, i == count - 1};
 }
 
-// Adds one piece of the product of the first `rows` rows of a with b to `columns` of out; by this thread alone. The
-// first piece overwrites out. a is contiguous along K, and its data begins at the piece. `scratch`: kSweepScratch
-// floats.
-void sweep(int64_t rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
-           const Output& out, float* scratch);
-constexpr int64_t kSweepScratch = kTileColumns * kPiece + kWidth;
+// Adds one piece of K to `columns` of a's first `rows` rows times b, by this thread alone. The first piece overwrites
+// what is there, unless the epilogue accumulates; the last one also does the rest of the epilogue. a is contiguous
+// along K and begins at the piece. `scratch`: kPieceScratch floats.
+void add_piece(int64_t rows, Range columns, const Piece& piece, const float* a, const Axis& a_rows, const View& b,
+               const Epilogue& epilogue, float* scratch);
+constexpr int64_t kPieceScratch = kTileColumns * kPiece + kWidth;
 
-// All pieces and all columns. a is contiguous along K.
+// The same for all pieces and all columns.
 inline void multiply_rows(int64_t rows, int64_t n, int64_t k, const float* a, const Axis& a_rows, const View& b,
-                          const Output& out, float* scratch) {
+                          const Epilogue& epilogue, float* scratch) {
   for (int64_t i = 0; i < pieces_of(k); i++) {
     const Piece piece = piece_of(k, i);
-    sweep(rows, {0, n}, piece, a + piece.k.begin, a_rows, b, out, scratch);
+    add_piece(rows, {0, n}, piece, a + piece.k.begin, a_rows, b, epilogue, scratch);
   }
 }
 
-// Packs lanes [lane, lane + count) and K indices [k_begin, k_end) of an operand into panels (K, lanes of a panel).
-// Lanes beyond `count` repeat the last one. `to` has room for kWidth floats more than the panels take.
-void pack_rows(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
-               int64_t k_end, float* to);  // panels of kTileRows lanes
-void pack_columns(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count,
-                  int64_t k_begin, int64_t k_end, float* to);  // panels of kTileColumns lanes
+// Repacks lanes (rows of a left operand, columns of a right one) [lane, lane + count) and K indices [k_begin, k_end)
+// into panels (K, lanes of a panel). Lanes beyond `count` repeat the last one. `to` has room for kWidth floats more
+// than the panels take.
+void repack_rows(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count, int64_t k_begin,
+                 int64_t k_end, float* to);  // panels of kTileRows lanes
+void repack_columns(const float* data, const Axis& lanes, const Axis& k_axis, int64_t lane, int64_t count,
+                    int64_t k_begin, int64_t k_end, float* to);  // panels of kTileColumns lanes
 
-// One register tile: out (rows, columns) [+]= a (rows, K) times b (K, columns), rows <= kTileRows, columns <=
-// kTileColumns. The rows of b lie `b_step` apart and are readable up to a whole vector.
+// One register tile: out (rows, columns) [+]= a (rows, K) times b (K, columns), with at most kTileRows rows and
+// kTileColumns columns. The rows of b lie `b_step` apart and are readable up to a whole vector.
 struct Tile {
   int64_t k;
   const float* a;
@@ -158,11 +161,11 @@ struct Tile {
   float* out;
   int64_t out_stride;
   bool accumulate;
-  const float* prefetch = nullptr;  // memory that is needed next: four floats per K index are prefetched; nullable
+  const float* prefetch = nullptr;  // the tile prefetches four floats per K index from here; nullable
 };
-// The rows of a are contiguous, its K indices lie `a_step` apart: packed by pack_rows, or columns of a row-major tile.
+// a is contiguous along its rows, and its K indices lie `a_step` apart, as repack_rows leaves them.
 void tile_across(int64_t rows, int64_t columns, const Tile& tile);
-// The K indices of a are contiguous, its rows lie `a_step` apart: row-major.
+// a is contiguous along K, and its rows lie `a_step` apart.
 void tile_along(int64_t rows, int64_t columns, const Tile& tile);
 
 }  // namespace hydravit::HYDRAVIT_ISA

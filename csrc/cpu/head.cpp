@@ -40,10 +40,10 @@ void head(const Head& block, const Threads& threads, float* scratch) {
     copy_rows(threads, block.batch, block.embed, features, {block.embed}, block.y, {block.y_row_stride});
     return;
   }
-  Output out{block.y, {block.y_row_stride}, {}};
-  out.bias = block.bias;
+  Epilogue epilogue{block.y, {block.y_row_stride}, {}};
+  epilogue.bias = block.bias;
   gemm(threads, normalised + size, block.batch, block.classes, block.embed, {features, {block.embed}, {}},
-       transposed(block.weight), out);
+       transposed(block.weight), epilogue);
 }
 
 int64_t head_scratch(const Head& block, const Threads& threads) {

@@ -5,7 +5,7 @@
 
 namespace hydravit::HYDRAVIT_ISA {
 
-// Computes at most kBandRows tokens of one image. `scratch`: mlp_rows_scratch(block) floats.
+// Computes a band: at most kBandRows tokens of one image. `scratch`: mlp_rows_scratch(block) floats.
 void mlp_rows(const MlpBlock& block, int64_t image, const Range& tokens, float* scratch);
 int64_t mlp_rows_scratch(const MlpBlock& block);
 

@@ -1,10 +1,9 @@
 // The whole network: the residual of a few images stays in the workspace from the pixels to the logits.
 //
 // Threads wait for each other only where a row needs other rows of its image: once per layer, before attention. In
-// between each thread carries its own rows through all steps; they share the rows by their cost, because images may
-// differ in width. Where the head pools few rows, the last layer has too few for that: its products are split by
-// columns
-// (`finish_block`).
+// between, each thread carries its own rows through all steps. Jobs have equal costs, not equal numbers of rows,
+// because images may differ in width. Where the head pools few rows, the last layer has too few for all threads, and
+// `finish_last_layer` divides the columns of its products instead.
 #include "attention.h"
 #include "attention_heads.h"
 #include "gemm.h"
@@ -21,7 +20,7 @@ namespace {
 int64_t qkv_columns(const AttentionBlock& block) { return block.heads * (2 * block.head_dim + block.value_dim); }
 int64_t attended_columns(const AttentionBlock& block) { return block.heads * block.value_dim; }
 
-// Multiply-adds per token. At least one, because shares are divided by it: a subnetwork may skip every branch.
+// Multiply-adds per token, to divide the tokens by cost. It is positive even if a subnetwork skips every branch.
 int64_t cost_of(const NetworkCall& call, const NetworkPlan& plan) {
   int64_t cost = plan.head->embed;
   for (int64_t i = 0; i < call.layers; i++) {
@@ -33,7 +32,8 @@ int64_t cost_of(const NetworkCall& call, const NetworkPlan& plan) {
   return cost;
 }
 
-// Row lengths of the buffers and the memory of one thread, in floats: enough for every width of a call.
+// Row lengths of the buffers, and the scratch of one thread and of the head, in floats; enough for every width of a
+// call.
 struct Sizes {
   int64_t embed = 0, qkv = 0, attended = 0, hidden = 0, thread = 0, head = 0;
 
@@ -64,7 +64,7 @@ struct Buffers {
   float *threads, *normalised, *hidden, *gemm, *head;
 };
 
-// A few images [image, image + images) of the call, on which all threads work together.
+// The forward of one chunk: images [image, image + images) of the call.
 class Chunk {
  public:
   Chunk(const NetworkCall& call, const Threads& threads, const Sizes& sizes, const Buffers& buffers, int64_t image,
@@ -95,7 +95,7 @@ class Chunk {
         });
       });
     each_run([&](int64_t image, int64_t images) {
-      if (few) finish_block(image, images, wanted);
+      if (few) finish_last_layer(image, images, wanted);
       classify(image, images);
     });
   }
@@ -110,7 +110,7 @@ class Chunk {
   }
   MutableTokens residual(int i, int64_t image) const { return rows(buffers_.residual[i], sizes_.embed, image); }
 
-  // The plan's blocks, with the buffers of image `image` and of the images after it.
+  // The plan's blocks, for the images from `image` on.
   Stem stem(int64_t image) const {
     Stem block = *of(image).stem;
     block.batch = images_ - image;
@@ -138,7 +138,7 @@ class Chunk {
     return block;
   }
 
-  // Calls body(share, memory of its thread) for `tokens` of all images. Shares cost the same.
+  // Calls body(share, scratch of its job) for all shares of `tokens` of all images. Jobs cost the same.
   template <class Body>
   void each_share(const Range& tokens, const Body& body) const {
     const int64_t count = tokens.end - tokens.begin, jobs = smaller(threads_.count, images_ * count);
@@ -161,9 +161,9 @@ class Chunk {
     }
   }
 
-  // Computes the last layer, from attention on, for a few rows of each image. There are too few rows to give every
-  // thread some, so the threads share the columns of the products.
-  void finish_block(int64_t image, int64_t images, const Range& tokens) const {
+  // Computes the last layer, from attention on, for a few rows of each image. They are too few to give every thread
+  // some, so the jobs divide the heads, and then the columns of the products.
+  void finish_last_layer(int64_t image, int64_t images, const Range& tokens) const {
     const int64_t last = call_.layers - 1, count = tokens.end - tokens.begin, m = images * count;
     AttentionBlock attention = this->attention(last, image);
     MlpBlock mlp = this->mlp(last, image);
@@ -171,9 +171,9 @@ class Chunk {
     const auto from = [&](const float* data, int64_t stride) { return data + tokens.begin * stride; };
     const int64_t stride = sizes_.embed;
 
-    Output out{attention.y.data + tokens.begin * stride, rows(stride), {}};
+    Epilogue proj{attention.y.data + tokens.begin * stride, rows(stride), {}};
     if (attention.heads == 0) {
-      copy_rows(threads_, m, attention.embed, from(attention.x.data, stride), rows(stride), out.data, rows(stride));
+      copy_rows(threads_, m, attention.embed, from(attention.x.data, stride), rows(stride), proj.data, rows(stride));
     } else {
       parallel(threads_, smaller(threads_.count, images * attention.heads), [&](int64_t job) {
         const Range tasks = part(images * attention.heads, job, smaller(threads_.count, images * attention.heads));
@@ -181,33 +181,33 @@ class Chunk {
           attend_head(attention, task / attention.heads, task % attention.heads, tokens,
                       buffers_.threads + job * sizes_.thread);
       });
-      out.bias = attention.proj_bias;
-      out.column_scale = attention.layer_scale;
-      out.residual = from(attention.x.data, stride);
-      out.residual_rows = rows(stride);
+      proj.bias = attention.proj_bias;
+      proj.column_scale = attention.layer_scale;
+      proj.residual = from(attention.x.data, stride);
+      proj.residual_rows = rows(stride);
       gemm(threads_, buffers_.gemm, m, attention.embed, attended_columns(attention),
-           {from(attention.attended.data, sizes_.attended), rows(sizes_.attended), {}}, proj_of(attention), out);
+           {from(attention.attended.data, sizes_.attended), rows(sizes_.attended), {}}, proj_of(attention), proj);
     }
 
-    Output y{mlp.y.data + tokens.begin * stride, rows(stride), {}};
+    Epilogue fc2{mlp.y.data + tokens.begin * stride, rows(stride), {}};
     if (mlp.hidden == 0) {
-      copy_rows(threads_, m, mlp.embed, from(mlp.x.data, stride), rows(stride), y.data, rows(stride));
+      copy_rows(threads_, m, mlp.embed, from(mlp.x.data, stride), rows(stride), fc2.data, rows(stride));
       return;
     }
     normalize(threads_, {m, mlp.embed, mlp.eps, from(mlp.x.data, stride), rows(stride), mlp.norm_weight, mlp.norm_bias},
               buffers_.normalised, nullptr);
-    Output hidden{buffers_.hidden, {sizes_.hidden}, {}};
-    hidden.bias = mlp.fc1_bias;
-    hidden.gelu = hidden.data;
-    hidden.gelu_stride = sizes_.hidden;
+    Epilogue fc1{buffers_.hidden, {sizes_.hidden}, {}};
+    fc1.bias = mlp.fc1_bias;
+    fc1.gelu = fc1.data;
+    fc1.gelu_stride = sizes_.hidden;
     gemm(threads_, buffers_.gemm, m, mlp.hidden, mlp.embed, {buffers_.normalised, {mlp.embed}, {}},
-         transposed(mlp.fc1_weight), hidden);
-    y.bias = mlp.fc2_bias;
-    y.column_scale = mlp.layer_scale;
-    y.residual = from(mlp.x.data, stride);
-    y.residual_rows = rows(stride);
+         transposed(mlp.fc1_weight), fc1);
+    fc2.bias = mlp.fc2_bias;
+    fc2.column_scale = mlp.layer_scale;
+    fc2.residual = from(mlp.x.data, stride);
+    fc2.residual_rows = rows(stride);
     gemm(threads_, buffers_.gemm, m, mlp.embed, mlp.hidden, {buffers_.hidden, {sizes_.hidden}, {}},
-         transposed(mlp.fc2_weight), y);
+         transposed(mlp.fc2_weight), fc2);
   }
 
   void classify(int64_t image, int64_t images) const {
@@ -230,25 +230,25 @@ class Chunk {
 }  // namespace
 
 int network(const NetworkCall& call, const Threads& threads) {
-  // One image per thread at a time: more images gain nothing and do not stay in the cache.
-  const int64_t step = smaller(call.batch, threads.count), rows = step * call.tokens;
-  Sizes sizes(call, call.plans[0], threads, step);
+  // A chunk has one image per thread: more images would gain nothing and not stay in cache.
+  const int64_t chunk_images = smaller(call.batch, threads.count), rows = chunk_images * call.tokens;
+  Sizes sizes(call, call.plans[0], threads, chunk_images);
   if (call.width_index != nullptr)
     for (int64_t image = 0; image < call.batch; image++)
-      sizes.enlarge(Sizes(call, call.plans[call.width_index[image]], threads, step));
+      sizes.enlarge(Sizes(call, call.plans[call.width_index[image]], threads, chunk_images));
   Buffers buffers;
   Workspace workspace;
   for (int i = 0; i < 2; i++) workspace.add(&buffers.residual[i], rows * sizes.embed);
   for (int i = 0; i < 2; i++) workspace.add(&buffers.qkv[i], rows * sizes.qkv);
   workspace.add(&buffers.attended, rows * sizes.attended);
   workspace.add(&buffers.threads, threads.count * sizes.thread);
-  workspace.add(&buffers.normalised, step * kTileRows * sizes.embed);
-  workspace.add(&buffers.hidden, step * kTileRows * sizes.hidden);
+  workspace.add(&buffers.normalised, chunk_images * kTileRows * sizes.embed);
+  workspace.add(&buffers.hidden, chunk_images * kTileRows * sizes.hidden);
   workspace.add(&buffers.gemm, gemm_scratch(threads));
   workspace.add(&buffers.head, sizes.head);
   if (!workspace.allocate()) return kOutOfMemory;
-  for (int64_t image = 0; image < call.batch; image += step)
-    Chunk(call, threads, sizes, buffers, image, smaller(step, call.batch - image)).run();
+  for (int64_t image = 0; image < call.batch; image += chunk_images)
+    Chunk(call, threads, sizes, buffers, image, smaller(chunk_images, call.batch - image)).run();
   return kOk;
 }
 

@@ -1,7 +1,7 @@
 // Stem: the prefix tokens, then patches times the patch embedding, plus bias; position embedding for all.
 //
-// The stem first gathers patches into rows (patch, channel * height * width): images may have any strides, and the rows
-// are an operand of the products of forward and backward.
+// A patch is first gathered into a row of channels * patch_height * patch_width pixels: images may have any strides,
+// and products need rows.
 #include "stem.h"
 
 #include "kernels.h"
@@ -15,10 +15,10 @@ int64_t patches_of(const Stem& block) { return block.grid_height * block.grid_wi
 int64_t prefix_of(const Stem& block) { return block.cls_tokens + block.reg_tokens; }
 int64_t patch_size(const Stem& block) { return block.channels * block.patch_height * block.patch_width; }
 
-// Calls body(offset in the patch, pixel coordinates) for every run of pixels of patch `row`, which counts from the
+// Calls body(offset in the patch, image, channel, y, x) for every row of pixels of patch `row`, which counts from the
 // first patch of image `image`.
 template <class Body>
-void for_each_run(const Stem& block, int64_t image, int64_t row, const Body& body) {
+void for_each_pixel_row(const Stem& block, int64_t image, int64_t row, const Body& body) {
   const int64_t patch = row % patches_of(block);
   const int64_t top = patch / block.grid_width * block.patch_height;
   const int64_t left = patch % block.grid_width * block.patch_width;
@@ -33,7 +33,7 @@ void gather_rows(const Stem& block, int64_t image, int64_t begin, int64_t end, f
   const int64_t* strides = block.image_strides;
   for (int64_t row = begin; row < end; row++) {
     float* to = patches + (row - begin) * stride;
-    for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
+    for_each_pixel_row(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
       const float* from = block.images + b * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
       if (strides[3] == 1)
         std::memcpy(to + offset, from, static_cast<size_t>(block.patch_width) * sizeof(float));
@@ -49,14 +49,14 @@ void gather_patches(const Threads& threads, const Stem& block, int64_t image, in
   });
 }
 
-// Writes every pixel of the images' gradient once, because patches do not overlap.
+// The reverse of gather_patches, for the gradient of the images. It overwrites, because patches do not overlap.
 void scatter_patches(const Threads& threads, const Stem& block, int64_t image, int64_t rows, const float* patches,
                      float* images) {
   const int64_t height = block.grid_height * block.patch_height, width = block.grid_width * block.patch_width;
   parallel_ranges(threads, rows, patch_size(block), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++) {
       const float* from = patches + row * patch_size(block);
-      for_each_run(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
+      for_each_pixel_row(block, image, row, [&](int64_t offset, int64_t b, int64_t channel, int64_t y, int64_t x) {
         float* to = images + ((b * block.channels + channel) * height + y) * width + x;
         std::memcpy(to, from + offset, static_cast<size_t>(block.patch_width) * sizeof(float));
       });
@@ -102,17 +102,18 @@ void stem_rows(const Stem& block, int64_t image, const Range& tokens, float* scr
   if (rows <= 0) return;
   float* panel = scratch + kBandRows * stride;
   gather_rows(block, image, first - prefix, tokens.end - prefix, scratch, stride);
-  Output out{y(first), {block.y.token_stride}, {}};
-  out.bias = block.bias;
+  Epilogue epilogue{y(first), {block.y.token_stride}, {}};
+  epilogue.bias = block.bias;
   if (block.pos_embed.data != nullptr) {
-    out.residual = block.pos_embed.data + (block.pos_on_prefix ? first : first - prefix) * block.pos_embed.row_stride;
-    out.residual_rows = {block.pos_embed.row_stride};
+    epilogue.residual =
+        block.pos_embed.data + (block.pos_on_prefix ? first : first - prefix) * block.pos_embed.row_stride;
+    epilogue.residual_rows = {block.pos_embed.row_stride};
   }
-  multiply_rows(rows, block.embed, size, scratch, {stride}, transposed(block.weight), out, panel);
+  multiply_rows(rows, block.embed, size, scratch, {stride}, transposed(block.weight), epilogue, panel);
 }
 
 int64_t stem_rows_scratch(const Stem& block) {
-  return kBandRows * padded_row(patch_size(block)) + round_up(kSweepScratch, 16);
+  return kBandRows * padded_row(patch_size(block)) + round_up(kPieceScratch, 16);
 }
 
 int stem(const Stem& block, const Threads& threads) {
@@ -136,10 +137,10 @@ int stem_backward(const Stem& block, const StemGradients& gradients, const Threa
   const int64_t patches = patches_of(block), prefix = prefix_of(block), size = patch_size(block);
   const Tokens& grad = gradients.grad;
   const Axis grad_rows = token_rows(patches, grad.token_stride, grad.image_stride);
-  const int64_t step = images_per_chunk(block.batch, patches);
+  const int64_t chunk_images = images_per_chunk(block.batch, patches);
   float *rows, *scratch;
   Workspace workspace;
-  workspace.add(&rows, step * patches * size);
+  workspace.add(&rows, chunk_images * patches * size);
   workspace.add(&scratch, gemm_scratch(threads));
   if (!workspace.allocate()) return kOutOfMemory;
 
@@ -148,8 +149,8 @@ int stem_backward(const Stem& block, const StemGradients& gradients, const Threa
   const int64_t first = block.pos_on_prefix ? 0 : prefix;
   add_token_sums(threads, block, grad, first, prefix + patches - first, gradients.pos_embed);
 
-  for (int64_t image = 0; image < block.batch; image += step) {
-    const int64_t count = smaller(step, block.batch - image) * patches;
+  for (int64_t image = 0; image < block.batch; image += chunk_images) {
+    const int64_t count = smaller(chunk_images, block.batch - image) * patches;
     const View d{grad.data + image * grad.image_stride + prefix * grad.token_stride, grad_rows, {}};
     if (gradients.bias != nullptr) add_column_sums(threads, count, block.embed, gradients.bias, {}, d.data, grad_rows);
     if (gradients.weight.data != nullptr) {

@@ -1,6 +1,6 @@
 // One vector of floats, as wide as the instruction set that this file is compiled for. It is the vector extension of
-// GCC and Clang, without intrinsics: another width takes one more line below. The operators are the language's; the
-// compiler makes `a * b + c` a fused multiply-add where the instruction set has one.
+// GCC and Clang, without intrinsics, so another width takes one more line below. The compiler makes `a * b + c` a fused
+// multiply-add where the instruction set has one.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,8 @@ constexpr int kWidth = 4;
 using Vec = float __attribute__((vector_size(kWidth * 4)));
 using IntVec = int32_t __attribute__((vector_size(kWidth * 4)));
 
-// These replace <algorithm>: the linker could keep a std template that was compiled here for AVX-512 for all files.
+// These replace std::min and std::max: the linker keeps one copy of a std template that several files instantiate, and
+// that could be the one compiled here for AVX-512.
 template <class T>
 static inline T smaller(T a, T b) {
   return b < a ? b : a;
@@ -45,7 +46,7 @@ static inline Vec load(const float* from) {
 }
 static inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
-// Loads or stores the first `count` lanes and touches no memory beyond; the other lanes become `fill`.
+// These load or store the first `count` lanes and touch no memory beyond; the other lanes become `fill`.
 static inline Vec load(const float* from, int64_t count, float fill = 0.0f) {
   if (count >= kWidth) return load(from);
   Vec value = splat(fill);
@@ -89,14 +90,15 @@ static inline float sum(Vec value) {
 }
 static inline float highest(Vec value) { return reduce(value, vmax); }
 
-// The sum of term(i) for i in [0, count). Blocks keep the precision of long sums.
+// The sum of term(i) for i in [0, count). Terms are summed kTerms at a time, and then these sums, which keeps the
+// precision of long sums.
 template <class Term>
 static inline Vec sum_over(int64_t count, const Term& term) {
-  constexpr int64_t kBlock = 16;
+  constexpr int64_t kTerms = 16;
   Vec total{};
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
+  for (int64_t begin = 0; begin < count; begin += kTerms) {
     Vec part{};
-    for (int64_t i = begin; i < smaller(count, begin + kBlock); i++) part += term(i);
+    for (int64_t i = begin; i < smaller(count, begin + kTerms); i++) part += term(i);
     total += part;
   }
   return total;
@@ -123,8 +125,9 @@ static inline Vec exp(Vec x) {
   return x < low ? Vec{} : result;
 }
 
-// (Phi(x) - 1/2) / x from x^2, where |x| < kNormalTail: a polynomial of degree 14 (minimax, in powers of
-// 2 x^2 / kNormalTail^2 - 1, which keeps it stable), half the operations of the error function.
+// (Phi(x) - 1/2) / x from x^2, where |x| < kNormalTail and Phi is the normal distribution function. It is a minimax
+// polynomial of degree 14, which takes half the operations of the error function. Its variable is
+// 2 x^2 / kNormalTail^2 - 1, which keeps it stable.
 constexpr float kNormalTail = 5.4f;  // beyond, Phi is 0 or 1
 static inline Vec normal_slope(Vec square) {
   const Vec u = square * (2.0f / (kNormalTail * kNormalTail)) - 1.0f;

@@ -24,25 +24,25 @@ void prefer_huge_pages(float* data, int64_t size) {
 }
 
 namespace {
-struct Block {
+struct Memory {
   float* data = nullptr;
   int64_t size = 0;
-  ~Block() { std::free(data); }
+  ~Memory() { std::free(data); }
 };
-thread_local Block block;
+thread_local Memory memory;
 }  // namespace
 
 bool Workspace::allocate() {
-  if (block.size < total_) {
-    std::free(block.data);
+  if (memory.size < total_) {
+    std::free(memory.data);
     const size_t bytes = static_cast<size_t>(total_) * sizeof(float);
     const size_t alignment = bytes < kHugePage ? 64 : kHugePage;
-    block.data = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
-    if (block.data != nullptr) prefer_huge_pages(block.data, total_);
-    block.size = block.data == nullptr ? 0 : total_;
-    if (block.data == nullptr) return false;
+    memory.data = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
+    if (memory.data != nullptr) prefer_huge_pages(memory.data, total_);
+    memory.size = memory.data == nullptr ? 0 : total_;
+    if (memory.data == nullptr) return false;
   }
-  for (int i = 0; i < size_; i++) *buffers_[i].pointer = buffers_[i].used ? block.data + buffers_[i].offset : nullptr;
+  for (int i = 0; i < size_; i++) *buffers_[i].pointer = buffers_[i].used ? memory.data + buffers_[i].offset : nullptr;
   return true;
 }
 
