@@ -1,7 +1,7 @@
 // The parameters of a network, and their order. hydravit_kernels/parameters.py has the same structs with the same
 // fields in the same order. Torch-free; the CPU bindings and the CUDA network share it.
 //
-// T is what the user of a struct knows of a parameter: a pointer, an offset, a checked tensor.
+// T is what the user of a struct knows of a parameter: a pointer, an offset or a checked tensor.
 #pragma once
 
 #include <cstdint>
@@ -59,7 +59,7 @@ struct NetworkSizes {
   bool operator==(const NetworkSizes&) const = default;
 };
 
-// From integers in the order of the fields.
+// Reads and checks sizes, given as integers in the order of the fields.
 inline NetworkSizes read_sizes(const std::vector<int64_t>& integers) {
   const auto check = [](bool right, const std::string& message) {
     if (!right) throw std::runtime_error(message);
@@ -76,8 +76,8 @@ inline NetworkSizes read_sizes(const std::vector<int64_t>& integers) {
   check(n.layers > 0, "layers: at least 1 expected, 0 given");
   check(n.embed > 0, "embed: at least 1 expected, 0 given");
   check(n.channels > 0 && n.patch_height > 0 && n.patch_width > 0,
-        "weight: a patch of at least one pixel expected, " + text(n.channels) + " channels of " + text(n.patch_height) +
-            " by " + text(n.patch_width) + " given");
+        "patch_embed.proj.weight: a patch of at least one pixel expected, " + text(n.channels) + " channels of " +
+            text(n.patch_height) + " by " + text(n.patch_width) + " given");
   check(n.image_height > 0 && n.image_width > 0 && n.image_height % n.patch_height == 0 &&
             n.image_width % n.patch_width == 0,
         "images: height and width expected to be multiples of the patch (" + text(n.patch_height) + ", " +
@@ -85,15 +85,25 @@ inline NetworkSizes read_sizes(const std::vector<int64_t>& integers) {
   return n;
 }
 
+// What an error message calls a parameter: its name in timm's state dict, where a layer's parameters begin with
+// "blocks.", the layer and "."; or the name of an op's argument.
+struct ParameterName {
+  const char* name;
+  int64_t layer;  // -1: the parameter belongs to no layer
+
+  ParameterName(const char* name, int64_t layer = -1) : name(name), layer(layer) {}
+  std::string full() const { return layer < 0 ? name : "blocks." + std::to_string(layer) + "." + name; }
+};
+
 // What is known of a parameter before there is one.
 struct ParameterSpec {
-  const char* name;
+  ParameterName name;
   std::vector<int64_t> shape;
   bool weight;       // of a matrix product: packing lays it out in panels
   bool optional;     // may be absent
-  float absent = 0;  // an optional vector of this value has the effect of an absent one
+  float absent = 0;  // a vector of this value has the effect of an absent one
 
-  // Of a weight as a matrix of shape[0] rows.
+  // The columns of a weight, whose rows are the first axis of `shape`.
   int64_t columns() const { return std::accumulate(shape.begin() + 1, shape.end(), int64_t{1}, std::multiplies<>()); }
 };
 
@@ -101,30 +111,33 @@ struct ParameterSpec {
 template <class Next>
 auto read_parameters(const NetworkSizes& n, Next&& next) {
   using T = decltype(next(std::declval<ParameterSpec>()));
-  const auto vector = [&](const char* name, int64_t size) -> T { return next({name, {size}, false, false}); };
-  const auto optional = [&](const char* name, int64_t size) -> T { return next({name, {size}, false, true}); };
-  const auto scale = [&](const char* name) -> T { return next({name, {n.embed}, false, true, 1}); };
-  const auto tokens = [&](const char* name, int64_t count) -> T {
+  const auto vector = [&](ParameterName name, int64_t size) -> T { return next({name, {size}, false, false}); };
+  const auto optional = [&](ParameterName name, int64_t size) -> T { return next({name, {size}, false, true}); };
+  const auto scale = [&](ParameterName name) -> T { return next({name, {n.embed}, false, true, 1}); };
+  const auto tokens = [&](ParameterName name, int64_t count) -> T {
     return next({name, {1, count, n.embed}, false, true});
   };
-  const auto weight = [&](const char* name, int64_t rows, int64_t columns) -> T {
+  const auto weight = [&](ParameterName name, int64_t rows, int64_t columns) -> T {
     return next({name, {rows, columns}, true, false});
   };
   // Braces, unlike parentheses, fix the order in which the members are made.
-  StemParameters<T> stem{next({"weight", {n.embed, n.channels, n.patch_height, n.patch_width}, true, false}),
-                         optional("bias", n.embed), tokens("cls_token", n.cls_tokens),
-                         tokens("reg_token", n.reg_tokens), tokens("pos_embed", n.positions)};
+  StemParameters<T> stem{
+      next({"patch_embed.proj.weight", {n.embed, n.channels, n.patch_height, n.patch_width}, true, false}),
+      optional("patch_embed.proj.bias", n.embed), tokens("cls_token", n.cls_tokens), tokens("reg_token", n.reg_tokens),
+      tokens("pos_embed", n.positions)};
   std::vector<AttentionParameters<T>> attention;
   std::vector<MlpParameters<T>> mlp;
   for (int64_t i = 0; i < n.layers; i++) {
-    attention.push_back({vector("norm1.weight", n.embed), vector("norm1.bias", n.embed),
-                         weight("qkv.weight", 3 * n.embed, n.embed), optional("qkv.bias", 3 * n.embed),
-                         weight("proj.weight", n.embed, n.embed), optional("proj.bias", n.embed), scale("ls1.gamma")});
-    mlp.push_back({vector("norm2.weight", n.embed), vector("norm2.bias", n.embed),
-                   weight("fc1.weight", n.hidden, n.embed), optional("fc1.bias", n.hidden),
-                   weight("fc2.weight", n.embed, n.hidden), optional("fc2.bias", n.embed), scale("ls2.gamma")});
+    attention.push_back({vector({"norm1.weight", i}, n.embed), vector({"norm1.bias", i}, n.embed),
+                         weight({"attn.qkv.weight", i}, 3 * n.embed, n.embed),
+                         optional({"attn.qkv.bias", i}, 3 * n.embed), weight({"attn.proj.weight", i}, n.embed, n.embed),
+                         optional({"attn.proj.bias", i}, n.embed), scale({"ls1.gamma", i})});
+    mlp.push_back({vector({"norm2.weight", i}, n.embed), vector({"norm2.bias", i}, n.embed),
+                   weight({"mlp.fc1.weight", i}, n.hidden, n.embed), optional({"mlp.fc1.bias", i}, n.hidden),
+                   weight({"mlp.fc2.weight", i}, n.embed, n.hidden), optional({"mlp.fc2.bias", i}, n.embed),
+                   scale({"ls2.gamma", i})});
   }
-  HeadParameters<T> head{optional("norm_weight", n.embed), optional("norm_bias", n.embed),
+  HeadParameters<T> head{optional("norm.weight", n.embed), optional("norm.bias", n.embed),
                          next({"head.weight", {n.classes, n.embed}, true, true}), optional("head.bias", n.classes)};
   return NetworkParameters<T>{std::move(stem), std::move(attention), std::move(mlp), std::move(head)};
 }

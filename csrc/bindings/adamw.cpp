@@ -1,4 +1,4 @@
-// The optimizer's op of hydravit_kernels/ops.py on the CPU, on torch's stable ABI.
+// The op of the optimizer on the CPU.
 #include "checks.h"
 
 namespace hydravit {
@@ -9,7 +9,7 @@ constexpr int64_t kStepNumbers = sizeof(AdamwStep) / sizeof(float);
 
 using Tensors = std::vector<Tensor>;
 
-// One past the last element that a tensor of these sizes and strides reaches.
+// The number of elements from the first to the last one of a tensor, with the gaps between them.
 int64_t extent_of(const Tensor& tensor) {
   int64_t extent = 1;
   for (int64_t axis = 0; axis < tensor.dim(); axis++) extent += (tensor.size(axis) - 1) * tensor.stride(axis);

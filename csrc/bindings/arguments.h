@@ -1,8 +1,8 @@
 // The arguments of the ops of hydravit_kernels/ops.py, and how they become the arguments of a kernel.
 //
-// An op checks its arguments, allocates its outputs, folds the slices' offsets into base pointers and calls one kernel
-// for each run of consecutive images of the same slice. It never copies a parameter: a parameter that a kernel cannot
-// read in place is an error. `describe` makes one kernel argument for each slice, for all images.
+// An op checks its arguments, allocates its outputs, folds the slices' offsets into base pointers and calls the kernel
+// once for each run of images. It never copies a parameter: a parameter that a kernel cannot read in place is an error.
+// `describe` makes one kernel argument for each slice, for all images.
 #pragma once
 
 #include "checks.h"
@@ -33,7 +33,8 @@ Interval embed_of(const Slice& slice) {
   return {slice.embed_offset, slice.embed};
 }
 
-// Images (B, channels, height, width) of any strides. A plan knows their sizes only: no batch, no tensor.
+// Images (B, channels, height, width) of any strides. A plan is made without them: it knows only the sizes of one
+// image.
 struct Images {
   int64_t batch, channels, height, width;
   const Tensor* tensor;
@@ -46,7 +47,7 @@ struct Images {
       : batch(0), channels(n.channels), height(n.image_height), width(n.image_width), tensor(nullptr) {}
 };
 
-// The residual: x (B, N, the widest embed). A plan knows the number of tokens only: no batch, no tensor.
+// The residual: x (B, N, the widest embed). A plan is made without it: it knows only the number of tokens.
 struct Residual {
   int64_t batch, tokens;
   const Tensor* x;
@@ -91,8 +92,8 @@ struct AttentionArguments {
   OptionalTensor width_index;
   int64_t queries;
 
-  // Sizes of the tensors that forward saves for backward: those of the largest slice. `describe` has checked the
-  // slices.
+  // Sizes of the tensors that forward saves for backward, which the largest slice determines. `describe` has checked
+  // the slices.
   int64_t qkv() const {
     return largest(slices, [](const AttentionSlice& s) { return s.heads * (2 * s.head_dim + s.value_dim); });
   }
@@ -129,7 +130,7 @@ struct HeadArguments {
   double eps;
   OptionalTensor width_index;
 
-  // Columns of the result: those of the largest slice.
+  // The number of columns of the result, which the largest slice determines.
   int64_t width() const {
     return largest(slices, parameters.weight.present() ? &HeadSlice::classes : &HeadSlice::embed);
   }

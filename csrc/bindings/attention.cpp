@@ -6,7 +6,7 @@
 namespace hydravit {
 namespace {
 
-// The rows and columns that the heads of a slice reach, as intervals.
+// The intervals of rows and columns in which the heads of a slice lie.
 struct AttentionIntervals {
   Interval embed, query_rows, key_rows, value_rows, proj_columns;
   int64_t heads, head_dim, value_dim, pitch;
@@ -83,7 +83,7 @@ std::vector<AttentionBlock> describe(const AttentionArguments& arguments) {
 
 namespace {
 
-// The block of one run of images. The saved tensors are empty where forward saves nothing.
+// The block for one run of images. The saved tensors are empty where forward saves nothing.
 AttentionBlock of_run(AttentionBlock block, int64_t image, int64_t images, const Tensor& qkv, const Tensor& attended,
                       const Tensor& logsumexp) {
   block.batch = images;

@@ -1,7 +1,7 @@
 // The checks that the bindings make before a kernel sees a pointer, and the call of a kernel. Only the bindings include
 // this header: it needs torch.
 //
-// A function that returns a pointer has checked that the slice that begins there lies inside the tensor.
+// A function that returns a pointer to a slice has checked that the slice lies inside the tensor.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "hydravit.h"
+#include "parameters.h"
 
 namespace hydravit {
 
@@ -30,6 +31,9 @@ using Integers = std::vector<int64_t>;
 struct Interval {
   int64_t offset, length;
 };
+
+// A message spells a name out only when it is thrown.
+inline std::ostream& operator<<(std::ostream& stream, const ParameterName& name) { return stream << name.full(); }
 
 template <class... Parts>
 std::string message(const Parts&... parts) {
@@ -97,14 +101,14 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
-// Checks device and dtype: these kernels read tensors of the CPU only.
-inline void check_kind(const Tensor& tensor, const char* name, ScalarType type) {
+// Checks device and dtype.
+inline void check_kind(const Tensor& tensor, const ParameterName& name, ScalarType type) {
   HYDRAVIT_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
   HYDRAVIT_CHECK(tensor.scalar_type() == type, name, ": dtype ", name_of(type), " expected, ",
                  name_of(tensor.scalar_type()), " given");
 }
 
-inline void check_shape(const Tensor& tensor, const char* name, const Integers& expected) {
+inline void check_shape(const Tensor& tensor, const ParameterName& name, const Integers& expected) {
   check_kind(tensor, name, ScalarType::Float);
   bool right = tensor.dim() == static_cast<int64_t>(expected.size());
   for (size_t i = 0; right && i < expected.size(); i++)
@@ -112,15 +116,15 @@ inline void check_shape(const Tensor& tensor, const char* name, const Integers& 
   HYDRAVIT_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
 }
 
-// Checks the shape and that the innermost stride is 1. An op never copies a tensor to make it so.
-inline void check(const Tensor& tensor, const char* name, const Integers& expected) {
+// Checks the shape too, and that the innermost stride is 1. An op never copies a tensor to make it so.
+inline void check(const Tensor& tensor, const ParameterName& name, const Integers& expected) {
   check_shape(tensor, name, expected);
   const int64_t last = tensor.dim() - 1;
   HYDRAVIT_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": innermost stride 1 expected, ",
                  tensor.stride(last), " given");
 }
 
-inline void check_inside(const char* name, const char* axis, const Interval& interval, int64_t size) {
+inline void check_inside(const ParameterName& name, const char* axis, const Interval& interval, int64_t size) {
   HYDRAVIT_CHECK(interval.offset >= 0 && interval.length >= 0 && interval.offset + interval.length <= size, name, ": ",
                  axis, " [", interval.offset, ", ", interval.offset + interval.length,
                  ") of the slice expected inside [0, ", size, ")");
@@ -133,13 +137,14 @@ inline float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(
 // packed network, in panels if it is a weight; or absent.
 class Parameter {
  public:
-  Parameter(const char* name, const Tensor& tensor, const OptionalTensor* gradient = nullptr)
+  Parameter(ParameterName name, const Tensor& tensor, const OptionalTensor* gradient = nullptr)
       : name_(name), tensor_(&tensor), gradient_(given(gradient)) {}
-  Parameter(const char* name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
+  Parameter(ParameterName name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
       : name_(name), tensor_(given(&tensor)), gradient_(given(gradient)) {}
-  Parameter(const char* name, const float* packed, Integers shape, bool panels)
+  Parameter(ParameterName name, const float* packed, Integers shape, bool panels)
       : name_(name), packed_(packed), packed_shape_(std::move(shape)), panels_(panels) {}
 
+  const ParameterName& name() const { return name_; }
   bool present() const { return tensor_ != nullptr || packed_ != nullptr; }
   const Tensor* gradient() const { return gradient_; }
   const Tensor& tensor() const { return *tensor_; }
@@ -160,7 +165,7 @@ class Parameter {
       HYDRAVIT_CHECK(right, "packed ", name_, ": shape ", text(expected), " expected, ", text(packed_shape_), " given");
     }
     if (gradient_ == nullptr) return;
-    const std::string gradient_name = std::string("grad_") + name_;
+    const std::string gradient_name = std::string("grad_") + name_.name;
     HYDRAVIT_CHECK(present(), gradient_name, ": None expected, as ", name_, " is None; a tensor given");
     check(*gradient_, gradient_name.c_str(), shape_of(*tensor_));
   }
@@ -175,7 +180,7 @@ class Parameter {
     return gradient_ == nullptr ? nullptr : mutable_floats(*gradient_) + slice.offset;
   }
 
-  // The last two axes are rows and columns. `touching`: the rows or columns of the slice lie side by side.
+  // The last two axes are rows and columns. `touching` says that the heads of the slice lie side by side.
   Weight matrix(const Interval& rows, const Interval& columns, bool touching = true) const {
     if (!present()) return {nullptr, 0};
     const int64_t axis = dim() - 2;
@@ -185,7 +190,7 @@ class Parameter {
     const int64_t stride = packed_ != nullptr ? size(axis + 1) : tensor_->stride(axis);
     return {(packed_ != nullptr ? packed_ : floats(*tensor_)) + rows.offset * stride + columns.offset, stride};
   }
-  // Returns the same for a packed weight of `width` columns.
+  // The same for a packed weight of `width` columns.
   Weight panels_of(const Interval& rows, int64_t column, int64_t width, bool touching = true) const {
     HYDRAVIT_CHECK(rows.length == 0 || (touching && rows.offset % kPanel == 0), "packed ", name_,
                    ": rows that lie side by side from a multiple of ", kPanel, " on expected, ", rows.length, " from ",
@@ -204,7 +209,7 @@ class Parameter {
     return tensor != nullptr && tensor->has_value() ? &**tensor : nullptr;
   }
 
-  const char* name_;
+  ParameterName name_;
   const Tensor* tensor_ = nullptr;
   const Tensor* gradient_ = nullptr;
   const float* packed_ = nullptr;
@@ -212,7 +217,7 @@ class Parameter {
   bool panels_ = false;
 };
 
-// A tensor (B, N, channels). An output that is not wanted is empty.
+// A tensor (B, N, channels), or empty where an output is not wanted.
 inline Tokens tokens_of(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
 inline MutableTokens mutable_tokens_of(const Tensor& tensor) {
   if (tensor.dim() != 3) return {nullptr, 0, 0};
@@ -263,7 +268,7 @@ inline const float* from_image(const float* values, int64_t image) {
   return values == nullptr ? nullptr : values + image;
 }
 
-// Zeroes channels [embed, width) of `images` images: an image at a narrower width leaves the rest of the residual zero.
+// Zeroes channels [embed, width) of `images` images, beyond what a narrower width computes.
 inline void zero_beyond(const MutableTokens& tokens, int64_t images, int64_t count, int64_t embed, int64_t width) {
   if (tokens.data == nullptr || embed == width) return;
   for (int64_t image = 0; image < images; image++)

@@ -1,4 +1,4 @@
-// csrc/cuda/network.h for Python. Pointers are integers here: hydravit_kernels/networks/cuda.py owns the tensors.
+// csrc/cuda/network.h for Python. Pointers come as integers: hydravit_kernels/networks/cuda.py owns the tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

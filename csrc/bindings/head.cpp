@@ -16,9 +16,10 @@ std::vector<Head> describe(const HeadArguments& arguments) {
   HYDRAVIT_CHECK(0 <= start && start < stop && stop <= x.tokens,
                  "pool_start, pool_stop: 0 <= start < stop <= ", x.tokens, " tokens expected, ", start, " and ", stop,
                  " given");
-  HYDRAVIT_CHECK(p.norm_weight.present() == p.norm_bias.present(),
-                 "norm_bias: given with norm_weight or not at all expected, one of the two given");
-  HYDRAVIT_CHECK(p.weight.present() || !p.bias.present(), "bias: None expected, as weight is None; a tensor given");
+  HYDRAVIT_CHECK(p.norm_weight.present() == p.norm_bias.present(), p.norm_bias.name(), ": given with ",
+                 p.norm_weight.name(), " or not at all expected, one of the two given");
+  HYDRAVIT_CHECK(p.weight.present() || !p.bias.present(), p.bias.name(), ": None expected, as ", p.weight.name(),
+                 " is None; a tensor given");
   p.norm_weight.check_both({kAny});
   p.weight.check_both({kAny, kAny});
   int64_t D = kAny;

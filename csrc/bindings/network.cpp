@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // floats: a parameter begins on a cache line of `packed`
 
-// Floats that a parameter takes; panels are whole. False if the number is beyond int64.
+// Computes how many floats a parameter takes, where panels are whole. Returns false if the number is beyond int64.
 bool packed_size(const ParameterSpec& spec, int64_t& size) {
   const int64_t unit = spec.weight ? kPanel : 1;
   size = (spec.shape[0] + unit - 1) / unit * unit;
@@ -21,7 +21,7 @@ bool packed_size(const ParameterSpec& spec, int64_t& size) {
   return true;
 }
 
-void pack_weight(const char* name, const Tensor& weight, float* panels) {
+void pack_weight(const ParameterName& name, const Tensor& weight, float* panels) {
   check_kind(weight, name, ScalarType::Float);
   int64_t columns = 1;
   for (int64_t axis = weight.dim() - 1; axis > 0; columns *= weight.size(axis--))
@@ -30,7 +30,8 @@ void pack_weight(const char* name, const Tensor& weight, float* panels) {
   check_status(pack_weight_cpu({floats(weight), weight.stride(0)}, weight.size(0), columns, panels, torch_threads()));
 }
 
-// parameters in the order of parameters.h -> packed, and the offset of each parameter in it, -1 where it is absent.
+// Takes the parameters in the order of parameters.h. Returns the packed tensor, and the offset of each parameter in it,
+// or -1 where it is absent.
 std::tuple<Tensor, Integers> pack_network(const std::vector<OptionalTensor>& parameters, const Integers& sizes) {
   const NetworkSizes n = read_sizes(sizes);
   const std::vector<ParameterSpec> specs = parameter_specs(n);
@@ -98,7 +99,7 @@ class PackedParameters {
 // The tensor holds PlanHeader | Stem | AttentionBlock, one for each layer | MlpBlock, one for each layer | Head. The
 // size of each struct is a multiple of the alignment of all, so there are no gaps.
 
-constexpr uint64_t kPlanMagic = 0x68796472'61706c61;  // no tensor of other bytes passes for a plan
+constexpr uint64_t kPlanMagic = 0x68796472'61706c61;  // tells a plan from other bytes
 
 struct PlanHeader {
   uint64_t magic;

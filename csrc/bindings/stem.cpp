@@ -5,7 +5,7 @@ namespace hydravit {
 namespace {
 
 // Checks that every output channel is contiguous. The stride of an axis of one element means nothing.
-void check_patch_weight(const Tensor& weight, const char* name, const Integers& expected) {
+void check_patch_weight(const Tensor& weight, const ParameterName& name, const Integers& expected) {
   check_shape(weight, name, expected);
   bool contiguous = true;
   int64_t stride = 1;
@@ -26,10 +26,10 @@ std::vector<Stem> describe(const StemArguments& arguments) {
   if (weight.packed())
     weight.check_both({kAny, channels, kAny, kAny});
   else
-    check_patch_weight(weight.tensor(), "weight", {kAny, channels, kAny, kAny});
+    check_patch_weight(weight.tensor(), weight.name(), {kAny, channels, kAny, kAny});
   const int64_t D = weight.size(0), height = weight.size(2), width = weight.size(3);
-  HYDRAVIT_CHECK(channels > 0 && height > 0 && width > 0, "weight: a patch of at least one pixel expected, shape ",
-                 text(weight.shape()), " given");
+  HYDRAVIT_CHECK(channels > 0 && height > 0 && width > 0, weight.name(),
+                 ": a patch of at least one pixel expected, shape ", text(weight.shape()), " given");
   if (weight.gradient() != nullptr) check_patch_weight(*weight.gradient(), "grad_weight", weight.shape());
   HYDRAVIT_CHECK(images.height > 0 && images.width > 0 && images.height % height == 0 && images.width % width == 0,
                  "images: height and width expected to be multiples of the patch (", height, ", ", width, "), ",
@@ -40,15 +40,15 @@ std::vector<Stem> describe(const StemArguments& arguments) {
   p.pos_embed.check_both({1, kAny, D});
   const int64_t tokens = arguments.tokens(), patches = images.height / height * (images.width / width);
   const int64_t positions = StemArguments::tokens_of(p.pos_embed);
-  HYDRAVIT_CHECK(!p.pos_embed.present() || positions == tokens || positions == patches, "pos_embed: shape (1, ", tokens,
-                 ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
+  HYDRAVIT_CHECK(!p.pos_embed.present() || positions == tokens || positions == patches, p.pos_embed.name(),
+                 ": shape (1, ", tokens, ", ", D, ") or, for the patches only, (1, ", patches, ", ", D, ") expected, ",
                  text(p.pos_embed.shape()), " given");
 
   std::vector<Stem> result;
   check_width_index(arguments.width_index, static_cast<int64_t>(arguments.slices.size()), images.batch);
   for (const EmbedSlice& slice : arguments.slices) {
     const Interval embed = embed_of(slice);
-    check_inside("weight", "output channels", embed, D);
+    check_inside(weight.name(), "output channels", embed, D);
     Stem block{};
     block.batch = images.batch, block.channels = channels;
     block.grid_height = images.height / height, block.grid_width = images.width / width;

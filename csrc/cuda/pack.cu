@@ -157,7 +157,7 @@ int pack(const Layout& layout, const std::vector<Parameter>& parameters, uint8_t
     const Parameter& from = parameters.at(next);
     const Packed& to = layout.in_order[next++];
     if (from.data == nullptr && (spec.weight || !spec.optional))
-      throw std::invalid_argument(std::string(spec.name) + ": expected, None given");
+      throw std::invalid_argument(spec.name.full() + ": a tensor expected, None given");
     if (!spec.weight) {
       if (to.rows > 0)
         run(pack_vector_kernel, VectorJob{from, spec.shape[0], to.columns, spec.absent, floats(to.offset)}, to.columns);
@@ -175,7 +175,7 @@ int pack(const Layout& layout, const std::vector<Parameter>& parameters, uint8_t
     return from;
   };
   const auto [stem, attention, mlp, head] = read_parameters(sizes, pack_one);
-  if (head.norm_weight.data == nullptr) throw std::invalid_argument("norm_weight: expected, None given");
+  if (head.norm_weight.data == nullptr) throw std::invalid_argument("norm.weight: a tensor expected, None given");
   const PositionsJob positions{stem.bias,
                                stem.cls_token,
                                stem.reg_token,

@@ -1,4 +1,4 @@
-"""A subnetwork and the parameters of a network are defined once in Python and once in C++, in the same order."""
+"""A subnetwork and the parameters of a network are defined once in Python and once in C++: same names, same order."""
 
 import re
 from pathlib import Path
@@ -30,6 +30,13 @@ def test_slices(name):
 @pytest.mark.parametrize("name", ["StemParameters", "AttentionParameters", "MlpParameters", "HeadParameters"])
 def test_parameters(name):
     assert fields("parameters.h", name) == getattr(parameters, name)._fields
+
+
+def test_names():
+    text = (CSRC / "parameters.h").read_text()
+    body = text[text.index("StemParameters<T> stem{") :]
+    blocks = (*parameters.STEM, *parameters.ATTENTION, *parameters.MLP, *parameters.HEAD)
+    assert re.findall(r'"([\w.]+)"', body) == [spec.name for spec in blocks]
 
 
 def test_sizes():

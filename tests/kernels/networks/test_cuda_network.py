@@ -79,7 +79,7 @@ def test_wrong_arguments_raise(cuda_on_the_cpu):
     with pytest.raises(ValueError, match="^positions: .* expected, 5 given"):
         cuda._cuda.CudaNetwork(sizes._replace(positions=5), "bfloat16", 1, 0, "best")
     without_norm = parameters._replace(head=parameters.head._replace(norm_weight=None, norm_bias=None))
-    with pytest.raises(ValueError, match="^norm_weight: expected, None given"):
+    with pytest.raises(ValueError, match="^norm.weight: a tensor expected, None given"):
         CudaNetwork(without_norm, sizes, subnetworks, torch.bfloat16, 1)
     with pytest.raises(ValueError, match="^subnetworks: one for all images expected on CUDA, 2 given"):
         CudaNetwork(parameters, sizes, subnetworks, torch.bfloat16, 1).run(images(SMALL_CUDA), 2 * subnetworks)
