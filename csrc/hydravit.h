@@ -2,10 +2,11 @@
 //
 // A kernel sees one slice of the weights: base pointers that include the slice's offsets, lengths and element strides.
 // It never sees the sizes of the full tensors, so it cannot read or write anything outside the slice. One call serves
-// consecutive images of one subnetwork. Innermost strides are 1 unless a stride is named. Everything is float32.
+// consecutive images of one subnetwork; only a network call serves several subnetworks. Innermost strides are 1 unless
+// a stride is named. Everything is float32.
 //
 // Names: B images, N tokens, k active heads, Dk active channels of the residual, d = head_dim, dv = value_dim.
-// A "nullable" pointer may be null: an input is then absent, and the kernel does not compute an output.
+// A "nullable" pointer may be null: the input is then absent, or the kernel does not compute the output.
 // A kernel adds the gradients of parameters to what the buffers hold; it overwrites the gradients of activations.
 #pragma once
 
@@ -81,8 +82,7 @@ struct StemGradients {
 // ---- Attention block: y = x + branch_scale * layer_scale * (proj(attention(qkv(norm(x))))) ----
 // Head h uses rows [h * pitch, h * pitch + d) of the query and key weights and biases, rows [h * pitch, h * pitch + dv)
 // of the value weight and bias, and columns [h * pitch, h * pitch + dv) of the proj weight. `heads == 0`: y = x.
-// The kernel computes y of the first `queries` tokens only, Nq of them: every token is a key and a value, but only
-// these are queries.
+// Every token is a key and a value, but only the first `queries` tokens, Nq of them, are queries and get a y.
 struct AttentionBlock {
   int64_t batch, tokens, queries, embed, heads, head_dim, value_dim, pitch;
   float scale, eps;
@@ -153,8 +153,8 @@ struct HeadGradients {
 };
 
 // ---- The whole network, for inference ----
-// One subnetwork's blocks, made once per width. Their pointers to images, y and activations are null: each call works
-// on its own images, in its own workspace.
+// One subnetwork's blocks, made once per width. Their pointers to images, y and activations are null: every call has
+// its own.
 struct NetworkPlan {
   const Stem* stem;
   const AttentionBlock* attention;  // one for each layer
@@ -173,13 +173,13 @@ struct NetworkCall {
 };
 
 // ---- AdamW (arXiv 1711.05101) and the moving average of the weights, on rectangles of full-size parameters ----
-// The numbers of one step. With the gradient g, for every element:
+// The numbers of one step. For every element, with its gradient g:
 //   weight *= decay; first += first_weight * (g - first); second = second_decay * second + second_weight * g * g
 //   weight -= step_size * first / (sqrt(second) / correction + eps); average += average_weight * (weight - average)
 struct AdamwStep {
   float decay, first_weight, second_decay, second_weight, correction, eps, step_size, average_weight;
 };
-// Pointers are those of the rectangle's first element; element row * row_stride + column goes through `step`.
+// Pointers point to the rectangle's first element; element (row, column) lies row * row_stride + column further on.
 // Rectangles do not overlap.
 struct AdamwRectangle {
   float* weight;
@@ -196,7 +196,8 @@ struct Adamw {
 
 // ---- CPU launchers; the instruction set is chosen at run time ----
 int network_cpu(const NetworkCall& call, const Threads& threads);
-// weight (rows, columns) -> panels, one after the other: `columns` times `rows`, rounded up to whole panels, floats.
+// Packs weight (rows, columns) into panels, one after the other: `rows`, rounded up to whole panels, times `columns`
+// floats.
 int pack_weight_cpu(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads);
 int stem_cpu(const Stem& block, const Threads& threads);
 int stem_backward_cpu(const Stem& block, const StemGradients& gradients, const Threads& threads);

@@ -9,7 +9,7 @@
 
 namespace hydravit {
 
-// Channels [embed_offset, embed_offset + embed) of the residual: all that the stem needs to know.
+// Channels [embed_offset, embed_offset + embed) of the residual. The stem needs to know no more.
 struct EmbedSlice {
   static constexpr int64_t kIntegers = 2;
   int64_t embed_offset, embed;
@@ -24,7 +24,7 @@ struct AttentionSlice {
   double scale;
 };
 
-// Rows [hidden_offset, hidden_offset + hidden) of fc1 and the same columns of fc2. Without any, the block is the
+// Rows [hidden_offset, hidden_offset + hidden) of fc1 and the same columns of fc2. With a hidden of 0, the block is the
 // identity.
 struct MlpSlice {
   static constexpr int64_t kIntegers = 4;
@@ -45,8 +45,8 @@ struct Subnetwork {
   float eps;
 };
 
-// ---- The flat form: Python hands over slices as integers in the order of the fields, and attention's scales apart
-// ----
+// ---- The flat form ----
+// Python hands over slices as integers in the order of the fields, and the scales of the attention slices apart.
 
 // Reads slice after slice. The caller has checked that there are enough numbers.
 class SliceReader {
@@ -74,7 +74,7 @@ class SliceReader {
   const double* scale_;
 };
 
-// Several slices of one kind, one after the other, as the op of one block takes them: one slice for every width.
+// Several slices of one kind, one for every width, as the op of one block takes them.
 template <class Slice>
 std::vector<Slice> read_slices(const std::vector<int64_t>& integers, const std::vector<double>& scales) {
   const size_t count = integers.size() / Slice::kIntegers;
