@@ -33,7 +33,7 @@ Arrays arrays_of(const AttentionBlock& block) {
 
 void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {
   block.x = const_tokens(arrays, "x");
-  set_parameters(block, arrays, "", [&](const std::string& name) { return const_weight(arrays, name); });
+  set_attention(block, arrays, "", const_weight);
   block.branch_scale = data(arrays, "branch_scale");
 
   block.y = mutable_tokens(arrays, "y");
@@ -48,14 +48,7 @@ void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {
   block.y = {nullptr, 0, 0};
   AttentionBlockGradients gradients{};
   gradients.grad = const_tokens(arrays, "grad"), gradients.x = mutable_tokens(arrays, "d_x");
-  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
-  gradients.query_weight = mutable_weight(arrays, "d_query_weight"),
-  gradients.query_bias = data(arrays, "d_query_bias");
-  gradients.key_weight = mutable_weight(arrays, "d_key_weight"), gradients.key_bias = data(arrays, "d_key_bias");
-  gradients.value_weight = mutable_weight(arrays, "d_value_weight"),
-  gradients.value_bias = data(arrays, "d_value_bias");
-  gradients.proj_weight = mutable_weight(arrays, "d_proj_weight"), gradients.proj_bias = data(arrays, "d_proj_bias");
-  gradients.layer_scale = data(arrays, "d_layer_scale");
+  set_attention(gradients, arrays, "d_", mutable_weight);
   launch([&] { return attention_block_backward_cpu(block, gradients, threads); });
 }
 

@@ -6,7 +6,8 @@
 #include <vector>
 
 #include "arrays.h"
-#include "naive.h"
+#include "oracle.h"
+#include "report.h"
 
 namespace hydravit::tests {
 
@@ -29,8 +30,6 @@ inline std::string named(std::string name, const std::vector<int64_t>& sizes) {
   return name;
 }
 
-// Counts and prints a failure of the running test.
-void expect(bool right, const std::string& what);
 void expect_same(const Array& a, const Array& b, const std::string& what);  // bit by bit
 // Calls a launcher and expects success. It calls from a new thread: the kernels keep memory per thread, so this memory
 // is no larger than the call needs, and the address sanitizer sees accesses beyond.
@@ -68,22 +67,43 @@ void add_tests(std::vector<Test>& tests, const std::string& name, const Arrays& 
       tests.emplace_back(name + ", only " + gradient, only(arrays, gradient), naive, run);
 }
 
-// Points a block at its parameters, whose names begin with `at`; `weight(name)` tells where a matrix lies.
-template <class Find>
-void set_parameters(AttentionBlock& block, Arrays& arrays, const std::string& at, const Find& weight) {
+// ---- A block, or the struct of its gradients, and its parameters in the arrays ----
+// The names begin with `at`; `weight(arrays, name)` tells where a matrix lies.
+
+template <class Block, class Find>
+void set_stem(Block& block, Arrays& arrays, const std::string& at, const Find& weight) {
+  block.weight = weight(arrays, at + "weight"), block.bias = data(arrays, at + "bias");
+  block.cls_token = weight(arrays, at + "cls_token"), block.reg_token = weight(arrays, at + "reg_token");
+  block.pos_embed = weight(arrays, at + "pos_embed");
+}
+template <class Block, class Find>
+void set_attention(Block& block, Arrays& arrays, const std::string& at, const Find& weight) {
   block.norm_weight = data(arrays, at + "norm_weight"), block.norm_bias = data(arrays, at + "norm_bias");
-  block.query_weight = weight(at + "query_weight"), block.query_bias = data(arrays, at + "query_bias");
-  block.key_weight = weight(at + "key_weight"), block.key_bias = data(arrays, at + "key_bias");
-  block.value_weight = weight(at + "value_weight"), block.value_bias = data(arrays, at + "value_bias");
-  block.proj_weight = weight(at + "proj_weight"), block.proj_bias = data(arrays, at + "proj_bias");
+  block.query_weight = weight(arrays, at + "query_weight"), block.query_bias = data(arrays, at + "query_bias");
+  block.key_weight = weight(arrays, at + "key_weight"), block.key_bias = data(arrays, at + "key_bias");
+  block.value_weight = weight(arrays, at + "value_weight"), block.value_bias = data(arrays, at + "value_bias");
+  block.proj_weight = weight(arrays, at + "proj_weight"), block.proj_bias = data(arrays, at + "proj_bias");
   block.layer_scale = data(arrays, at + "layer_scale");
 }
-template <class Find>
-void set_parameters(MlpBlock& block, Arrays& arrays, const std::string& at, const Find& weight) {
+template <class Block, class Find>
+void set_mlp(Block& block, Arrays& arrays, const std::string& at, const Find& weight) {
   block.norm_weight = data(arrays, at + "norm_weight"), block.norm_bias = data(arrays, at + "norm_bias");
-  block.fc1_weight = weight(at + "fc1_weight"), block.fc1_bias = data(arrays, at + "fc1_bias");
-  block.fc2_weight = weight(at + "fc2_weight"), block.fc2_bias = data(arrays, at + "fc2_bias");
+  block.fc1_weight = weight(arrays, at + "fc1_weight"), block.fc1_bias = data(arrays, at + "fc1_bias");
+  block.fc2_weight = weight(arrays, at + "fc2_weight"), block.fc2_bias = data(arrays, at + "fc2_bias");
   block.layer_scale = data(arrays, at + "layer_scale");
+}
+template <class Block, class Find>
+void set_head(Block& block, Arrays& arrays, const std::string& at, const Find& weight) {
+  block.norm_weight = data(arrays, at + "norm_weight"), block.norm_bias = data(arrays, at + "norm_bias");
+  block.weight = weight(arrays, at + "weight"), block.bias = data(arrays, at + "bias");
+}
+
+// Points a stem or a call of the network at the images.
+template <class Block>
+void set_images(Block& block, Arrays& arrays) {
+  const Array& images = arrays.at("images");
+  block.images = data(arrays, "images"), block.image_strides[0] = images.row_axes[0].stride;
+  for (int i = 0; i < 3; i++) block.image_strides[i + 1] = images.column_axes[i].stride;
 }
 
 }  // namespace hydravit::tests

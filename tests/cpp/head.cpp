@@ -23,8 +23,7 @@ Arrays arrays_of(const Head& block, int64_t token_count) {
 
 void run(Head block, int64_t token_count, Arrays& arrays, const Threads& threads) {
   block.x = const_tokens(arrays, "x");
-  block.norm_weight = data(arrays, "norm_weight"), block.norm_bias = data(arrays, "norm_bias");
-  block.weight = const_weight(arrays, "weight"), block.bias = data(arrays, "bias");
+  set_head(block, arrays, "", const_weight);
   block.y = data(arrays, "y"), block.y_row_stride = arrays.at("y").row_stride();
   launch([&] { return head_cpu(block, threads); });
 
@@ -33,8 +32,7 @@ void run(Head block, int64_t token_count, Arrays& arrays, const Threads& threads
   gradients.grad = data(arrays, "grad"), gradients.grad_row_stride = arrays.at("grad").row_stride();
   gradients.tokens = token_count;
   gradients.x = mutable_tokens(arrays, "d_x");
-  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
-  gradients.weight = mutable_weight(arrays, "d_weight"), gradients.bias = data(arrays, "d_bias");
+  set_head(gradients, arrays, "d_", mutable_weight);
   launch([&] { return head_backward_cpu(block, gradients, threads); });
 }
 

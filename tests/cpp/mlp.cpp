@@ -23,7 +23,7 @@ Arrays arrays_of(const MlpBlock& block) {
 
 void run(MlpBlock block, Arrays& arrays, const Threads& threads) {
   block.x = const_tokens(arrays, "x");
-  set_parameters(block, arrays, "", [&](const std::string& name) { return const_weight(arrays, name); });
+  set_mlp(block, arrays, "", const_weight);
   block.branch_scale = data(arrays, "branch_scale");
 
   block.y = mutable_tokens(arrays, "y");
@@ -36,10 +36,7 @@ void run(MlpBlock block, Arrays& arrays, const Threads& threads) {
   block.y = {nullptr, 0, 0};
   MlpBlockGradients gradients{};
   gradients.grad = const_tokens(arrays, "grad"), gradients.x = mutable_tokens(arrays, "d_x");
-  gradients.norm_weight = data(arrays, "d_norm_weight"), gradients.norm_bias = data(arrays, "d_norm_bias");
-  gradients.fc1_weight = mutable_weight(arrays, "d_fc1_weight"), gradients.fc1_bias = data(arrays, "d_fc1_bias");
-  gradients.fc2_weight = mutable_weight(arrays, "d_fc2_weight"), gradients.fc2_bias = data(arrays, "d_fc2_bias");
-  gradients.layer_scale = data(arrays, "d_layer_scale");
+  set_mlp(gradients, arrays, "d_", mutable_weight);
   launch([&] { return mlp_block_backward_cpu(block, gradients, threads); });
 }
 

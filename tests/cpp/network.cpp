@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "check.h"
+#include "network_oracle.h"
 
 namespace hydravit::tests {
 
@@ -16,160 +17,79 @@ struct Shape {
   std::vector<Width> widths;  // the first one contains the others, which read parts of its parameters
   std::vector<int64_t> width_index;
 };
-constexpr int64_t kChannels = 3, kPatchHeight = 2, kPatchWidth = 3;
-constexpr float kEps = 1e-6f;
 
-int64_t tokens_of(const Shape& shape) { return shape.cls_tokens + shape.grid * shape.grid; }
-int64_t outputs_of(const Shape& shape, const Width& width) { return shape.classes == 0 ? width.embed : shape.classes; }
-
-// ---- The blocks of one width, without pointers ----
-
-Stem stem_of(const Shape& shape, const Width& width) {
-  Stem block{};
-  block.batch = 1, block.channels = kChannels, block.grid_height = block.grid_width = shape.grid;
-  block.patch_height = kPatchHeight, block.patch_width = kPatchWidth;
-  block.embed = width.embed, block.cls_tokens = shape.cls_tokens, block.pos_on_prefix = true;
-  return block;
+NetworkSizes sizes_of(const Shape& s) {
+  constexpr int64_t kChannels = 3, kPatchHeight = 2, kPatchWidth = 3;
+  const int64_t tokens = s.cls_tokens + s.grid * s.grid;
+  return {s.layers,     s.widths[0].embed, s.widths[0].hidden,    kChannels,
+          kPatchHeight, kPatchWidth,       s.cls_tokens,          0,
+          tokens,       s.classes,         s.grid * kPatchHeight, s.grid * kPatchWidth,
+          s.pool_start, s.pool_stop};
 }
-AttentionBlock attention_of(const Shape& shape, const Width& width) {
-  AttentionBlock block{};
-  block.batch = 1, block.tokens = block.queries = tokens_of(shape);
-  block.embed = width.embed, block.heads = width.heads;
-  block.head_dim = block.value_dim = block.pitch = shape.head_dim;
-  block.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim)), block.eps = kEps;
-  return block;
+Subnetwork subnetwork_of(const Shape& shape, const Width& width) {
+  return prefix(sizes_of(shape), width.embed, width.heads, shape.head_dim, width.hidden);
 }
-MlpBlock mlp_of(const Shape& shape, const Width& width) {
-  MlpBlock block{};
-  block.batch = 1, block.tokens = tokens_of(shape), block.embed = width.embed, block.hidden = width.hidden;
-  block.eps = kEps;
-  return block;
-}
-Head head_of(const Shape& shape, const Width& width) {
-  Head block{};
-  block.batch = 1, block.pool_start = shape.pool_start, block.pool_stop = shape.pool_stop;
-  block.embed = width.embed, block.classes = shape.classes, block.eps = kEps;
-  return block;
-}
+int64_t outputs_of(const Shape& shape) { return shape.classes == 0 ? shape.widths[0].embed : shape.classes; }
+const char* const kOutputs[] = {"y", "y_alone", "y_pooled_only", "y_packed", "y_packed_pooled_only"};
 
 // ---- The parameters ----
 
-struct Size {
-  int64_t rows, columns;
-};
-std::map<std::string, Size> parameters_of(const Shape& shape, const Width& width) {
-  const int64_t embed = width.embed, columns = width.heads * shape.head_dim, hidden = width.hidden;
-  std::map<std::string, Size> sizes = {{"stem.weight", {embed, kChannels * kPatchHeight * kPatchWidth}},
-                                       {"stem.bias", {1, embed}},
-                                       {"stem.cls_token", {shape.cls_tokens, embed}},
-                                       {"stem.pos_embed", {tokens_of(shape), embed}},
-                                       {"head.norm_weight", {1, embed}},
-                                       {"head.norm_bias", {1, embed}},
-                                       {"head.weight", {shape.classes, embed}},
-                                       {"head.bias", {1, shape.classes}}};
-  for (int64_t i = 0; i < shape.layers; i++) {
-    const std::string attention = "attention" + std::to_string(i) + ".", mlp = "mlp" + std::to_string(i) + ".";
-    for (const char* name : {"query", "key", "value"}) {
-      sizes[attention + name + "_weight"] = {columns, embed};
-      sizes[attention + name + "_bias"] = {1, columns};
-    }
-    sizes[attention + "proj_weight"] = {embed, columns};
-    sizes[mlp + "fc1_weight"] = {hidden, embed};
-    sizes[mlp + "fc1_bias"] = {1, hidden};
-    sizes[mlp + "fc2_weight"] = {embed, hidden};
-    for (const std::string& block : {attention, mlp})
-      for (const char* name : {"norm_weight", "norm_bias", "layer_scale"}) sizes[block + name] = {1, embed};
-    sizes[attention + "proj_bias"] = sizes[mlp + "fc2_bias"] = {1, embed};
-  }
-  return sizes;
-}
 // Whether the network can read the parameter from panels.
 bool is_packed(const std::string& name) { return name.ends_with("weight") && !name.ends_with("norm_weight"); }
 
 Arrays arrays_of(const Shape& shape) {
   std::mt19937 generator(5);
   Arrays arrays;
-  for (const auto& [name, size] : parameters_of(shape, shape.widths[0]))
-    arrays.emplace(name, size.rows == 1 ? vector(size.columns) : weight(size.rows, size.columns));
-  const int64_t height = shape.grid * kPatchHeight, width = shape.grid * kPatchWidth;
-  arrays.emplace("images", Array({{shape.batch, kChannels * height * width + kGap}},
-                                 {{kChannels, height * width}, {height, width}, {width, 1}}));
+  const NetworkSizes n = sizes_of(shape);
+  for (const auto& [name, part] : parts_of(n, subnetwork_of(shape, shape.widths[0])))
+    arrays.emplace(name, part.rows == 1 ? vector(part.columns) : weight(part.rows, part.columns));
+  const int64_t area = n.image_height * n.image_width;
+  arrays.emplace("images", Array({{shape.batch, n.channels * area + kGap}},
+                                 {{n.channels, area}, {n.image_height, n.image_width}, {n.image_width, 1}}));
   for (auto& [name, array] : arrays) array = random(array, generator);
-  for (const char* name : {"y", "y_alone", "y_pooled_only", "y_packed", "y_packed_pooled_only"})
-    arrays.emplace(name, weight(shape.batch, outputs_of(shape, shape.widths[0])));
+  for (const char* name : kOutputs) arrays.emplace(name, weight(shape.batch, outputs_of(shape)));
   return arrays;
 }
 
 // ---- Plain loops, image by image ----
 
 template <class T>
-void network(const Shape& shape, Values<T>& all) {
-  Matrix<T> y{shape.batch, outputs_of(shape, shape.widths[0]), {}};
+void image_by_image(const Shape& shape, Values<T>& all) {
+  Matrix<T> y{shape.batch, outputs_of(shape), {}};
   for (int64_t image = 0; image < shape.batch; image++) {
-    const Width& width = shape.widths[shape.width_index[image]];
-    const std::map<std::string, Size> sizes = parameters_of(shape, width);
-    const auto values_of = [&](const std::string& block) {
-      Values<T> values;
-      for (const auto& [name, size] : sizes)
-        if (const Matrix<T>& full = all[name]; name.starts_with(block + "."))
-          values[name.substr(block.size() + 1)] =
-              matrix<T>(size.rows, size.columns, [&](int64_t i, int64_t j) { return full(i, j); });
-      return values;
+    const Subnetwork subnetwork = subnetwork_of(shape, shape.widths[shape.width_index[image]]);
+    const auto beginning = [&](const std::string& name, int64_t row, int64_t rows, int64_t columns) {
+      const Matrix<T>& full = all[name];
+      return matrix<T>(rows, columns, [&](int64_t i, int64_t j) { return full(row + i, j); });
     };
-    Values<T> values = values_of("stem");
-    const Matrix<T>& images = all["images"];
-    values["images"] = matrix<T>(1, images.columns, [&](int64_t, int64_t j) { return images(image, j); });
-    stem(stem_of(shape, width), values);
-    Matrix<T> x = values["y"];
-    const auto apply = [&](const std::string& block, const auto& body) {
-      values = values_of(block);
-      values["x"] = x;
-      body();
-      x = values["y"];
-    };
-    for (int64_t i = 0; i < shape.layers; i++) {
-      apply("attention" + std::to_string(i), [&] { attention_block(attention_of(shape, width), values); });
-      apply("mlp" + std::to_string(i), [&] { mlp_block(mlp_of(shape, width), values); });
-    }
-    apply("head", [&] { head(head_of(shape, width), values); });
-    y.values.insert(y.values.end(), x.values.begin(), x.values.end());
+    Values<T> parts;
+    for (const auto& [name, part] : parts_of(sizes_of(shape), subnetwork))
+      parts[name] = beginning(name, 0, part.rows, part.columns);
+    const Matrix<T> alone =
+        network(blocks_of(sizes_of(shape), subnetwork, 1), beginning("images", image, 1, all["images"].columns), parts);
+    y.values.insert(y.values.end(), alone.values.begin(), alone.values.end());
   }
-  for (const char* name : {"y", "y_alone", "y_pooled_only", "y_packed", "y_packed_pooled_only"}) all[name] = y;
+  for (const char* name : kOutputs) all[name] = y;
 }
 
 // ---- The kernels ----
 
-// The plan of one width: its weights are the parameters or their panels.
-class Plan {
- public:
-  Plan(const Shape& shape, const Width& width, Arrays& arrays, std::map<std::string, std::vector<float>>* panels)
-      : stem_(stem_of(shape, width)),
-        attention_(shape.layers, attention_of(shape, width)),
-        mlp_(shape.layers, mlp_of(shape, width)),
-        head_(head_of(shape, width)) {
-    const auto matrix = [&](const std::string& name) -> Weight {
-      if (panels == nullptr) return const_weight(arrays, name);
-      return {nullptr, 0, panels->at(name).data(), arrays.at(name).column_axes[0].size * kPanel};
-    };
-    stem_.weight = matrix("stem.weight"), stem_.bias = data(arrays, "stem.bias");
-    stem_.cls_token = const_weight(arrays, "stem.cls_token");
-    stem_.pos_embed = const_weight(arrays, "stem.pos_embed");
-    for (int64_t i = 0; i < shape.layers; i++) {
-      set_parameters(attention_[i], arrays, "attention" + std::to_string(i) + ".", matrix);
-      set_parameters(mlp_[i], arrays, "mlp" + std::to_string(i) + ".", matrix);
-    }
-    head_.norm_weight = data(arrays, "head.norm_weight"), head_.norm_bias = data(arrays, "head.norm_bias");
-    head_.weight = matrix("head.weight"), head_.bias = data(arrays, "head.bias");
+// The blocks of one width, with pointers: its weights are the parameters or their panels.
+Blocks blocks_in(const Shape& shape, const Width& width, Arrays& arrays,
+                 std::map<std::string, std::vector<float>>* panels) {
+  Blocks blocks = blocks_of(sizes_of(shape), subnetwork_of(shape, width), 1);
+  const auto find = [&](Arrays& arrays, const std::string& name) -> Weight {
+    if (panels == nullptr || !is_packed(name)) return const_weight(arrays, name);
+    return {nullptr, 0, panels->at(name).data(), arrays.at(name).column_axes[0].size * kPanel};
+  };
+  set_stem(blocks.stem, arrays, "stem.", find);
+  for (int64_t i = 0; i < shape.layers; i++) {
+    set_attention(blocks.attention[i], arrays, "attention" + std::to_string(i) + ".", find);
+    set_mlp(blocks.mlp[i], arrays, "mlp" + std::to_string(i) + ".", find);
   }
-
-  NetworkPlan plan() const { return {&stem_, attention_.data(), mlp_.data(), &head_}; }
-
- private:
-  Stem stem_;
-  std::vector<AttentionBlock> attention_;
-  std::vector<MlpBlock> mlp_;
-  Head head_;
-};
+  set_head(blocks.head, arrays, "head.", find);
+  return blocks;
+}
 
 // Packs a weight and checks that every element lies where the contract says.
 std::vector<float> pack(Array& array, const std::string& name, const Threads& threads) {
@@ -192,16 +112,15 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
     if (is_packed(name)) panels[name] = pack(array, name, threads);
   const int64_t stride = arrays.at("y").row_stride();
   for (const bool packed : {false, true}) {
-    std::vector<Plan> of_widths;
-    for (const Width& width : shape.widths) of_widths.emplace_back(shape, width, arrays, packed ? &panels : nullptr);
+    std::vector<Blocks> of_widths;
+    for (const Width& width : shape.widths)
+      of_widths.push_back(blocks_in(shape, width, arrays, packed ? &panels : nullptr));
     std::vector<NetworkPlan> plans;
-    for (const Plan& of_width : of_widths) plans.push_back(of_width.plan());
-    const Array& images = arrays.at("images");
+    for (const Blocks& blocks : of_widths)
+      plans.push_back({&blocks.stem, blocks.attention.data(), blocks.mlp.data(), &blocks.head});
     NetworkCall call{};
-    call.batch = shape.batch, call.tokens = tokens_of(shape), call.layers = shape.layers;
-    call.images = data(arrays, "images");
-    call.image_strides[0] = images.row_axes[0].stride;
-    for (int i = 0; i < 3; i++) call.image_strides[i + 1] = images.column_axes[i].stride;
+    call.batch = shape.batch, call.tokens = sizes_of(shape).tokens(), call.layers = shape.layers;
+    set_images(call, arrays);
     call.plans = plans.data(), call.width_index = shape.width_index.data();
     call.y_row_stride = stride;
     for (const bool pooled_only : {false, true}) {
@@ -219,8 +138,7 @@ void run(const Shape& shape, Arrays& arrays, const Threads& threads) {
       launch([&] { return network_cpu(alone, threads); });
     }
   }
-  for (const char* name : {"y_alone", "y_pooled_only", "y_packed", "y_packed_pooled_only"})
-    expect_same(arrays.at(name), arrays.at("y"), std::string("y, but ") + name);
+  for (const char* name : kOutputs) expect_same(arrays.at(name), arrays.at("y"), std::string("y, but ") + name);
 }
 
 }  // namespace
@@ -239,7 +157,7 @@ std::vector<Test> network_tests() {
   for (const Shape& shape : shapes) {
     tests.emplace_back(
         named("network, shape", {static_cast<int64_t>(tests.size())}), arrays_of(shape),
-        [=](auto& values) { network(shape, values); },
+        [=](auto& values) { image_by_image(shape, values); },
         [=](Arrays& arrays, const Threads& threads) { run(shape, arrays, threads); });
   }
   return tests;

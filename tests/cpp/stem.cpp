@@ -32,23 +32,15 @@ Arrays arrays_of(const Stem& block, bool channels_last) {
 }
 
 void run(Stem block, Arrays& arrays, const Threads& threads) {
-  const Array& images = arrays.at("images");
-  block.images = data(arrays, "images");
-  block.image_strides[0] = images.row_axes[0].stride;
-  for (int i = 0; i < 3; i++) block.image_strides[i + 1] = images.column_axes[i].stride;
-  block.weight = const_weight(arrays, "weight"), block.bias = data(arrays, "bias");
-  block.cls_token = const_weight(arrays, "cls_token"), block.reg_token = const_weight(arrays, "reg_token");
-  block.pos_embed = const_weight(arrays, "pos_embed");
+  set_images(block, arrays);
+  set_stem(block, arrays, "", const_weight);
   block.y = mutable_tokens(arrays, "y");
   launch([&] { return stem_cpu(block, threads); });
 
   block.y = {nullptr, 0, 0};
   StemGradients gradients{};
   gradients.grad = const_tokens(arrays, "grad"), gradients.images = data(arrays, "d_images");
-  gradients.weight = mutable_weight(arrays, "d_weight"), gradients.bias = data(arrays, "d_bias");
-  gradients.cls_token = mutable_weight(arrays, "d_cls_token"),
-  gradients.reg_token = mutable_weight(arrays, "d_reg_token");
-  gradients.pos_embed = mutable_weight(arrays, "d_pos_embed");
+  set_stem(gradients, arrays, "d_", mutable_weight);
   launch([&] { return stem_backward_cpu(block, gradients, threads); });
 }
 

@@ -1,12 +1,11 @@
-// Tests of the CUDA kernels report by these functions.
+// The tests of the CUDA kernels, which use the oracle of the CPU kernels' tests.
 #pragma once
 
-#include <string>
+#include "../cpp/report.h"
 
 namespace hydravit::cuda::tests {
 
-void begin(const std::string& name);
-void expect(bool right, const std::string& what);
+using namespace hydravit::tests;
 
 void test_e4m3();
 void test_instructions();

@@ -1,8 +1,9 @@
 // Products read E4m3 weights back as what they are; tests/kernels/networks compares what packing makes with PyTorch.
+#include "e4m3.h"
+
 #include <cmath>
 
 #include "check.h"
-#include "reference.h"
 #include "tile.cuh"
 
 namespace hydravit::cuda::tests {

@@ -3,32 +3,41 @@
 // chooses it) have the same bits for every tiling, loader, batch size and interleaving.
 #include <cstdio>
 #include <cstring>
+#include <random>
 
+#include "../cpp/network_oracle.h"
 #include "check.h"
+#include "e4m3.h"
 #include "plan.h"
 #include "ptx.cuh"
-#include "reference.h"
 
 namespace hydravit::cuda::tests {
 
 namespace {
 
-double rounded(double value, Dtype dtype) {
-  if (dtype == Dtype::kBf16) {
-    Bf16 half;
-    from_float(static_cast<float>(value), half);
-    return to_float(half);
+// A 16-bit float in the matrices of the oracle, which computes with doubles.
+template <class Half>
+struct Stored {
+  Half half{};
+
+  Stored() = default;
+  Stored(double value) { from_float(static_cast<float>(value), half); }
+  operator double() const { return to_float(half); }
+};
+
+Matrix<float> rounded(Matrix<float> matrix, Dtype dtype) {
+  for (float& v : matrix.values) {
+    if (dtype == Dtype::kBf16) v = static_cast<float>(Stored<Bf16>(v));
+    if (dtype == Dtype::kFp16) v = static_cast<float>(Stored<Fp16>(v));
   }
-  Fp16 half;
-  from_float(static_cast<float>(value), half);
-  return to_float(half);
+  return matrix;
 }
 
 // Puts a parameter or an image on the device, in any dtype.
-Parameter upload(const Matrix& p, Dtype dtype) {
-  if (!p.present()) return {nullptr, dtype, 0};
+Parameter upload(const Matrix<float>& p, Dtype dtype) {
+  if (p.empty()) return {nullptr, dtype, 0};
   const size_t count = p.values.size();
-  auto* memory = static_cast<uint8_t*>(emulator::allocate(count * (dtype == Dtype::kFp32 ? 4 : 2)));
+  auto* memory = static_cast<uint8_t*>(emulator::allocate(count * bytes_of(dtype)));
   for (size_t i = 0; i < count; i++) {
     if (dtype == Dtype::kFp32)
       std::memcpy(memory + 4 * i, &p.values[i], 4);
@@ -55,17 +64,41 @@ struct Way {
   bool pooled_only = true;
 };
 
+// All parameters in order: random in the parts that the subnetwork reads and NaN outside, so that a kernel that reads
+// too much is found.
+std::vector<Matrix<float>> random_parameters(const Case& test, std::mt19937& random) {
+  std::vector<Matrix<float>> parameters;
+  for (const ParameterSpec& spec : parameter_specs(test.sizes)) {
+    const int64_t columns = spec.weight ? spec.columns() : spec.shape.back();
+    const int64_t rows = spec.shape[0] * spec.columns() / columns;
+    parameters.push_back(matrix<float>(rows, columns, [](int64_t, int64_t) { return NAN; }));
+  }
+  for (const auto& [name, part] : parts_of(test.sizes, test.subnetwork)) {
+    Matrix<float>& p = parameters[part.parameter];
+    const bool norm = name.ends_with("norm_weight") || name.ends_with("norm_bias");
+    const bool bias = name.ends_with("bias"), scale = name.ends_with("layer_scale");
+    if (!test.with_optional && (scale || (bias && !norm))) {
+      p = {};
+      continue;
+    }
+    std::normal_distribution<float> normal(scale || (norm && !bias) ? 1.0f : 0.0f,
+                                           part.rows == 1 ? 0.3f : 1 / std::sqrt(static_cast<float>(part.columns)));
+    for (int64_t i = 0; i < part.rows; i++)
+      for (int64_t j = 0; j < part.columns; j++) p(part.row + i, part.column + j) = normal(random);
+  }
+  return parameters;
+}
+
 class EmulatedNetwork {
  public:
   EmulatedNetwork(const Case& test, Dtype dtype, int images)
       : test_(test), dtype_(dtype), images_(images), layout_(test.sizes, dtype) {
     std::mt19937 random(7);
     expect(why_not(test.sizes).empty() && why_not(test.subnetwork).empty(), test.name + " is possible");
-    parameters_ = random_parameters(test.sizes, test.subnetwork, test.with_optional, random);
-    const int64_t pixels = test.sizes.channels * test.sizes.image_height * test.sizes.image_width;
-    pixels_ = {images, pixels, std::vector<float>(images * pixels)};
+    for (const Matrix<float>& p : random_parameters(test, random)) parameters_.push_back(rounded(p, test.stored));
     std::normal_distribution<float> normal;
-    for (float& v : pixels_.values) v = normal(random);
+    const int64_t pixels = test.sizes.channels * test.sizes.image_height * test.sizes.image_width;
+    pixels_ = rounded(matrix<float>(images, pixels, [&](int64_t, int64_t) { return normal(random); }), test.stored);
   }
 
   std::vector<float> run(const Way& way) { return run(way, 0, images_); }
@@ -73,13 +106,12 @@ class EmulatedNetwork {
   // Returns the logits of the images [first_image, first_image + images), computed without the others.
   std::vector<float> run(const Way& way, int first_image, int images) {
     std::vector<Parameter> sources;
-    for (const Matrix& p : parameters_) sources.push_back(upload(p, test_.stored));
+    for (const Matrix<float>& p : parameters_) sources.push_back(upload(p, test_.stored));
     auto* packed = static_cast<uint8_t*>(emulator::allocate(layout_.bytes));
     const Workspace workspace(test_.sizes, images_);
     auto* memory = static_cast<uint8_t*>(emulator::allocate(workspace.bytes));
-    Matrix pixels{images, pixels_.columns, {}};
-    const auto from = pixels_.values.begin() + static_cast<int64_t>(first_image) * pixels_.columns;
-    pixels.values.assign(from, from + static_cast<int64_t>(images) * pixels_.columns);
+    const Matrix<float> pixels = matrix<float>(
+        images, pixels_.columns, [&](int64_t image, int64_t i) { return pixels_(first_image + image, i); });
     const size_t count = static_cast<size_t>(images) * test_.subnetwork.head.classes;
     const CallBuffers buffers{upload(pixels, test_.stored).data, test_.stored,
                               static_cast<float*>(emulator::allocate(4 * count))};
@@ -96,56 +128,50 @@ class EmulatedNetwork {
   }
 
   void check_error(const std::vector<float>& logits) const {
-    const Round exact = [](double v) { return v; }, half = [&](double v) { return rounded(v, dtype_); };
-    std::vector<Matrix> stored = parameters_;
-    if (test_.stored != Dtype::kFp32)
-      for (Matrix& p : stored)
-        for (float& v : p.values) v = static_cast<float>(rounded(v, test_.stored));
-    const std::vector<Matrix> packed = dtype_ == Dtype::kE4m3 ? quantised(test_.sizes, stored) : stored;
-    double ours = 0, eager = 0, squares = 0, quantisation = 0;
-    for (int image = 0; image < images_; image++) {
-      std::vector<float> pixels(pixels_.values.begin() + static_cast<int64_t>(image) * pixels_.columns,
-                                pixels_.values.begin() + static_cast<int64_t>(image + 1) * pixels_.columns);
-      if (test_.stored != Dtype::kFp32)
-        for (float& v : pixels) v = static_cast<float>(rounded(v, test_.stored));
-      const auto right = Reference(test_.sizes, test_.subnetwork, packed, exact).run(pixels.data());
-      const auto low = Reference(test_.sizes, test_.subnetwork, packed, half).run(pixels.data());
-      const auto before =
-          dtype_ == Dtype::kE4m3 ? Reference(test_.sizes, test_.subnetwork, stored, exact).run(pixels.data()) : right;
-      for (size_t i = 0; i < right.size(); i++) {
-        const double error = logits[image * right.size() + i] - right[i];
-        ours += error * error;
-        eager += (low[i] - right[i]) * (low[i] - right[i]);
-        squares += right[i] * right[i];
-        quantisation += (right[i] - before[i]) * (right[i] - before[i]);
-      }
-    }
-    const double unit = dtype_ == Dtype::kBf16 ? 1.0 / 128 : 1.0 / 1024;
-    const double allowed = 2 * std::sqrt(eager) + 2 * unit * std::sqrt(squares);
-    char text[96];
-    std::snprintf(text, sizeof text, "error %.2e, allowed %.2e, eager's %.2e", std::sqrt(ours), allowed,
-                  std::sqrt(eager));
-    expect(std::sqrt(ours) <= allowed, text);
-    if (dtype_ == Dtype::kE4m3)
-      std::printf("  rounding the weights moves the logits by %.1f %%\n", 100 * std::sqrt(quantisation / squares));
+    const bool e4m3 = dtype_ == Dtype::kE4m3;
+    const std::vector<Matrix<float>> used = e4m3 ? quantised(test_.sizes, parameters_) : parameters_;
+    const std::vector<double> exact = oracle<double>(used);
+    if (dtype_ == Dtype::kBf16)
+      expect_within_budget("logits", logits, oracle<Stored<Bf16>>(used), exact, 1.0 / 128);
+    else
+      expect_within_budget("logits", logits, oracle<Stored<Fp16>>(used), exact, 1.0 / 1024);
+    if (e4m3)
+      std::printf("  rounding the weights moves the logits by %.1f %%\n",
+                  100 * distance(oracle<double>(parameters_), exact) / norm_of(exact));
   }
 
  private:
+  // The logits of all images in plain loops over matrices of T.
+  template <class T>
+  std::vector<T> oracle(const std::vector<Matrix<float>>& parameters) const {
+    Values<T> parts;
+    for (const auto& [name, part] : parts_of(test_.sizes, test_.subnetwork))
+      if (const Matrix<float>& p = parameters[part.parameter]; !p.empty())
+        parts[name] = matrix<T>(part.rows, part.columns,
+                                [&, &part = part](int64_t i, int64_t j) { return p(part.row + i, part.column + j); });
+    const Matrix<T> images{images_, pixels_.columns, std::vector<T>(pixels_.values.begin(), pixels_.values.end())};
+    return network(blocks_of(test_.sizes, test_.subnetwork, images_), images, parts).values;
+  }
+
   const Case& test_;
   const Dtype dtype_;
   const int images_;
   const Layout layout_;
-  std::vector<Matrix> parameters_;
-  Matrix pixels_;
+  std::vector<Matrix<float>> parameters_;
+  Matrix<float> pixels_;
 };
+
+Subnetwork first_heads(const NetworkSizes& sizes, int64_t heads, int64_t hidden) {
+  return prefix(sizes, heads * kHeadDim, heads, kHeadDim, hidden);
+}
 
 std::vector<Case> cases() {
   const NetworkSizes small{2, 192, 256, 3, 4, 4, 1, 0, 17, 10, 16, 16, 0, 1};  // 17 tokens
   std::vector<Case> result;
   for (int heads = 1; heads <= 3; heads++)
-    result.push_back({"prefix of " + std::to_string(heads), small, prefix(small, heads, 64 * heads)});
+    result.push_back({"prefix of " + std::to_string(heads), small, first_heads(small, heads, 64 * heads)});
 
-  Case offsets{"offsets", small, prefix(small, 2, 128), false};
+  Case offsets{"offsets", small, first_heads(small, 2, 128), false};
   offsets.subnetwork.embed.embed_offset = 64;
   offsets.subnetwork.attention[0] = {64, 128, 64, 256, 384, 64, 2, 64, 64, 64, 0.2};
   offsets.subnetwork.attention[1] = {64, 128, 128, 192, 448, 0, 1, 64, 64, 64, 0.125};
@@ -155,17 +181,17 @@ std::vector<Case> cases() {
 
   NetworkSizes deep = small;  // its products have more steps than tiles in flight
   deep.layers = 1, deep.hidden = 64 * (kMaxStages + 4);
-  result.push_back({"long sums", deep, prefix(deep, 1, deep.hidden)});
+  result.push_back({"long sums", deep, first_heads(deep, 1, deep.hidden)});
 
   NetworkSizes average = small;  // 50 tokens; pools the last 49
   average.image_height = 14, average.image_width = 21, average.patch_height = 2, average.patch_width = 3;
   average.pool_start = 1, average.pool_stop = 50, average.positions = 50, average.classes = 70;
-  result.push_back({"average pooling", average, prefix(average, 1, 64), true, Dtype::kBf16});
+  result.push_back({"average pooling", average, first_heads(average, 1, 64), true, Dtype::kBf16});
 
   NetworkSizes registers = small;  // 1 patch and 2 register tokens
   registers.image_height = registers.image_width = 4, registers.reg_tokens = 2, registers.cls_tokens = 0;
   registers.positions = 1, registers.pool_start = 2, registers.pool_stop = 3, registers.layers = 3;
-  Case skipped{"registers and skipped branches", registers, prefix(registers, 3, 256), true, Dtype::kFp16};
+  Case skipped{"registers and skipped branches", registers, first_heads(registers, 3, 256), true, Dtype::kFp16};
   skipped.subnetwork.attention[0].heads = 0, skipped.subnetwork.mlp[1].hidden = 0,
   skipped.subnetwork.attention[2].heads = 0;
   result.push_back(skipped);
@@ -182,10 +208,7 @@ void test_networks() {
       emulator::settings() = {};
       EmulatedNetwork network(test, dtype, 3);
       const auto same = [&](const char* what, const std::vector<float>& expected, const Way& way) {
-        const std::vector<float> other = network.run(way);
-        const bool equal =
-            other.size() == expected.size() && std::memcmp(other.data(), expected.data(), 4 * other.size()) == 0;
-        expect(equal, std::string("the same bits ") + what);
+        expect(same_bits(network.run(way), expected), std::string("the same bits ") + what);
       };
       const std::vector<float> mma = network.run({Loader::kBulk, 132});
       const std::vector<float> wgmma = network.run({Loader::kBulk, 1, true});
@@ -205,8 +228,8 @@ void test_networks() {
         same("with the loader of sm_80, warps apart", mma, {Loader::kAsync, 2});
       }
       const std::vector<float> alone = network.run({Loader::kBulk, 132}, 2, 1);
-      const size_t classes = alone.size();
-      expect(std::memcmp(alone.data(), mma.data() + 2 * classes, 4 * classes) == 0, "the same bits alone");
+      const std::vector<float> last(mma.end() - static_cast<int64_t>(alone.size()), mma.end());
+      expect(same_bits(alone, last), "the same bits alone");
     }
 }
 

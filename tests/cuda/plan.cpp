@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <map>
 
+#include "../cpp/network_oracle.h"
 #include "check.h"
-#include "reference.h"
 
 namespace hydravit::cuda::tests {
 
@@ -82,7 +82,7 @@ void test_plans() {
     for (const NetworkSizes& sizes : {base, average})
       for (const Device& device : devices)
         for (int heads = 1; heads <= 12; heads++) {
-          const Subnetwork subnetwork = prefix(sizes, heads, 4 * heads * kHeadDim);
+          const Subnetwork subnetwork = prefix(sizes, heads * kHeadDim, heads, kHeadDim, 4 * heads * kHeadDim);
           const Workspace workspace(sizes, images);
           uint8_t* const nowhere = nullptr;
           const Call call{nowhere + (int64_t{1} << 40), nowhere + (int64_t{1} << 41), images};

@@ -3,7 +3,6 @@
 // cases vary rows, columns and K, and where the segments of the weights end.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -138,7 +137,7 @@ void test_products() {
   for (const Case& test : cases) {
     begin("products of " + std::to_string(test.rows) + " rows");
     const auto same = [](const std::vector<float>& c, const std::vector<float>& expected) {
-      expect(c.size() == expected.size() && std::memcmp(c.data(), expected.data(), 4 * c.size()) == 0, "the same bits");
+      expect(same_bits(c, expected), "the same bits");
     };
     // C of the first image alone is where C of all images begins.
     Case first_image = test;

@@ -1,5 +1,5 @@
-// Every block in plain loops over dense matrices, forward and backward: in double, the result that the kernels must
-// compute; in float, the error that float makes.
+// Every block in plain loops over dense matrices, forward and backward, for the tests of all kernels in C++: in double,
+// the result that the kernels must compute; in the type that the kernels store, the error that eager PyTorch makes.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +7,17 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "hydravit.h"
 
 namespace hydravit::tests {
+
+// The type to compute in. A 16-bit type is for storing only: each operation reads it, computes in double, and rounds
+// its result once.
+template <class T>
+using Computed = std::conditional_t<std::is_floating_point_v<T>, T, double>;
 
 template <class T>
 struct Matrix {
@@ -36,8 +42,8 @@ Matrix<T> matrix(int64_t rows, int64_t columns, const Element& element) {
 }
 
 template <class T, class Term>
-T sum(int64_t count, const Term& term) {
-  T total = 0;
+Computed<T> sum(int64_t count, const Term& term) {
+  Computed<T> total = 0;
   for (int64_t i = 0; i < count; i++) total += term(i);
   return total;
 }
@@ -47,20 +53,22 @@ Matrix<T> transposed(const Matrix<T>& a) {
   return matrix<T>(a.columns, a.rows, [&](int64_t i, int64_t j) { return a(j, i); });
 }
 
+// a * b, plus `bias` in every row unless it is empty.
 template <class T>
-Matrix<T> product(const Matrix<T>& a, const Matrix<T>& b) {
-  Matrix<T> result = matrix<T>(a.rows, b.columns, [](int64_t, int64_t) { return T(0); });
-  for (int64_t i = 0; i < a.rows; i++)
+Matrix<T> product(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& bias = {}) {
+  Matrix<T> result{a.rows, b.columns, {}};
+  for (int64_t i = 0; i < a.rows; i++) {
+    std::vector<Computed<T>> row(b.columns);
     for (int64_t k = 0; k < a.columns; k++)
-      for (int64_t j = 0; j < b.columns; j++) result(i, j) += a(i, k) * b(k, j);
+      for (int64_t j = 0; j < b.columns; j++) row[j] += a(i, k) * b(k, j);
+    for (int64_t j = 0; j < b.columns; j++) result.values.push_back(bias.empty() ? row[j] : row[j] + bias(0, j));
+  }
   return result;
 }
 
 template <class T>
 Matrix<T> linear(const Matrix<T>& x, const Matrix<T>& weight, const Matrix<T>& bias) {
-  Matrix<T> y = product(x, transposed(weight));
-  if (bias.empty()) return y;
-  return matrix<T>(y.rows, y.columns, [&](int64_t i, int64_t j) { return y(i, j) + bias(0, j); });
+  return product(x, transposed(weight), bias);
 }
 
 template <class T>
@@ -73,8 +81,8 @@ template <class T>
 Matrix<T> plus(const Matrix<T>& a, const Matrix<T>& b) {
   return matrix<T>(a.rows, a.columns, [&](int64_t i, int64_t j) { return a(i, j) + b(i, j); });
 }
-template <class T>
-Matrix<T> times(const Matrix<T>& a, const Matrix<T>& b) {
+template <class T, class Other>
+Matrix<T> times(const Matrix<T>& a, const Matrix<Other>& b) {
   return matrix<T>(a.rows, a.columns, [&](int64_t i, int64_t j) { return a(i, j) * b(i, j); });
 }
 
@@ -88,20 +96,21 @@ void add(Matrix<T>& sums, const Matrix<T>& gradient) {
 
 template <class T>
 struct Norm {
-  Matrix<T> centred;       // mean 0 and variance 1
-  std::vector<T> scale;    // 1 / standard deviation, by row
-  Matrix<T> weight, bias;  // empty: identity
+  Matrix<Computed<T>> centred;     // mean 0 and variance 1
+  std::vector<Computed<T>> scale;  // 1 / standard deviation, by row
+  Matrix<T> weight, bias;          // empty: identity
 
   Norm(const Matrix<T>& x, const Matrix<T>& weight, const Matrix<T>& bias, float eps) : weight(weight), bias(bias) {
-    const T count = static_cast<T>(x.columns);
-    std::vector<T> means;
+    using C = Computed<T>;
+    const C count = static_cast<C>(x.columns);
+    std::vector<C> means;
     for (int64_t i = 0; i < x.rows; i++) {
-      const T mean = sum<T>(x.columns, [&](int64_t j) { return x(i, j); }) / count;
-      const T squares = sum<T>(x.columns, [&](int64_t j) { return (x(i, j) - mean) * (x(i, j) - mean); });
+      const C mean = sum<T>(x.columns, [&](int64_t j) { return x(i, j); }) / count;
+      const C squares = sum<T>(x.columns, [&](int64_t j) { return (x(i, j) - mean) * (x(i, j) - mean); });
       means.push_back(mean);
-      scale.push_back(1 / std::sqrt(squares / count + static_cast<T>(eps)));
+      scale.push_back(1 / std::sqrt(squares / count + static_cast<C>(eps)));
     }
-    centred = matrix<T>(x.rows, x.columns, [&](int64_t i, int64_t j) { return (x(i, j) - means[i]) * scale[i]; });
+    centred = matrix<C>(x.rows, x.columns, [&](int64_t i, int64_t j) { return (x(i, j) - means[i]) * scale[i]; });
   }
 
   Matrix<T> output() const {
@@ -114,10 +123,11 @@ struct Norm {
     add(v["d_norm_bias"], column_sums(grad));
     const int64_t channels = grad.columns;
     const Matrix<T> g = matrix<T>(grad.rows, channels, [&](int64_t i, int64_t j) { return grad(i, j) * weight(0, j); });
-    std::vector<T> mean, slope;
+    using C = Computed<T>;
+    std::vector<C> mean, slope;
     for (int64_t i = 0; i < g.rows; i++) {
-      mean.push_back(sum<T>(channels, [&](int64_t j) { return g(i, j); }) / static_cast<T>(channels));
-      slope.push_back(sum<T>(channels, [&](int64_t j) { return g(i, j) * centred(i, j); }) / static_cast<T>(channels));
+      mean.push_back(sum<T>(channels, [&](int64_t j) { return g(i, j); }) / static_cast<C>(channels));
+      slope.push_back(sum<T>(channels, [&](int64_t j) { return g(i, j) * centred(i, j); }) / static_cast<C>(channels));
     }
     return matrix<T>(g.rows, channels,
                      [&](int64_t i, int64_t j) { return scale[i] * (g(i, j) - mean[i] - centred(i, j) * slope[i]); });
@@ -129,8 +139,8 @@ struct Norm {
 template <class T>
 Matrix<T> scaled(const Matrix<T>& a, int64_t tokens, const Matrix<T>& branch_scale, const Matrix<T>& layer_scale) {
   return matrix<T>(a.rows, a.columns, [&](int64_t i, int64_t j) {
-    return a(i, j) * (branch_scale.empty() ? 1 : branch_scale(0, i / tokens)) *
-           (layer_scale.empty() ? 1 : layer_scale(0, j));
+    return a(i, j) * (branch_scale.empty() ? T(1) : branch_scale(0, i / tokens)) *
+           (layer_scale.empty() ? T(1) : layer_scale(0, j));
   });
 }
 
@@ -144,18 +154,20 @@ struct HeadOf {
 template <class T>
 Matrix<T> probabilities(const AttentionBlock& block, const HeadOf& at, const Matrix<T>& q, const Matrix<T>& k,
                         Matrix<T>& logsumexp) {
-  Matrix<T> scores = matrix<T>(block.tokens, block.tokens, [&](int64_t i, int64_t j) {
+  using C = Computed<T>;
+  const Matrix<C> scores = matrix<C>(block.tokens, block.tokens, [&](int64_t i, int64_t j) {
     return sum<T>(block.head_dim, [&](int64_t c) { return q(at.row + i, at.q + c) * k(at.row + j, at.q + c); }) *
-           static_cast<T>(block.scale);
+           static_cast<C>(block.scale);
   });
+  Matrix<T> result{block.tokens, block.tokens, {}};
   for (int64_t i = 0; i < block.tokens; i++) {
-    T highest = scores(i, 0);
+    C highest = scores(i, 0);
     for (int64_t j = 0; j < block.tokens; j++) highest = std::max(highest, scores(i, j));
-    const T total = sum<T>(block.tokens, [&](int64_t j) { return std::exp(scores(i, j) - highest); });
-    for (int64_t j = 0; j < block.tokens; j++) scores(i, j) = std::exp(scores(i, j) - highest) / total;
+    const C total = sum<T>(block.tokens, [&](int64_t j) { return std::exp(scores(i, j) - highest); });
+    for (int64_t j = 0; j < block.tokens; j++) result.values.push_back(std::exp(scores(i, j) - highest) / total);
     logsumexp.values.push_back(highest + std::log(total));
   }
-  return scores;
+  return result;
 }
 
 // The rows of the first `count` of every image's `tokens` tokens.
@@ -226,10 +238,11 @@ void attention_block(const AttentionBlock& block, Values<T>& v) {
     const Matrix<T> d_p = matrix<T>(n, n, [&](int64_t i, int64_t j) {
       return sum<T>(dv, [&](int64_t c) { return d_attended(at.row + i, at.v + c) * value(at.row + j, at.v + c); });
     });
-    std::vector<T> mean;
+    std::vector<Computed<T>> mean;
     for (int64_t i = 0; i < n; i++) mean.push_back(sum<T>(n, [&](int64_t j) { return p(i, j) * d_p(i, j); }));
-    const Matrix<T> d_scores = matrix<T>(
-        n, n, [&](int64_t i, int64_t j) { return p(i, j) * (d_p(i, j) - mean[i]) * static_cast<T>(block.scale); });
+    const Matrix<T> d_scores = matrix<T>(n, n, [&](int64_t i, int64_t j) {
+      return p(i, j) * (d_p(i, j) - mean[i]) * static_cast<Computed<T>>(block.scale);
+    });
     for (int64_t i = 0; i < n; i++) {
       for (int64_t c = 0; c < d; c++) {
         d_query(at.row + i, at.q + c) =
@@ -274,7 +287,7 @@ void mlp_block(const MlpBlock& block, Values<T>& v) {
   const Matrix<T> normalised = norm.output();
   const Matrix<T> saved = v["saved"] = linear(normalised, v["fc1_weight"], v["fc1_bias"]);
   const Matrix<T> activated =
-      matrix<T>(saved.rows, saved.columns, [&](int64_t i, int64_t j) { return gelu(saved(i, j)); });
+      matrix<T>(saved.rows, saved.columns, [&](int64_t i, int64_t j) { return gelu<Computed<T>>(saved(i, j)); });
   const Matrix<T> branch = linear(activated, v["fc2_weight"], v["fc2_bias"]);
   v["y"] = plus(v["x"], scaled(branch, n, v["branch_scale"], v["layer_scale"]));
   if (v["grad"].empty()) return;
@@ -285,7 +298,7 @@ void mlp_block(const MlpBlock& block, Values<T>& v) {
   add(v["d_fc2_weight"], product(transposed(z), activated));
   const Matrix<T> d_activated = product(z, v["fc2_weight"]);
   const Matrix<T> d_hidden = matrix<T>(saved.rows, saved.columns, [&](int64_t i, int64_t j) {
-    return d_activated(i, j) * gelu_derivative(saved(i, j));
+    return d_activated(i, j) * gelu_derivative<Computed<T>>(saved(i, j));
   });
   add(v["d_fc1_bias"], column_sums(d_hidden));
   add(v["d_fc1_weight"], product(transposed(d_hidden), normalised));
@@ -345,7 +358,7 @@ void head(const Head& block, Values<T>& v) {
   const int64_t n = x.rows / block.batch, pooled_tokens = block.pool_stop - block.pool_start;
   const Matrix<T> pooled = matrix<T>(block.batch, block.embed, [&](int64_t i, int64_t j) {
     return sum<T>(pooled_tokens, [&](int64_t token) { return x(i * n + block.pool_start + token, j); }) /
-           static_cast<T>(pooled_tokens);
+           static_cast<Computed<T>>(pooled_tokens);
   });
   const bool with_norm = !v["norm_weight"].empty();
   const Norm<T> norm(pooled, v["norm_weight"], v["norm_bias"], block.eps);
@@ -362,7 +375,7 @@ void head(const Head& block, Values<T>& v) {
   if (with_norm) d = norm.backward(d, v);
   v["d_x"] = matrix<T>(x.rows, x.columns, [&](int64_t i, int64_t j) {
     const bool in_pool = i % n >= block.pool_start && i % n < block.pool_stop;
-    return in_pool ? d(i / n, j) / static_cast<T>(pooled_tokens) : T(0);
+    return in_pool ? T(d(i / n, j) / static_cast<Computed<T>>(pooled_tokens)) : T(0);
   });
 }
 
