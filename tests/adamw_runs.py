@@ -5,6 +5,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from small import shake
 
 import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig
@@ -26,11 +27,7 @@ def ema_decay(count):
 
 def make_model(backend="reference", device="cpu", **changes):
     torch.manual_seed(0)
-    model = HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend, device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return shake(HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend, device=device))
 
 
 def batch(step, count=4):

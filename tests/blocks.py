@@ -138,9 +138,15 @@ class Block:
         self.parameters = moved(self.parameters, parameters_dtype or dtype)
         return self
 
+    def arguments(self, save=False):
+        return (self.x, *self.parameters, *self.constants, *((save,) if self.saves else ()))
+
+    def backward_arguments(self, grad, saved, buffers, x_grad=True):
+        return (grad, self.x, *saved, *self.parameters, *self.constants, x_grad, *buffers)
+
     def forward(self, save=False):
         op = getattr(hydravit, f"{self.name}_{self.backend}")
-        result = op(self.x, *self.parameters, *self.constants, *((save,) if self.saves else ()))
+        result = op(*self.arguments(save))
         return result if self.saves else (result,)
 
     def backward(self, grad, buffers, x_grad=True, saved=None):
@@ -148,7 +154,7 @@ class Block:
         if saved is None:
             _, *saved = self.forward(save=True)
         op = getattr(hydravit, f"{self.name}_backward_{self.backend}")
-        return op(grad, self.x, *saved, *self.parameters, *self.constants, x_grad, *buffers)
+        return op(*self.backward_arguments(grad, saved, buffers, x_grad))
 
     def results(self, grad=None, saved=None):
         """The result, the gradient of ``x`` and those of the parameters."""
@@ -221,10 +227,8 @@ class Block:
             return view.copy_(t)
 
         self.parameters = [strided(p) for p in self.parameters]
-        again = [None if b is None else strided(torch.zeros_like(b)) for b in buffers]
-        assert torch.equal(self.forward()[0], y) and torch.equal(self.backward(grad, again), dx)
-        for a, b in zip(again, buffers, strict=True):
-            assert a is None or torch.equal(a, b)
+        again = [strided(b) for b in self.zeros()]
+        assert equal([self.forward()[0], self.backward(grad, again), *again], [y, dx, *buffers])
 
     def check_no_images(self):
         self.x = self.x[:0]
@@ -235,11 +239,11 @@ class Block:
 
 
 def equal(some, others):
-    """Whether two lists of tensors have the same bits."""
-    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+    """Whether two lists of tensors have the same bits, and None in the same places."""
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-# Each with one slice or several; ``width_index``: which of them an image uses.
+# ---- The ops. Each has one slice or several; ``width_index``: which of them an image uses ----
 
 
 def beside(x, tensor):

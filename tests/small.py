@@ -61,6 +61,17 @@ def without(name):
     return lambda state: {key: tensor for key, tensor in state.items() if key != name}
 
 
+def check_gradients(model, logits, expected):
+    """The logits and those expected bring nearly the same gradients."""
+    results = []
+    for value in (logits, expected):
+        model.zero_grad()
+        value.square().sum().backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def draws_of_logits(model, x, dtype, device="cpu", **options):
     """For the error budget: the reference's logits for the weights of ``model``, eager's in ``dtype`` on the device."""
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import equal
 from budget import assert_within_budget
 
 import hydravit_kernels as kernels
@@ -95,7 +96,7 @@ def test_instruction_sets_with_fused_multiply_add_agree():
         torch.ops.hydravit.set_cpu_isa(isa)
         found.append(result("native"))
     torch.ops.hydravit.set_cpu_isa(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert equal(*found)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -113,7 +114,7 @@ def test_the_rectangle_does_not_show(target, shift):
         rows = [(0, 1, *r) for one in intervals for r in kernels.rectangles_of(tensors[0][0], ((0, 23), one))]
         kernels.adamw(*tensors, torch.tensor(rows), steps, backend=backend)
         found.append([group[0] for group in tensors])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert equal(*found)
     assert not torch.equal(found[0][0], groups[0][3])
 
 
@@ -174,7 +175,7 @@ def test_a_table_serves_other_tensors(target):
     again = work(device=device)[0]
     kernels.adamw(*again, rectangles, steps, backend=backend)
     found = [t.cpu() for group in (again[0], *again[2:]) for t in group]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert equal(found, expected)
     kernels.adamw(*again, rectangles[:0].clone(), steps, backend=backend)
     assert all(torch.equal(t.cpu(), e) for t, e in zip([*again[0], *again[2]], expected, strict=False))
 

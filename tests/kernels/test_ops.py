@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.utils._python_dispatch
 from op_calls import calls
+from small import check_gradients
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 
@@ -34,16 +35,6 @@ def compiled(kernels, compiler="aot_eager", trained_heads=None, **overrides):
     counters.clear()
     model = hydravit.HydraViT(resolve_config(TWELVE, **overrides), trained_heads=trained_heads, backend=kernels)
     return model, torch.compile(model, fullgraph=True, backend=compiler)
-
-
-def check_gradients(model, logits, expected):
-    results = []
-    for value in (logits, expected):
-        model.zero_grad()
-        value.square().sum().backward()
-        results.append([p.grad.clone() for p in model.parameters()])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 ORDERS = {"falling": range(12, 0, -1), "rising": range(1, 13), "mixed": [5, 1, 12, *range(2, 12)]}

@@ -13,9 +13,10 @@ from blocks import Block, attention, equal, head, hydravit, mlp, stem
 from cases import OPS, Case, check_op
 from machine import TRITON_DEVICE as DEVICE
 from op_calls import calls
-from small import images, make
+from small import check_gradients, images, make
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
+from wrong import replaced, transposed, with_constant, with_x
 
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.training import SliceGradients
@@ -74,13 +75,13 @@ def test_head_dims(on, head_dim, tokens):
     on(attention(s, 2, tokens, full=256, rows=768, plenty=False)).check()
 
 
+SLICE = AttentionSlice(8, 48, 7, 67, 130, 3, 3, 12, 14, 20, 0.3)
 BLOCKS = {
-    "attention": lambda: attention(AttentionSlice(8, 48, 7, 67, 130, 3, 3, 12, 14, 20, 0.3), 2, 19, full=64, rows=192),
+    "attention": lambda: attention(SLICE, 2, 19, full=64, rows=192),
     "mlp": lambda: mlp(MlpSlice(5, 40, 17, 77), 2, 19, full=64, hidden=100),
     "stem": lambda: stem(EmbedSlice(13, 40), torch.randn(2, 3, 16, 20), (8, 5), cls=1, reg=2),
     "head": lambda: head(HeadSlice(7, 33, 4, 11), 3, 9, (2, 9), full=48),
 }
-ARBITRARY = BLOCKS["attention"]().constants[1]
 
 
 @pytest.mark.long
@@ -141,8 +142,7 @@ def test_a_captured_graph_replays(name):
             _ = None if buffer is None else buffer.zero_()
         graph.replay()
         expected = block.zeros()
-        assert torch.equal(y, block.forward()[0]) and torch.equal(dx, block.backward(grad, expected))
-        assert all(a is None or torch.equal(a, b) for a, b in zip(buffers, expected, strict=True))
+        assert equal([y, dx, *buffers], [block.forward()[0], block.backward(grad, expected), *expected])
 
 
 # ---- Gradients in place ----
@@ -295,9 +295,7 @@ def test_compiled_graphs(widths):
         heads = torch.tensor(heads) if isinstance(heads, list) else heads
         logits, expected = graph(x, heads=heads), model(x, heads=heads)
         torch.testing.assert_close(logits, expected)
-    ours, theirs = gradients(model, logits), gradients(model, expected)
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-5)
+    check_gradients(model, logits, expected)
     assert counters["stats"]["unique_graphs"] <= 2, counters["stats"]
 
 
@@ -306,28 +304,28 @@ def test_opcheck(name):
     """Schema (mutation and aliasing), fake kernel and tracing with symbolic sizes agree with the real kernel."""
     op = getattr(hydravit, f"{name}_triton").default
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    with torch.device(DEVICE):
-        arguments = calls("triton")[name]
-    torch.library.opcheck(op, arguments, test_utils=tests)
+    torch.library.opcheck(op, calls("triton", DEVICE)[name], test_utils=tests)
 
 
 # ---- What is refused ----
 
+
+def with_slice(**fields):
+    return with_constant(1, flatten([SLICE._replace(**fields)]))
+
+
 WRONG = {
-    "x of another width": (lambda b: setattr(b, "x", b.x[:, :, :47]), "^x: shape"),
-    "x without tokens": (lambda b: setattr(b, "x", b.x[:, :0]), "^x: shape"),
-    "float64": (lambda b: setattr(b, "x", b.x.double()), "^x: dtype float32, bfloat16 or float16 expected"),
-    "x with channels apart": (lambda b: setattr(b, "x", b.x.mT.contiguous().mT), "^x: innermost stride 1 expected"),
-    "column-major weight": (lambda b: b.parameters.__setitem__(2, b.parameters[2].t().contiguous().t()), "qkv_weight"),
-    "short bias": (lambda b: b.parameters.__setitem__(3, b.parameters[3][:100]), "^qkv_bias: shape"),
-    "strided scale": (
-        lambda b: b.parameters.__setitem__(6, torch.zeros(128, device=DEVICE)[::2]),
-        "^layer_scale: inner",
-    ),
-    "slice outside": (lambda b: b.constants[1].__setitem__(4, 140), "^qkv_weight: rows up to 194 expected, 192 given"),
-    "heads that overlap": (lambda b: b.constants[1].__setitem__(9, 13), "^slices: a pitch of 14 at least"),
-    "no slice": (lambda b: b.constants[1].clear(), "^slices: 10 integers"),
-    "two slices, no width_index": (lambda b: b.constants[1].extend(ARBITRARY), "^slices: one expected"),
+    "x of another width": (with_x(lambda x: x[:, :, :47]), "^x: shape"),
+    "x without tokens": (with_x(lambda x: x[:, :0]), "^x: shape"),
+    "float64": (with_x(torch.Tensor.double), "^x: dtype float32, bfloat16 or float16 expected"),
+    "x with channels apart": (with_x(lambda x: x.mT.contiguous().mT), "^x: innermost stride 1 expected"),
+    "column-major weight": (replaced(2, transposed), "qkv_weight"),
+    "short bias": (replaced(3, lambda t: t[:100]), "^qkv_bias: shape"),
+    "strided scale": (replaced(6, lambda t: t.repeat(2)[::2]), "^layer_scale: inner"),
+    "slice outside": (with_slice(value_row=140), "^qkv_weight: rows up to 194 expected, 192 given"),
+    "heads that overlap": (with_slice(pitch=13), "^slices: a pitch of 14 at least"),
+    "no slice": (with_constant(1, []), "^slices: 10 integers"),
+    "two slices, no width_index": (with_constant(1, flatten([SLICE] * 2)), "^slices: one expected"),
 }
 
 

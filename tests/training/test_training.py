@@ -15,6 +15,7 @@ import adamw_runs
 import pytest
 import torch
 import torch.nn.functional as F
+from small import shake
 
 import hydravit_kernels as kernels
 from hydravit import HydraViT, HydraViTConfig
@@ -60,11 +61,7 @@ class Images(torch.utils.data.Dataset):
 
 def make_model(seed=0, backend="reference", **changes):
     torch.manual_seed(seed)
-    model = HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return shake(HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend))
 
 
 def batch(count=6):
