@@ -5,30 +5,27 @@ namespace hydravit::tests {
 namespace {
 
 Arrays arrays_of(const AttentionBlock& block) {
-  std::mt19937 generator(1);
   const int64_t batch = block.batch, n = block.tokens, queries = block.queries, embed = block.embed, k = block.heads;
   const int64_t d = block.head_dim, dv = block.value_dim, pitch = block.pitch;
-  Arrays arrays = {{"norm_weight", vector(embed)},
-                   {"norm_bias", vector(embed)},
-                   {"query_weight", head_rows(k, d, pitch, embed)},
-                   {"key_weight", head_rows(k, d, pitch, embed)},
-                   {"value_weight", head_rows(k, dv, pitch, embed)},
-                   {"query_bias", head_vector(k, d, pitch)},
-                   {"key_bias", head_vector(k, d, pitch)},
-                   {"value_bias", head_vector(k, dv, pitch)},
-                   {"proj_weight", head_columns(embed, k, dv, pitch)},
-                   {"proj_bias", vector(embed)},
-                   {"layer_scale", vector(embed)}};
-  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
-  arrays.emplace("x", tokens(batch, n, embed)), arrays.emplace("grad", tokens(batch, queries, embed));
-  arrays.emplace("branch_scale", vector(batch));
-  for (auto& [name, array] : arrays) array = random(array, generator);
-
-  arrays.emplace("y", tokens(batch, queries, embed)), arrays.emplace("d_x", tokens(batch, n, embed));
-  arrays.emplace("qkv", tokens(batch, n, k * (2 * d + dv)));
-  arrays.emplace("attended", tokens(batch, queries, k * dv));
-  arrays.emplace("logsumexp", Array({{batch, k * queries + kGap}, {k, queries}}, {{queries, 1}}));
-  return arrays;
+  const Arrays parameters = {{"norm_weight", vector(embed)},
+                             {"norm_bias", vector(embed)},
+                             {"query_weight", head_rows(k, d, pitch, embed)},
+                             {"key_weight", head_rows(k, d, pitch, embed)},
+                             {"value_weight", head_rows(k, dv, pitch, embed)},
+                             {"query_bias", head_vector(k, d, pitch)},
+                             {"key_bias", head_vector(k, d, pitch)},
+                             {"value_bias", head_vector(k, dv, pitch)},
+                             {"proj_weight", head_columns(embed, k, dv, pitch)},
+                             {"proj_bias", vector(embed)},
+                             {"layer_scale", vector(embed)}};
+  const Array x = tokens(batch, n, embed), y = tokens(batch, queries, embed);
+  const Arrays inputs = {{"x", x}, {"grad", y}, {"branch_scale", vector(batch)}};
+  const Arrays outputs = {{"y", y},
+                          {"d_x", x},
+                          {"qkv", tokens(batch, n, k * (2 * d + dv))},
+                          {"attended", tokens(batch, queries, k * dv)},
+                          {"logsumexp", Array({{batch, k * queries + kGap}, {k, queries}}, {{queries, 1}})}};
+  return arrays_of_block(1, parameters, inputs, outputs);
 }
 
 void run(AttentionBlock block, Arrays& arrays, const Threads& threads) {

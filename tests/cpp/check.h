@@ -56,6 +56,16 @@ inline Arrays only(Arrays arrays, const std::string& gradient) {
   return arrays;
 }
 
+// The arrays of a block: parameters, their gradients and inputs are random, outputs are NaN.
+inline Arrays arrays_of_block(unsigned seed, Arrays arrays, const Arrays& inputs, const Arrays& outputs) {
+  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
+  arrays.insert(inputs.begin(), inputs.end());
+  std::mt19937 generator(seed);
+  for (auto& [name, array] : arrays) array = random(array, generator);
+  arrays.insert(outputs.begin(), outputs.end());
+  return arrays;
+}
+
 // Adds the tests of one block: on all arrays, without the nullable ones, and with each gradient by itself.
 template <class Naive, class Run>
 void add_tests(std::vector<Test>& tests, const std::string& name, const Arrays& arrays, const Naive& naive,

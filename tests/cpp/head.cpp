@@ -5,20 +5,13 @@ namespace hydravit::tests {
 namespace {
 
 Arrays arrays_of(const Head& block, int64_t token_count) {
-  std::mt19937 generator(4);
   const int64_t outputs = block.classes == 0 ? block.embed : block.classes;
-  Arrays arrays = {{"norm_weight", vector(block.embed)},
-                   {"norm_bias", vector(block.embed)},
-                   {"weight", weight(block.classes, block.embed)},
-                   {"bias", vector(block.classes)}};
-  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
-  arrays.emplace("x", tokens(block.batch, token_count, block.embed));
-  arrays.emplace("grad", weight(block.batch, outputs));
-  for (auto& [name, array] : arrays) array = random(array, generator);
-
-  arrays.emplace("y", weight(block.batch, outputs));
-  arrays.emplace("d_x", tokens(block.batch, token_count, block.embed));
-  return arrays;
+  const Arrays parameters = {{"norm_weight", vector(block.embed)},
+                             {"norm_bias", vector(block.embed)},
+                             {"weight", weight(block.classes, block.embed)},
+                             {"bias", vector(block.classes)}};
+  const Array x = tokens(block.batch, token_count, block.embed), y = weight(block.batch, outputs);
+  return arrays_of_block(4, parameters, {{"x", x}, {"grad", y}}, {{"y", y}, {"d_x", x}});
 }
 
 void run(Head block, int64_t token_count, Arrays& arrays, const Threads& threads) {

@@ -5,20 +5,14 @@ namespace hydravit::tests {
 namespace {
 
 Arrays arrays_of(const MlpBlock& block) {
-  std::mt19937 generator(2);
   const int64_t batch = block.batch, n = block.tokens, embed = block.embed, hidden = block.hidden;
-  Arrays arrays = {{"norm_weight", vector(embed)},        {"norm_bias", vector(embed)},
-                   {"fc1_weight", weight(hidden, embed)}, {"fc1_bias", vector(hidden)},
-                   {"fc2_weight", weight(embed, hidden)}, {"fc2_bias", vector(embed)},
-                   {"layer_scale", vector(embed)}};
-  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
-  for (const char* name : {"x", "grad"}) arrays.emplace(name, tokens(batch, n, embed));
-  arrays.emplace("branch_scale", vector(batch));
-  for (auto& [name, array] : arrays) array = random(array, generator);
-
-  for (const char* name : {"y", "d_x"}) arrays.emplace(name, tokens(batch, n, embed));
-  arrays.emplace("saved", tokens(batch, n, hidden));
-  return arrays;
+  const Arrays parameters = {{"norm_weight", vector(embed)},        {"norm_bias", vector(embed)},
+                             {"fc1_weight", weight(hidden, embed)}, {"fc1_bias", vector(hidden)},
+                             {"fc2_weight", weight(embed, hidden)}, {"fc2_bias", vector(embed)},
+                             {"layer_scale", vector(embed)}};
+  const Array activations = tokens(batch, n, embed);
+  return arrays_of_block(2, parameters, {{"x", activations}, {"grad", activations}, {"branch_scale", vector(batch)}},
+                         {{"y", activations}, {"d_x", activations}, {"saved", tokens(batch, n, hidden)}});
 }
 
 void run(MlpBlock block, Arrays& arrays, const Threads& threads) {

@@ -12,23 +12,18 @@ Array images(const Stem& block, bool channels_last) {
 }
 
 Arrays arrays_of(const Stem& block, bool channels_last) {
-  std::mt19937 generator(3);
   const int64_t patches = block.grid_height * block.grid_width, prefix = block.cls_tokens + block.reg_tokens;
   const int64_t height = block.grid_height * block.patch_height, width = block.grid_width * block.patch_width;
-  Arrays arrays = {{"weight", weight(block.embed, block.channels * block.patch_height * block.patch_width)},
-                   {"bias", vector(block.embed)},
-                   {"cls_token", weight(block.cls_tokens, block.embed)},
-                   {"reg_token", weight(block.reg_tokens, block.embed)},
-                   {"pos_embed", weight((block.pos_on_prefix ? prefix : 0) + patches, block.embed)}};
-  for (const auto& [name, array] : Arrays(arrays)) arrays.emplace("d_" + name, array);
-  arrays.emplace("images", images(block, channels_last));
-  arrays.emplace("grad", tokens(block.batch, prefix + patches, block.embed));
-  for (auto& [name, array] : arrays) array = random(array, generator);
-
-  arrays.emplace("y", tokens(block.batch, prefix + patches, block.embed));
-  arrays.emplace("d_images", Array({{block.batch, block.channels * height * width}},
-                                   {{block.channels, height * width}, {height, width}, {width, 1}}));
-  return arrays;
+  const Arrays parameters = {{"weight", weight(block.embed, block.channels * block.patch_height * block.patch_width)},
+                             {"bias", vector(block.embed)},
+                             {"cls_token", weight(block.cls_tokens, block.embed)},
+                             {"reg_token", weight(block.reg_tokens, block.embed)},
+                             {"pos_embed", weight((block.pos_on_prefix ? prefix : 0) + patches, block.embed)}};
+  const Array y = tokens(block.batch, prefix + patches, block.embed);
+  const Array d_images({{block.batch, block.channels * height * width}},
+                       {{block.channels, height * width}, {height, width}, {width, 1}});
+  return arrays_of_block(3, parameters, {{"images", images(block, channels_last)}, {"grad", y}},
+                         {{"y", y}, {"d_images", d_images}});
 }
 
 void run(Stem block, Arrays& arrays, const Threads& threads) {
