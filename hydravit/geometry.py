@@ -155,6 +155,11 @@ def _per_role_attention(config: HydraViTConfig, embed: int, heads: int, head_dim
     return AttentionSlice(0, embed, 0, full, 2 * full, 0, heads, head_dim, head_dim, head_dim, config.head_dim**-0.5)
 
 
+def full_attention(config: HydraViTConfig) -> AttentionSlice:
+    """The attention of the full model, which the widest subnetwork of every method has."""
+    return _per_role_attention(config, config.embed, config.max_heads, config.head_dim)
+
+
 # The values of `HydraViTConfig.geometry`: the methods in which a number of heads names a width.
 GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "hydravit": hydravit,

@@ -14,8 +14,25 @@ import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Selection, every_width, position
 from hydravit.inference import Engine, PackedInference
-from hydravit.layers import Block, Classifier, InPlaceGradients, PatchEmbed, grads_of, hooks_of, init_weights, is_ours
-from hydravit_kernels import NetworkSizes, Subnetwork
+from hydravit.layers import (
+    Attention,
+    Block,
+    Classifiers,
+    InPlaceGradients,
+    LayerCall,
+    LayerNorm,
+    LayerSlice,
+    Linear,
+    PatchEmbed,
+    call,
+    classifier_rows,
+    cut,
+    embed_of,
+    grads_of,
+    init_weights,
+)
+from hydravit.structure import Fused, Structure
+from hydravit_kernels import EmbedSlice, NetworkSizes, Subnetwork
 
 # Calls name the same few subnetworks again and again: validating one takes longer than looking it up.
 _validate = functools.lru_cache(maxsize=256)(NetworkSizes.validate)
@@ -33,8 +50,8 @@ class HydraViT(nn.Module):
             model is made, moved or cast.
     """
 
-    head: Any  # a Classifier, or nn.Identity where the config has no classes
-    norm: nn.LayerNorm  # called fc_norm where the config has pool="avg"
+    head: Any  # Linear, Classifiers where the config has separate ones, or nn.Identity where it has no classes
+    norm: LayerNorm  # called fc_norm where the config has pool="avg"
 
     def __init__(
         self,
@@ -58,14 +75,15 @@ class HydraViT(nn.Module):
             self.reg_token = nn.Parameter(torch.zeros(1, config.register_tokens, config.embed, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_tokens, config.embed, **factory))
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList([Block(config, rate, **factory) for rate in rates])
-        self.add_module(config.final_norm, nn.LayerNorm(config.embed, config.norm_eps, **factory))
-        self.head = Classifier(config, **factory) if config.num_classes else nn.Identity()
+        self.blocks = nn.Sequential(*(Block(config, rate, **factory) for rate in rates))
+        self.add_module(config.final_norm, LayerNorm(config.embed, config.norm_eps, **factory))
+        self.head = _make_head(config, **factory)
         init_weights(self)
 
         self.declared_changes = 0  # how often `weights_changed` was called
         self.slice_gradients: InPlaceGradients | None = None  # set by hydravit.training.SliceGradients
         self.packed_inference: PackedInference | None = PackedInference()  # None: every call reads the weights in place
+        self._structure: Structure | None = None
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
         self._resolve_subnetworks()
@@ -96,10 +114,19 @@ class HydraViT(nn.Module):
             raise ValueError(f"global_pool must be None or the model's {self.config.pool!r}, not {global_pool!r}")
         factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
-        self.head = Classifier(self.config, **factory) if num_classes else nn.Identity()
+        self.head = _make_head(self.config, **factory)
         if num_classes:
             nn.init.trunc_normal_(self.head.weight, std=0.02)
-        self._resolve_subnetworks()
+            nn.init.zeros_(self.head.bias)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take a new ``head`` as timm's users assign it: the config has as many classes as a linear layer has rows."""
+        super().__setattr__(name, value)
+        if name == "head" and "_sizes" in self.__dict__:
+            if not isinstance(value, Classifiers):
+                classes = {nn.Identity: 0}.get(type(value), getattr(value, "out_features", self.config.num_classes))
+                self.config = dataclasses.replace(self.config, num_classes=classes, separate_classifiers=())
+            self._resolve_subnetworks()
 
     # Width and backend ------------------------------------------------------------------------------------------------
 
@@ -200,7 +227,7 @@ class HydraViT(nn.Module):
 
     def __getstate__(self):
         """Leave gradient buffers out of copies and pickles; ``PackedInference`` leaves out the packed weights."""
-        return {**self.__dict__, "slice_gradients": None}
+        return {**self.__dict__, "slice_gradients": None, "_structure": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -217,23 +244,28 @@ class HydraViT(nn.Module):
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
-        images, selection = self._enter(images, heads)
-        if self.packed_inference is not None:
+        images, selection, fused = self._enter(images, heads)
+        if self.packed_inference is not None and not fused.unpackable:
             logits = self.packed_inference.run(self, images, selection)
             if logits is not None:
                 return logits
-        x = self._trunk(images, selection, pooled_only=self.config.pool == "token")
-        return self._head(x, self.head_parameters(), selection)
+        if not fused.forward:
+            width = () if heads is None else (heads,)  # an override may know nothing of widths
+            return self.forward_head(self.forward_features(images, *width), *width)
+        x = self._trunk(images, selection, fused, pooled_only=fused.head and self.config.pool == "token")
+        return self._head(x, self.head_parameters(), selection) if fused.head else self._run_head(x, selection)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
         """Compute the tokens ``(B, N, Dk)`` after the blocks and, as in timm, a final norm that precedes pooling.
 
         With one width per image ``Dk`` is that of the widest, and the channels beyond an image's own are zero.
         """
-        images, selection = self._enter(images, heads)
-        x = self._trunk(images, selection)
+        images, selection, fused = self._enter(images, heads)
+        x = self._trunk(images, selection, fused)
         if self.config.pool == "avg":
             return x
+        if not fused.head:
+            return self._run_norm(x, selection)
         return kernels.layer_norm(
             x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
         )
@@ -247,6 +279,8 @@ class HydraViT(nn.Module):
         """
         selection = self.select(heads, features.shape[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
+        if not self._fused().head:
+            return self._run_head(features, selection, normed=self.config.pool == "token", pre_logits=pre_logits)
         parameters = self.head_parameters()
         if self.config.pool == "token":  # the features are normalised already
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
@@ -257,21 +291,37 @@ class HydraViT(nn.Module):
     def attention_maps(self, images: Tensor, heads: int | Subnetwork | None = None) -> list[Tensor | None]:
         """Compute the attention weights of every layer, ``(B, heads, queries, keys)``; None for a skipped attention.
 
-        Raises ``ValueError`` for more than one width.
+        Raises ``ValueError`` for more than one width, and if a block's attention was replaced.
         """
-        images, selection = self._enter(images, heads)
+        images, selection, fused = self._enter(images, heads)
         if selection.width_index is not None:
             raise ValueError("attention_maps takes one width for the batch")
-        x = self._stem(images, selection)
-        maps = []
-        for i, block in enumerate(self._layers()):
-            (attention,) = selection.attention(i)
-            parameters = block.attention_parameters()
-            maps.append(kernels.attention_map(x, parameters, attention, selection.eps) if attention.heads else None)
-            x = self._block(i, x, selection)
+        x = self._stem(images, selection, fused)
+        maps: list[Tensor | None] = []
+        for i, block in enumerate(self.blocks):
+            attn, s = getattr(block, "attn", None), selection.subnetworks[0].attention[i]
+            if not isinstance(attn, Attention):
+                raise ValueError(f"attention_maps: blocks.{i} has no attention of ours")
+            maps.append(
+                attn.weights(call(cast("Block", block).norm1, x, s=s, eps=selection.eps), s) if s.heads else None
+            )
+            x = self._block(i, x, selection, fused)
         return maps
 
-    def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Selection]:
+    def structure(self) -> Structure:
+        """Return what the model is made of now; it is looked at anew only if something changed."""
+        structure = self._structure
+        if structure is None or not structure.holds():
+            structure = self._structure = Structure(self, _METHODS)
+        return structure
+
+    def _fused(self) -> Fused:
+        return self._fused_when_compiling() if torch.compiler.is_compiling() else self.structure().fused
+
+    def _fused_when_compiling(self) -> Fused:
+        return self.structure().fused
+
+    def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Selection, Fused]:
         """Begin a forward: check the images, find the widths, and select the backend anew if the parameters moved."""
         images = self.check_images(images)
         selection = self.select(heads, images.shape[0])
@@ -279,7 +329,10 @@ class HydraViT(nn.Module):
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(selection.subnetworks)
-        return images, selection
+        fused = self._fused()
+        if fused.full_only and selection.subnetworks != (self._make_subnetwork(self.config.max_heads),):
+            raise ValueError(f"heads: only the full width is possible, because {fused.full_only}")
+        return images, selection, fused
 
     def check_images(self, images: Tensor) -> Tensor:
         """Return the images in the model's dtype. Under autocast they may come in another, but parameters are not cast.
@@ -315,7 +368,7 @@ class HydraViT(nn.Module):
 
     def head_parameters(self) -> kernels.HeadParameters:
         norm = getattr(self, self.config.final_norm)
-        weight, bias = self.head.rows() if self.num_classes else (None, None)
+        weight, bias = classifier_rows(self.head)
         return kernels.HeadParameters(norm_weight=norm.weight, norm_bias=norm.bias, weight=weight, bias=bias)
 
     def network_parameters(self) -> kernels.NetworkParameters:
@@ -330,33 +383,85 @@ class HydraViT(nn.Module):
     def _layers(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)  # a ModuleList does not tell the type of its modules
 
-    def _stem(self, images: Tensor, selection: Selection) -> Tensor:
+    def _stem(self, images: Tensor, selection: Selection, fused: Fused) -> Tensor:
+        if not fused.stem:
+            return kernels.per_image(self._run_stem, images, None, selection.embed, selection.width_index)
         parameters = self.stem_parameters()
         grads = grads_of(self.slice_gradients, parameters)
         return kernels.stem(
             images, parameters, selection.embed, selection.width_index, backend=self.backend, grads=grads
         )
 
-    def _trunk(self, images: Tensor, selection: Selection, pooled_only: bool = False) -> Tensor:
+    def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
+        """Run the stem as its modules say, for images of one width."""
+        tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        prefix = [cut(token, 2, embed_of(s)).expand(len(images), -1, -1) for token in tokens]
+        patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
+        if self.config.no_embed_class:
+            return torch.cat([*prefix, patches + positions], dim=1)
+        return torch.cat([*prefix, patches], dim=1) + positions
+
+    def _trunk(self, images: Tensor, selection: Selection, fused: Fused, pooled_only: bool = False) -> Tensor:
         """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.
 
-        It returns all tokens nonetheless if it is foreign or has hooks, which may expect them.
+        It returns all tokens nonetheless if it has hooks, or runs its modules, which may expect them.
         """
-        x, last = self._stem(images, selection), self.blocks[-1]
-        for i, block in enumerate(self.blocks):
-            unseen = pooled_only and block is last and is_ours(block) and not any(hooks_of(block))
-            x = self._block(i, x, selection, pool=self.config.pool_range if unseen else None)
+        x, last = self._stem(images, selection, fused), len(self.blocks) - 1
+        for i in range(len(self.blocks)):
+            unseen = pooled_only and i == last and fused.blocks[i] and i not in fused.hooked
+            x = self._block(i, x, selection, fused, pool=self.config.pool_range if unseen else None)
         return x
 
-    def _block(self, i: int, x: Tensor, selection: Selection, pool: tuple[int, int] | None = None) -> Tensor:
-        slices = selection.attention(i), selection.mlp(i)
-        return self.blocks[i](
-            x, *slices, selection.eps, selection.width_index, self.backend, self.slice_gradients, pool
-        )
+    def _block(
+        self, i: int, x: Tensor, selection: Selection, fused: Fused, pool: tuple[int, int] | None = None
+    ) -> Tensor:
+        slices = [LayerSlice(s.attention[i], s.mlp[i]) for s in selection.subnetworks]
+        backend = self.backend if fused.blocks[i] else None
+        layer = LayerCall(slices, selection.eps, selection.width_index, backend, self.slice_gradients, pool)
+        return call(self.blocks[i], x, layer=layer)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
         pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
-        grads = grads_of(self.slice_gradients, parameters)
         return kernels.head(
-            x, parameters, pool, selection.head, selection.eps, selection.width_index, backend=self.backend, grads=grads
+            x, parameters, pool, selection.head, selection.eps, selection.width_index,
+            backend=self.backend, grads=grads_of(self.slice_gradients, parameters),
+        )  # fmt: skip
+
+    def _run_norm(self, x: Tensor, selection: Selection) -> Tensor:
+        """Run the final norm's module on all tokens."""
+        return kernels.per_image(
+            lambda x, _, s: call(self.norm, x, s=s, eps=selection.eps), x, None, selection.head, selection.width_index
         )
+
+    def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Tensor:
+        """Run pooling, norm and classifier as their modules say; as in timm, ``norm`` sees all tokens."""
+
+        def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
+            if self.config.pool == "token" and not normed:
+                x = call(self.norm, x, s=s, eps=selection.eps)
+            start, stop = self.config.pool_range
+            x = x[:, start:stop].mean(dim=1)
+            if self.config.pool == "avg":
+                x = call(self.get_submodule("fc_norm"), x, s=s, eps=selection.eps)
+            if pre_logits:
+                return x
+            return call(self.head, x, rows=((s.class_offset, s.classes),), columns=embed_of(s))
+
+        pad = pre_logits or isinstance(self.head, nn.Identity)
+        return kernels.per_image(single, x, None, selection.head, selection.width_index, pad=pad)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: the graph is for the modules as they
+# are while it is made. As with any module, it does not notice hooks that come later.
+HydraViT._fused_when_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# In whose place `forward` may run fused ops.
+_METHODS = {name: getattr(HydraViT, name) for name in ("forward_features", "forward_head")}
+
+
+def _make_head(config: HydraViTConfig, **factory) -> nn.Module:
+    if not config.num_classes:
+        return nn.Identity()
+    if config.separate_classifiers:
+        return Classifiers(config, **factory)
+    return Linear(config.embed, config.num_classes, **factory)

@@ -14,7 +14,7 @@ from hydravit_kernels.parameters import (
     named_specs,
 )
 from hydravit_kernels.ranges import annotate
-from hydravit_kernels.reference import attention_map, layer_norm
+from hydravit_kernels.reference import layer_norm, per_image
 from hydravit_kernels.subnetwork import (
     AttentionSlice,
     EmbedSlice,
@@ -46,13 +46,13 @@ __all__ = [
     "adamw",
     "annotate",
     "attention_block",
-    "attention_map",
     "available_backends",
     "check_backend",
     "head",
     "layer_norm",
     "mlp_block",
     "named_specs",
+    "per_image",
     "rectangles_of",
     "select",
     "stem",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
-from hydravit_kernels.subnetwork import AttentionSlice, widest
+from hydravit_kernels.subnetwork import widest
 
 
 def stem(images, p: StemParameters, slices, width_index=None) -> Tensor:
@@ -32,7 +32,7 @@ def stem(images, p: StemParameters, slices, width_index=None) -> Tensor:
         tokens = torch.cat([t.to(patches.dtype) for t in prefix] + [patches], dim=1)
         return tokens if position is None else tokens + position
 
-    return _per_image(single, images, None, slices, width_index)
+    return per_image(single, images, None, slices, width_index)
 
 
 def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, width_index=None, queries=None) -> Tensor:
@@ -54,7 +54,7 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, width_
         columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()
         return _add_branch(x[:, :queries], attended, columns, p.proj_bias, p.layer_scale, branch_scale, s)
 
-    return _per_image(single, x, branch_scale, slices, width_index)
+    return per_image(single, x, branch_scale, slices, width_index)
 
 
 def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, width_index=None) -> Tensor:
@@ -70,7 +70,7 @@ def mlp_block(x, p: MlpParameters, branch_scale, slices, eps, width_index=None) 
         columns = p.fc2_weight.narrow(1, s.hidden_offset, s.hidden)
         return _add_branch(x, hidden, columns, p.fc2_bias, p.layer_scale, branch_scale, s)
 
-    return _per_image(single, x, branch_scale, slices, width_index)
+    return per_image(single, x, branch_scale, slices, width_index)
 
 
 def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, width_index=None) -> Tensor:
@@ -88,18 +88,12 @@ def head(x, p: HeadParameters, pool_start, pool_stop, slices, eps, width_index=N
         rows = p.weight.narrow(0, s.class_offset, s.classes).narrow(1, s.embed_offset, s.embed)
         return F.linear(pooled, rows, None if p.bias is None else p.bias.narrow(0, s.class_offset, s.classes))
 
-    return _per_image(single, x, None, slices, width_index, pad=p.weight is None)
+    return per_image(single, x, None, slices, width_index, pad=p.weight is None)
 
 
 def layer_norm(x, norm_weight, norm_bias, slices, eps, width_index=None) -> Tensor:
     """The norm alone, over the slice's channels, for every token of ``x (B, N, Dk)``."""
-    return _per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, width_index)
-
-
-def attention_map(x, p: AttentionParameters, s: AttentionSlice, eps) -> Tensor:
-    """How much every token attends to every other: the softmax of the scaled scores, ``(B, heads, N, N)``."""
-    query, key, _ = _query_key_value(x, p, s, eps)
-    return _attention(query, key, s.scale)
+    return per_image(lambda x, _, s: _norm(x, norm_weight, norm_bias, s, eps), x, None, slices, width_index)
 
 
 def _attention(query, key, scale):
@@ -141,8 +135,8 @@ def _add_branch(x, inner, columns, bias, layer_scale, branch_scale, s):
     return x + branch
 
 
-def _per_image(single, x, branch_scale, slices, width_index, pad=True):
-    """Apply ``single`` to the batch, or to each group of images that share a slice.
+def per_image(single, x, branch_scale, slices, width_index, pad=True):
+    """Apply ``single(x, branch_scale, s)`` to the batch, or to each group of images that share a slice.
 
     ``pad`` fills the results of narrow images with zeros up to the widest.
     """

@@ -47,6 +47,22 @@ class AttentionSlice(NamedTuple):
     pitch: int
     scale: float
 
+    @property
+    def qkv_rows(self) -> Intervals:
+        """The rows of the queries, the keys and the values."""
+        query, key = (self._of_heads(row, self.head_dim) for row in (self.query_row, self.key_row))
+        return query + key + self._of_heads(self.value_row, self.value_dim)
+
+    @property
+    def proj_columns(self) -> Intervals:
+        return self._of_heads(self.proj_column, self.value_dim)
+
+    def _of_heads(self, start: int, length: int) -> Intervals:
+        """The intervals ``[start + h * pitch, ... + length)`` of all heads, joined where heads touch."""
+        if self.pitch == length:
+            return ((start, self.heads * length),) if self.heads else ()
+        return tuple((start + head * self.pitch, length) for head in range(self.heads))
+
 
 class MlpSlice(NamedTuple):
     """The slice of one MLP block: ``hidden`` rows of fc1 and columns of fc2. ``hidden == 0`` skips the branch."""
@@ -93,23 +109,15 @@ class Subnetwork(NamedTuple):
         """
         attention, mlp = self.attention[layer], self.mlp[layer]
         embed = ((self.embed.embed_offset, self.embed.embed),)
-        query, key = (head_intervals(attention, row, attention.head_dim) for row in attention[2:4])
         return {
             "embed": embed,
             "attention_embed": embed if attention.heads else (),
-            "qkv": query + key + head_intervals(attention, attention.value_row, attention.value_dim),
-            "attended": head_intervals(attention, attention.proj_column, attention.value_dim),
+            "qkv": attention.qkv_rows,
+            "attended": attention.proj_columns,
             "mlp_embed": embed if mlp.hidden else (),
             "hidden": ((mlp.hidden_offset, mlp.hidden),) if mlp.hidden else (),
             "classes": ((self.head.class_offset, self.head.classes),),
         }
-
-
-def head_intervals(attention: AttentionSlice, start: int, length: int) -> Intervals:
-    """The intervals ``[start + h * pitch, ... + length)`` of all heads, joined where heads touch."""
-    if attention.pitch == length:
-        return ((start, attention.heads * length),) if attention.heads else ()
-    return tuple((start + head * attention.pitch, length) for head in range(attention.heads))
 
 
 def flatten(slices: Iterable[tuple]) -> list[int]:

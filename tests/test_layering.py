@@ -19,8 +19,9 @@ ORDER = {
         "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
-        "config", "extras", "geometry", "layers", "inference", "model", "atomic", "preprocessing", "checkpoint",
-        "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
+        "config", "extras", "geometry", "layers", "structure", "inference", "model", "atomic", "preprocessing",
+        "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli",
+        "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "run"],
 }  # fmt: skip

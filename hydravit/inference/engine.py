@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hydravit_kernels as kernels
 from hydravit.inference.packable import Packable
-from hydravit.inference.staleness import Fingerprint, Structure
+from hydravit.inference.staleness import Fingerprint
 
 # Dtypes of weights and activations per type of device, the default first. With 8-bit weights, activations are float16.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float8_e4m3fn)}
@@ -22,8 +22,9 @@ class Engine:
     Calls may change the width and the batch at no cost: a call allocates the logits, copies no weights and makes no
     graph, but for the first call of a width at a batch above 8 on CUDA, which makes its graph. The engine notices when
     optimizer steps, ``load_state_dict``, in-place operations or replaced parameters change the model's weights, and
-    packs them again; after writes that torch cannot see, call ``model.weights_changed()``. It never runs hooks or other
-    code of the model's modules. One engine serves one thread and one CUDA stream at a time: make one for each.
+    packs them again; after writes that torch cannot see, call ``model.weights_changed()``. It refuses a
+    model with hooks, or modules of another kind than its own, because it runs none; hooks on the model itself do not
+    fire. One engine serves one thread and one CUDA stream at a time: make one for each.
 
     On the CPU it runs the packed inference of ``native``, in float32. On CUDA it was never run, only emulated. On the
     CPU an image's logits have the same bits at any batch. On CUDA large batches may be multiplied by another family of
@@ -77,6 +78,7 @@ class Engine:
         logits = self._network.run(images, subnetworks)
         # The check comes after the launch, while a GPU computes: fresh weights cost no time, stale ones a second run.
         if self._is_stale():
+            _check_packable(model)
             self._network.pack(model.network_parameters())
             self._remember()
             logits = self._network.run(images, subnetworks)
@@ -84,7 +86,7 @@ class Engine:
 
     def _remember(self) -> None:
         """Note the modules and parameters that were packed."""
-        self._structure = Structure(self.model)
+        self._structure = self.model.structure()
         self._fingerprint = Fingerprint.take(self._structure.parameters())
         self._declared_changes = self.model.declared_changes
 
@@ -97,6 +99,7 @@ class Engine:
 
 def make_network(model: Packable, dtype: torch.dtype, max_batch: int, loader: str = "best") -> kernels.Network:
     """Make the network of the model's device, with every allowed width; raise what ``Engine`` raises."""
+    _check_packable(model)
     parameters, sizes = model.network_parameters(), model.config.sizes
     subnetworks = {heads: model.subnetwork(heads) for heads in model.allowed_heads}
     if dtype in DTYPES["cuda"]:  # the CPU has float32 only, which CUDA lacks
@@ -105,6 +108,11 @@ def make_network(model: Packable, dtype: torch.dtype, max_batch: int, loader: st
         if reason := kernels.CpuNetwork.why_not(subnetwork):
             raise ValueError(f"engine: packed weights cannot serve heads={heads}: {reason}")
     return kernels.CpuNetwork(parameters, sizes)
+
+
+def _check_packable(model: Packable) -> None:
+    if reason := model.structure().fused.unpackable:
+        raise ValueError(f"engine: it runs none of the model's modules, but {reason}")
 
 
 Model = TypeVar("Model", bound=Packable)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
+from hydravit.structure import Structure
 
 
 class Packable(Protocol):
@@ -18,7 +18,6 @@ class Packable(Protocol):
     backend: str
     training: bool
     heads: int
-    blocks: nn.ModuleList
     pos_embed: nn.Parameter
     declared_changes: int  # how often `weights_changed` was called
 
@@ -31,4 +30,4 @@ class Packable(Protocol):
 
     def network_parameters(self) -> kernels.NetworkParameters: ...
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def structure(self) -> Structure: ...

@@ -10,7 +10,7 @@ from torch import Tensor
 import hydravit_kernels as kernels
 from hydravit.geometry import Selection
 from hydravit.inference.packable import Packable
-from hydravit.inference.staleness import Fingerprint, Structure
+from hydravit.inference.staleness import Fingerprint
 
 
 class PackedInference:
@@ -27,7 +27,6 @@ class PackedInference:
     def __init__(self, pooled_only: bool = True):
         self.pooled_only = pooled_only
         self._lock = threading.Lock()
-        self._structure: Structure | None = None
         self._seen: Fingerprint | None = None
         self._packed: tuple[Fingerprint, kernels.CpuNetwork] | None = None
 
@@ -49,12 +48,7 @@ class PackedInference:
         """Compute the logits; return None if the blocks must run one by one, or the weights are not packed yet."""
         if model.backend != "native" or model.training or torch.compiler.is_compiling():
             return None
-        structure = self._structure
-        if structure is None or not structure.holds():
-            structure = self._structure = Structure(model)
-        if structure.needs_modules_to_run():
-            return None
-        parameters = structure.parameters()
+        parameters = model.structure().parameters()
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
             return None
         if any(kernels.CpuNetwork.why_not(s) for s in selection.subnetworks):

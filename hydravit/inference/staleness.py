@@ -1,7 +1,7 @@
 """Finds out whether a packed copy is stale, older than the parameters it was made of.
 
-``Structure`` notices replaced modules, ``Fingerprint`` replaced or changed parameters. Neither notices writes that
-torch cannot see, through ``.data`` or a NumPy view: ``HydraViT.weights_changed`` tells of them.
+``Fingerprint`` notices replaced or changed parameters, ``hydravit/structure.py`` replaced modules. Neither notices
+writes that torch cannot see, through ``.data`` or a NumPy view: ``HydraViT.weights_changed`` tells of them.
 """
 
 from __future__ import annotations
@@ -12,34 +12,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from hydravit.inference.packable import Packable
-from hydravit.layers import Block, hooks_of
-
-
-class Structure:
-    """The modules of a model, kept so that a call can look at all parameters without walking through them."""
-
-    def __init__(self, model: Packable):
-        modules = list(model.modules())
-        self._parameters = [module._parameters for module in modules]
-        self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        # A network calls no module, so it cannot serve a block of another class or with a patched forward.
-        self._foreign = any(type(block) is not Block for block in model.blocks)
-        self._attributes = [block.__dict__ for block in model.blocks]
-        tables = {id(hooks): hooks for block in model.blocks for hooks in hooks_of(block)}
-        self._hooks = list(tables.values())
-
-    def holds(self) -> bool:
-        """Whether the model still has the same modules."""
-        return all(list(now.values()) == then for now, then in self._children)
-
-    def needs_modules_to_run(self) -> bool:
-        """Whether a hook or a foreign block would miss its call."""
-        return self._foreign or any(self._hooks) or any("forward" in attributes for attributes in self._attributes)
-
-    def parameters(self) -> list[Tensor | None]:
-        return [parameter for of_module in self._parameters for parameter in of_module.values()]
 
 
 class Fingerprint:

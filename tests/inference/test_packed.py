@@ -219,7 +219,7 @@ def test_hooks_on_all_modules_fire(register):
 
 def test_another_block_is_called():
     class Quiet(layers.Block):
-        def forward(self, x, *_):
+        def forward(self, x):
             return x
 
     model, x = make(), images(WIDE)

@@ -120,7 +120,8 @@ def check_network(case):
     model = poison(shake(HydraViT(config, backend="native").eval()), subnetworks)
     images = case.images(batch, config.in_channels, *config.image_size)
     selection = Selection(subnetworks, case.width_index(batch, count))
-    expected = model._head(model._trunk(images, selection), model.head_parameters(), selection)
+    fused = model.structure().fused
+    expected = model._head(model._trunk(images, selection, fused), model.head_parameters(), selection)
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 
     network = CpuNetwork(model.network_parameters(), config.sizes)

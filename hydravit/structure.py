@@ -1,0 +1,210 @@
+"""Which modules of a model have to run themselves, because somebody could tell if a fused op took their place.
+
+A module can be replaced, wrapped, patched, hooked or parametrized. Fused ops call no module: they stand for the modules
+that ``layers.py`` made. ``Structure`` looks at all modules once, and a call only at what may have changed since.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from hydravit import layers
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ON_ALL_MODULES = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+# The modules for which the fused ops stand, by their names inside a block or the model.
+_BLOCK: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm1": (layers.LayerNorm,),
+    "attn": (layers.Attention,),
+    "attn.qkv": (layers.Linear,),
+    "attn.attn_drop": (nn.Identity,),
+    "attn.proj": (layers.Linear,),
+    "ls1": (layers.LayerScale, nn.Identity),
+    "drop_path1": (layers.DropPath,),
+    "norm2": (layers.LayerNorm,),
+    "mlp": (layers.Mlp,),
+    "mlp.fc1": (layers.Linear,),
+    "mlp.act": (layers.GELU,),
+    "mlp.fc2": (layers.Linear,),
+    "ls2": (layers.LayerScale, nn.Identity),
+    "drop_path2": (layers.DropPath,),
+}
+_STEM: dict[str, tuple[type[nn.Module], ...]] = {
+    "patch_embed": (layers.PatchEmbed,),
+    "patch_embed.proj": (layers.Conv2d,),
+}
+_HEAD: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm": (layers.LayerNorm,),
+    "fc_norm": (layers.LayerNorm,),
+    "head": (layers.Linear, layers.Classifiers, nn.Identity),
+}
+# Plain layers of torch that somebody put in the place of ours, which compute the same and can be cut.
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: layers.Linear,
+    nn.LayerNorm: layers.LayerNorm,
+    nn.Conv2d: layers.Conv2d,
+    nn.GELU: layers.GELU,
+}
+
+
+class Fused(NamedTuple):
+    """What a call may run by fused ops.
+
+    Attributes:
+        stem, blocks, head: whether nobody could tell that the modules inside this part do not run.
+        full_only: why calls can only have the full width, or "".
+        unpackable: why no network of packed weights can stand for the model, or "".
+        hooked: the blocks that have hooks of their own, which see what goes in and comes out.
+        forward: whether the model's ``forward_features`` and ``forward_head`` are our own.
+    """
+
+    stem: bool
+    blocks: tuple[bool, ...]
+    head: bool
+    full_only: str
+    unpackable: str
+    hooked: tuple[int, ...]
+    forward: bool
+
+
+class Structure:
+    """The modules of a model at one moment.
+
+    Args:
+        model: a ``HydraViT``.
+        methods: its own methods, by name, in whose place fused ops may run too.
+    """
+
+    def __init__(self, model: nn.Module, methods: Mapping[str, Callable]):
+        self._model, self._methods = model, methods
+        self._modules = list(model.modules())
+        self._attributes = [module.__dict__ for module in self._modules]
+        self._norms = [module for module in self._modules if isinstance(module, nn.LayerNorm)]
+        tables = [own[name] for own in self._attributes[1:] for name in _HOOKS] + _ON_ALL_MODULES
+        children, parameters = ([own[name] for own in self._attributes] for name in ("_modules", "_parameters"))
+        self._empty = [table for table in (*tables, *children, *parameters) if not table]
+        self._hooks = [hooks for hooks in tables if hooks]
+        self._children = [table for table in children if table]
+        self._parameters = [table for table in parameters if table]
+        self._state = self._now()
+        self.fused = _look(model, self._replaced())
+
+    def holds(self) -> bool:
+        """Whether the model still has these modules, with hooks, patches and classes as they were."""
+        return not any(self._empty) and all(self._hooks) and self._state == self._now()
+
+    def parameters(self) -> list[Tensor | None]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
+
+    def _now(self) -> tuple[list[Any], ...]:
+        return (
+            [*map(type, self._modules)],
+            [*map(dict.get, self._attributes, itertools.repeat("forward"))],
+            [*itertools.chain.from_iterable(map(dict.values, self._children))],
+            [norm.eps for norm in self._norms],
+            self._replaced(),
+        )
+
+    def _replaced(self) -> list[str]:
+        """The names of methods that a subclass overrides, or that somebody patched."""
+        kind, own = type(self._model), self._model.__dict__
+        return [name for name, method in self._methods.items() if name in own or getattr(kind, name) is not method]
+
+
+def _look(model: Any, replaced: list[str]) -> Fused:
+    """Find out what of a model fused ops may stand for."""
+    config = model.config
+    told: dict[str, list[str]] = {}  # part -> what is told to whom
+    full_only = ""
+    everywhere = "a hook on all modules" if any(_ON_ALL_MODULES) else ""
+    for part, name, module, expected in _places(model):
+        reason = everywhere or _stranger(name, module, expected, config.norm_eps)
+        if reason:
+            told.setdefault(part, []).append(reason)
+        if not full_only and not _serves_widths(module, expected, config):
+            what = "has a patched forward" if "forward" in module.__dict__ else f"is {_article(module)}"
+            full_only = (
+                f"{name} {what}, which knows nothing of widths; parametrize its weights instead "
+                "(torch.nn.utils.parametrize), or let forward take the keyword arguments that ours takes"
+            )
+    count = len(model.blocks)
+    blocks = tuple(f"blocks.{i}" not in told for i in range(count))
+    unpackable = next((reasons[0] for reasons in told.values()), "")
+    if not unpackable:
+        unpackable = next(
+            (f"{name} is parametrized" for name, module in model.named_modules() if is_parametrized(module)), ""
+        )
+    hooked = tuple(i for i, block in enumerate(model.blocks) if any(getattr(block, name) for name in _HOOKS))
+    if not unpackable and hooked:
+        unpackable = f"blocks.{hooked[0]} has a hook"
+    if not unpackable and replaced:
+        unpackable = f"{replaced[0]} is not the model's own"
+    if not unpackable and count != config.depth:
+        unpackable = f"the model has {count} blocks, its config {config.depth}"
+    return Fused("stem" not in told, blocks, "head" not in told, full_only, unpackable, hooked, not replaced)
+
+
+def _places(model: Any) -> Iterator[tuple[str, str, nn.Module, tuple[type[nn.Module], ...]]]:
+    """Every place of a module: its part, its name, who is there and who is expected."""
+    for part, table in (("stem", _STEM), ("head", _HEAD)):
+        for name, expected in table.items():
+            module = _find(model, name)
+            if module is not None:
+                yield part, name, module, expected
+    for i, block in enumerate(model.blocks):
+        yield f"blocks.{i}", f"blocks.{i}", block, (layers.Block,)
+        for name, expected in _BLOCK.items() if isinstance(block, layers.Block) else ():
+            module = _find(block, name)
+            if module is not None:
+                yield f"blocks.{i}", f"blocks.{i}.{name}", module, expected
+
+
+def _find(module: nn.Module, name: str) -> nn.Module | None:
+    """Return a module by its name; None where it is missing, or is inside a foreign one."""
+    found: Any = module
+    for part in name.split("."):
+        if found is not module and not isinstance(found, (layers.Attention, layers.Mlp, layers.PatchEmbed)):
+            return None
+        found = getattr(found, part, None)
+    return found
+
+
+def _stranger(name: str, module: nn.Module, expected: tuple[type[nn.Module], ...], eps: float) -> str:
+    """Return why a fused op cannot stand for the module in this place, or ""."""
+    own = _PLAIN.get(type(module))
+    if own in expected and not (isinstance(module, nn.GELU) and module.approximate != "none"):
+        module.__class__ = own
+    if not isinstance(module, expected) or not any(type(module).forward is kind.forward for kind in expected):
+        return f"{name} is {_article(module)}"
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return f"{name} approximates by {module.approximate}"
+    if "forward" in module.__dict__:
+        return f"{name} has a patched forward"
+    if not isinstance(module, layers.Block) and any(getattr(module, hooks) for hooks in _HOOKS):
+        return f"{name} has a hook"
+    if isinstance(module, nn.LayerNorm) and module.eps != eps:
+        return f"{name} has eps {module.eps}"
+    for parameter in () if is_parametrized(module) else module._parameters.values():
+        if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
+            return f"{name} has a parameter of type {type(parameter).__name__}"
+    return ""
+
+
+def _serves_widths(module: nn.Module, expected: tuple[type[nn.Module], ...], config: Any) -> bool:
+    """Whether the module in this place can run at a narrower width."""
+    if layers.takes_slices(module) or not any(True for _ in module.parameters()):
+        return True
+    # A wrapper of a block hands on the residual, whose channels tell the block its width if no two have as many.
+    contains_block = expected == (layers.Block,) and any(isinstance(m, layers.Block) for m in module.modules())
+    return contains_block and layers.channels_tell_width(config)
+
+
+def _article(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
