@@ -152,7 +152,11 @@ BAD_WEIGHTS = {
         {},
         "20 tokens, 1 of them .* no square grid, nor",
     ),
-    "in_channels": (None, {"in_channels": 1}, "in_channels is 3, the model's is 1"),
+    "in_channels": (
+        lambda s: s | {"patch_embed.proj.weight": torch.ones(64, 2, 8, 8)},
+        {"in_channels": 1},
+        "in_channels is 2, the model's is 1",
+    ),
     "patch_size": (None, {"patch_size": 16}, "patch_size is 8, the model's is 16"),
     "too wide": (None, {"max_heads": 2}, "the width is 64 channels, the model has only 32"),
     "other head dim": (None, {"head_dim": 24}, "only a multiple of head_dim 24 fits"),
