@@ -41,7 +41,7 @@ def prefix(config, heads):
         proj=list(range(width)),
         heads=heads,
         scale=config.head_dim**-0.5,
-        hidden=list(range(round(config.mlp_ratio * width))),
+        hidden=list(range(config.hidden_of(heads))),
     )
     return Subnetwork(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 

@@ -76,7 +76,8 @@ def infer_config(
         ValueError: these are not the weights of a ViT, its arithmetic is not the model's, or the shapes leave no single
             answer. The message names what differs or what has to be given.
     """
-    tensors, _ = plain_names(named_tensors(state_dict))
+    named = named_tensors(state_dict)
+    tensors, _ = plain_names(named)
     if strict and (words := reason(tensors)):
         raise ValueError(f"the weights are of a model with {words}, which this package does not compute")
     tensors, _ = without_distillation(tensors)
@@ -98,7 +99,7 @@ def infer_config(
     }
     assumed = {name: value for name, value in usual.items() if name not in known}
     if head_dim is None:
-        head_dim = _usual_head_dim(shapes)
+        head_dim = _usual_head_dim(shapes, eva="blocks.0.gamma_1" in named)
         assumed = {"head_dim": head_dim, **assumed}
     if assumed:
         values = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
@@ -125,15 +126,25 @@ def infer_config(
     })  # fmt: skip
 
 
-def _usual_head_dim(shapes: dict[str, tuple[int, ...]]) -> int:
+def _usual_head_dim(shapes: dict[str, tuple[int, ...]], eva: bool) -> int:
+    """Return the head dim of the published ViTs of these shapes; raise ``ValueError`` where they have several.
+
+    ``eva``: whether layer scales have the names of DeiT III, which timm's ViTs with rotary positions share.
+    """
     embed = shapes["patch_embed.proj.weight"][0]
+    ask = ""
     if embed not in _HEAD_DIMS:
-        raise ValueError(f"weights do not tell the heads, and {embed} channels have no usual number: pass the head_dim")
-    if not {"cls_token", "reg_token"} & set(shapes):  # so are timm's vit_base_patch16_gap_224 and ..._rpn_224
-        raise ValueError(
-            "weights do not tell the heads, nor whether norms come before the branches or after them (rpn), and "
-            "published ViTs without class and register tokens differ in both: if before, pass the head_dim"
+        ask = f"{embed} channels have no usual number of heads: pass the head_dim"
+    elif not {"cls_token", "reg_token"} & set(shapes):  # timm's vit_base_patch16_gap_224 and ..._rpn_224
+        ask = "published ViTs without class and register tokens have norms before or after the branches, which weights "
+        ask += "do not tell either: if they are before, pass the head_dim"
+    elif eva:
+        ask = (
+            "gamma_1 is a name of DeiT III and of timm's vit_*_rope_ape, whose rotary positions are not computed here: "
         )
+        ask += "if it is DeiT III, pass the head_dim"
+    if ask:
+        raise ValueError(f"weights do not tell the heads; {ask}, or timm's model instead of its weights")
     return _HEAD_DIMS[embed]
 
 

@@ -155,7 +155,7 @@ def test_skd_widths_per_layer(backend):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_other_nestings(backend, heads):
     config, full = SMALL, list(range(SMALL.embed))
-    hidden = list(range(heads * config.hidden_per_head))
+    hidden = list(range(config.hidden_of(heads)))
 
     def subnetwork(embed, width, count, hidden):
         roles = [list(range(role * len(full), role * len(full) + width)) for role in range(3)]
