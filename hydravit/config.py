@@ -25,7 +25,7 @@ _CHECKS = {
         (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
     ),
     **dict.fromkeys(
-        ("qkv_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
+        ("qkv_bias", "proj_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
     ),
     **dict.fromkeys(
         ("mlp_ratio", "norm_eps"), (lambda value: _is_number(value) and value > 0, "a positive, finite number")
@@ -65,6 +65,7 @@ class HydraViTConfig:
         mlp_ratio: hidden channels over channels of the residual; their product is an integer. A subnetwork has the
             share of its heads, rounded down.
         qkv_bias: whether queries, keys and values have a bias.
+        proj_bias: whether proj, fc1 and fc2 have a bias.
         class_token: whether a class token is prepended.
         register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
         no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
@@ -85,6 +86,7 @@ class HydraViTConfig:
     head_dim: int = 64
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    proj_bias: bool = True
     class_token: bool = True
     register_tokens: int = 0
     no_embed_class: bool = False

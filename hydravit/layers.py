@@ -39,17 +39,17 @@ def grads_of(gradients: InPlaceGradients | None, parameters: Parameters) -> Para
 
 
 class Attention(nn.Module):
-    def __init__(self, embed: int, qkv_bias: bool, **factory):
+    def __init__(self, embed: int, qkv_bias: bool, proj_bias: bool, **factory):
         super().__init__()
         self.qkv = nn.Linear(embed, 3 * embed, bias=qkv_bias, **factory)
-        self.proj = nn.Linear(embed, embed, **factory)
+        self.proj = nn.Linear(embed, embed, bias=proj_bias, **factory)
 
 
 class Mlp(nn.Module):
-    def __init__(self, embed: int, hidden: int, **factory):
+    def __init__(self, embed: int, hidden: int, bias: bool, **factory):
         super().__init__()
-        self.fc1 = nn.Linear(embed, hidden, **factory)
-        self.fc2 = nn.Linear(hidden, embed, **factory)
+        self.fc1 = nn.Linear(embed, hidden, bias=bias, **factory)
+        self.fc2 = nn.Linear(hidden, embed, bias=bias, **factory)
 
 
 class LayerScale(nn.Module):
@@ -90,9 +90,9 @@ class Block(nn.Module):
     def __init__(self, config: HydraViTConfig, drop_path: float, **factory):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed, config.norm_eps, **factory)
-        self.attn = Attention(config.embed, config.qkv_bias, **factory)
+        self.attn = Attention(config.embed, config.qkv_bias, config.proj_bias, **factory)
         self.norm2 = nn.LayerNorm(config.embed, config.norm_eps, **factory)
-        self.mlp = Mlp(config.embed, config.hidden, **factory)
+        self.mlp = Mlp(config.embed, config.hidden, config.proj_bias, **factory)
         if config.layer_scale is not None:
             self.ls1 = LayerScale(config.embed, config.layer_scale, **factory)
             self.ls2 = LayerScale(config.embed, config.layer_scale, **factory)

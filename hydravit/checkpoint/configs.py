@@ -117,6 +117,7 @@ def infer_config(
         "head_dim": head_dim,
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / embed,
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+        "proj_bias": "blocks.0.attn.proj.bias" in shapes,
         "class_token": class_token,
         "register_tokens": registers,
         "no_embed_class": prefix > 0 and covered == 0,

@@ -109,9 +109,7 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     ),
     "another attention scale": lambda vit: vit.blocks[0].attn.scale != vit.blocks[0].attn.head_dim ** -0.5,
     "one layer scale of two": lambda vit: len({type(getattr(vit.blocks[0], name)) for name in ("ls1", "ls2")}) > 1,
-    "projections without bias (proj_bias)": lambda vit: None in [
-        layer.bias for block in vit.blocks for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    ],
+    "biases of one projection of three": lambda vit: 0 < _biases(vit.blocks[0]) < 3,
     "a classifier without bias": lambda vit: isinstance(vit.head, nn.Linear) and vit.head.bias is None,
     "GELU by tanh": lambda vit: any(getattr(act, "approximate", "none") != "none" for act in _every(vit, ("GELU",))),
     "attention pooling": lambda vit: vit.attn_pool is not None,
@@ -134,9 +132,13 @@ def _squares(proj: nn.Conv2d) -> bool:
     return plain and proj.kernel_size == proj.stride and len(set(proj.kernel_size)) == 1
 
 
+def _biases(block: Any) -> int:
+    return sum(layer.bias is not None for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+
+
 def _layer(block: Any) -> tuple:
     attn = block.attn
-    sizes = attn.num_heads, attn.head_dim, attn.scale, attn.qkv.bias is None, block.mlp.fc1.out_features
+    sizes = attn.num_heads, attn.head_dim, attn.scale, attn.qkv.bias is None, block.mlp.fc1.out_features, _biases(block)
     return *sizes, type(block.ls1), type(block.ls2)
 
 
@@ -171,6 +173,7 @@ def config_of(model: nn.Module) -> HydraViTConfig:
         head_dim=block.attn.head_dim,
         mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
         qkv_bias=block.attn.qkv.bias is not None,
+        proj_bias=block.attn.proj.bias is not None,
         class_token=vit.cls_token is not None,
         register_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
         no_embed_class=bool(vit.num_prefix_tokens and vit.no_embed_class),

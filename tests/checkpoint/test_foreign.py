@@ -38,6 +38,7 @@ COMPUTED = {
     "no class token, no classifier": {"global_pool": "avg", "class_token": False, "num_classes": 0},
     "registers and layer scale": {"reg_tokens": 3, "no_embed_class": True, "init_values": 0.3},
     "grey, no bias": {"in_chans": 1, "qkv_bias": False},
+    "projections without bias": {"proj_bias": False},
     "dynamic image size": {"dynamic_img_size": True},
 }
 
@@ -98,7 +99,10 @@ REFUSED = {
     "quick GELU": (lambda: vit(act_layer="quick_gelu"), "GELU by a sigmoid"),
     "ReLU": (lambda: vit(act_layer="relu"), "mlp.act is a ReLU"),
     "no position": (lambda: vit(pos_embed="none"), "no position embedding"),
-    "no proj bias": (lambda: vit(proj_bias=False), "projections without bias"),
+    "bias of one": (
+        lambda: changed(lambda m: [b.mlp.register_module("fc2", nn.Linear(192, 48, bias=False)) for b in m.blocks]),
+        "biases of one projection of three",
+    ),
     "padded images": (lambda: vit(dynamic_img_pad=True), "padded to whole patches"),
     "cut images": (lambda: vit(img_size=36), "image_size .36, 36. must be one or two multiples of patch_size 8"),
     "oblong patches": (lambda: vit(patch_size=(8, 4)), "patches that are no squares"),

@@ -22,6 +22,7 @@ VARIANTS = {
     "average pooling": {"pool": "avg"},
     "no class token": {"pool": "avg", "class_token": False},
     "no qkv bias": {"qkv_bias": False},
+    "no proj bias": {"proj_bias": False},
     "grey, oblong, odd head": {"in_channels": 1, "image_size": (24, 40), "head_dim": 12, "mlp_ratio": 2.5},
 }
 
