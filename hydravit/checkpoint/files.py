@@ -27,10 +27,10 @@ from hydravit.preprocessing import Preprocessing
 
 _METADATA = "hydravit"  # our entry in a torch file, or in the header of a safetensors file
 # Plain values that training scripts store beside the weights: their arguments, and numbers of NumPy.
-_PLAIN = [argparse.Namespace, pathlib.PosixPath, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
-_PLAIN += [
-    (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
-]
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # the function that makes a scalar; NumPy 1 and 2 have it elsewhere
+_PLAIN: list[Any] = [argparse.Namespace, pathlib.PosixPath, np.dtype]
+_PLAIN += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+_PLAIN += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def read_checkpoint(
             names the file.
     """
     if not isinstance(path, (str, os.PathLike)):
-        return _parse(lambda: _load_bytes(path.read()), None, prefer_ema, part)
+        data = path.read()
+        return _parse(lambda: _load_bytes(data), None, prefer_ema, part)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
