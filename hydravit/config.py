@@ -25,7 +25,7 @@ _CHECKS = {
         (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
     ),
     **dict.fromkeys(
-        ("qkv_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
+        ("qkv_bias", "proj_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
     ),
     **dict.fromkeys(
         ("mlp_ratio", "norm_eps"), (lambda value: _is_number(value) and value > 0, "a positive, finite number")
@@ -62,9 +62,10 @@ class HydraViTConfig:
         depth: layers, each an attention block and an MLP block.
         max_heads: attention heads of the widest subnetwork.
         head_dim: channels of a head; the residual has ``max_heads * head_dim`` channels.
-        mlp_ratio: hidden channels over channels of the residual; ``mlp_ratio * head_dim``, which every head adds to the
-            hidden channels, is an integer.
+        mlp_ratio: hidden channels over channels of the residual; their product is an integer. A subnetwork has the
+            share of its heads, rounded down.
         qkv_bias: whether queries, keys and values have a bias.
+        proj_bias: whether proj, fc1 and fc2 have a bias.
         class_token: whether a class token is prepended.
         register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
         no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
@@ -85,6 +86,7 @@ class HydraViTConfig:
     head_dim: int = 64
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    proj_bias: bool = True
     class_token: bool = True
     register_tokens: int = 0
     no_embed_class: bool = False
@@ -103,9 +105,11 @@ class HydraViTConfig:
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
-        per_head = self.mlp_ratio * self.head_dim
-        if self.hidden_per_head < 1 or abs(per_head - self.hidden_per_head) > 1e-6:  # a rounded quotient will do
-            raise ValueError(f"mlp_ratio * head_dim must be a positive integer, not {self.mlp_ratio} * {self.head_dim}")
+        if self.hidden_of(1) < 1 or abs(self.mlp_ratio * self.embed - self.hidden) > 1e-6:  # a rounded quotient will do
+            raise ValueError(
+                "mlp_ratio times the residual's channels must be an integer, and no less than the heads, "
+                f"not {self.mlp_ratio} * {self.embed}"
+            )
         widths = self.separate_classifiers
         if not isinstance(widths, (tuple, list, set, frozenset, range)):
             raise ValueError(f"separate_classifiers must be a tuple of numbers of heads, not {widths!r}")
@@ -122,11 +126,11 @@ class HydraViTConfig:
     @property
     def hidden(self) -> int:
         """Channels between the full fc1 and fc2."""
-        return self.max_heads * self.hidden_per_head
+        return round(self.mlp_ratio * self.embed)
 
-    @property
-    def hidden_per_head(self) -> int:
-        return round(self.mlp_ratio * self.head_dim)
+    def hidden_of(self, heads: int) -> int:
+        """Hidden channels of a width: the share of its heads."""
+        return self.hidden * heads // self.max_heads
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -108,7 +108,7 @@ def hydravit(config: HydraViTConfig, heads: int) -> Subnetwork:
         config,
         heads,
         _per_role_attention(config, embed, heads, config.head_dim),
-        MlpSlice(0, embed, 0, heads * config.hidden_per_head),
+        MlpSlice(0, embed, 0, config.hidden_of(heads)),
     )
 
 
@@ -125,7 +125,7 @@ def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
         config,
         heads,
         _per_role_attention(config, embed, config.max_heads, embed // config.max_heads),
-        MlpSlice(0, embed, 0, heads * config.hidden_per_head),
+        MlpSlice(0, embed, 0, config.hidden_of(heads)),
     )
 
 
@@ -135,7 +135,7 @@ def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
         config,
         heads,
         _per_role_attention(config, config.embed, heads, config.head_dim),
-        MlpSlice(0, config.embed, 0, heads * config.hidden_per_head),
+        MlpSlice(0, config.embed, 0, config.hidden_of(heads)),
     )
 
 
@@ -145,7 +145,7 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
         config,
         heads,
         _per_role_attention(config, config.embed, config.max_heads, config.head_dim),
-        MlpSlice(0, config.embed, 0, heads * config.hidden_per_head),
+        MlpSlice(0, config.embed, 0, config.hidden_of(heads)),
     )
 
 

@@ -166,7 +166,7 @@ class Attention(nn.Module):
         self.full = full_attention(config)
         self.qkv = Linear(config.embed, 3 * config.embed, bias=config.qkv_bias, **factory)
         self.attn_drop = nn.Identity()  # sees the attention weights
-        self.proj = Linear(config.embed, config.embed, **factory)
+        self.proj = Linear(config.embed, config.embed, bias=config.proj_bias, **factory)
 
     @property
     def num_heads(self) -> int:
@@ -204,9 +204,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, config: HydraViTConfig, **factory):
         super().__init__()
-        self.fc1 = Linear(config.embed, config.hidden, **factory)
+        self.fc1 = Linear(config.embed, config.hidden, bias=config.proj_bias, **factory)
         self.act = GELU()
-        self.fc2 = Linear(config.hidden, config.embed, **factory)
+        self.fc2 = Linear(config.hidden, config.embed, bias=config.proj_bias, **factory)
 
     def forward(self, x: Tensor, s: MlpSlice | None = None) -> Tensor:
         hidden = None if s is None else ((s.hidden_offset, s.hidden),)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from hydravit.config import resolve_config
+from hydravit import checkpoint
+from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
@@ -40,7 +42,7 @@ _declare_torchvision_operators()
 import timm.data  # noqa: E402
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
-__all__ = ["timm"]  # timm adds every model it registers
+__all__ = ["config_of", "timm"]  # timm adds every model it registers
 
 # timm's names of our fields. Fields of the same name, such as depth, need no entry.
 FIELDS = {
@@ -70,6 +72,22 @@ default_cfgs = generate_default_cfgs(
         for size in ("tiny", "small", "base", "large")
     }
 )
+
+
+def config_of(model: str | nn.Module, **arguments) -> HydraViTConfig:
+    """Return the config of a model of timm, or of a name of its registry; ``hydravit.config_of`` has the details.
+
+    Example:
+        >>> config = config_of("vit_huge_patch14_224")
+        >>> model = hydravit.fused_model(config=config, checkpoint="vit_huge.safetensors")
+
+    Args:
+        arguments: of ``timm.create_model``, such as ``num_classes``; for a name only.
+    """
+    if isinstance(model, str):
+        with torch.device("meta"):
+            model = timm.create_model(model, **arguments)
+    return checkpoint.config_of(model)
 
 
 def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **arguments) -> HydraViT:

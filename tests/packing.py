@@ -16,6 +16,7 @@ VARIANTS = {
     "one token": {"pool": "avg", "class_token": False, "image_size": 8},
     "layer scale": {"layer_scale": 0.3},
     "no qkv bias": {"qkv_bias": False},
+    "no proj bias": {"proj_bias": False},
     "no classifier": {"num_classes": 0},
     "separate classifiers": {"separate_classifiers": (1, 2, 4)},
     "grey, odd sizes": {"in_channels": 1, "image_size": (15, 35), "patch_size": 5, "mlp_ratio": 2.625},

@@ -41,7 +41,7 @@ def prefix(config, heads):
         proj=list(range(width)),
         heads=heads,
         scale=config.head_dim**-0.5,
-        hidden=list(range(round(config.mlp_ratio * width))),
+        hidden=list(range(config.hidden_of(heads))),
     )
     return Subnetwork(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 
@@ -88,7 +88,7 @@ def forward(parameters, config, subnetwork, images, maps=None):
             y = F.linear(
                 y.transpose(1, 2).flatten(2),
                 pick(name + "attn.proj.weight", e, layer.proj),
-                p[name + "attn.proj.bias"][e],
+                pick(name + "attn.proj.bias", e),
             )
             x = x + (y * p[name + "ls1.gamma"][e] if name + "ls1.gamma" in p else y)
         if maps is not None:
@@ -96,9 +96,9 @@ def forward(parameters, config, subnetwork, images, maps=None):
         if layer.hidden:
             y = norm(x, name + "norm2")
             y = F.gelu(
-                F.linear(y, pick(name + "mlp.fc1.weight", layer.hidden, e), p[name + "mlp.fc1.bias"][layer.hidden])
+                F.linear(y, pick(name + "mlp.fc1.weight", layer.hidden, e), pick(name + "mlp.fc1.bias", layer.hidden))
             )
-            y = F.linear(y, pick(name + "mlp.fc2.weight", e, layer.hidden), p[name + "mlp.fc2.bias"][e])
+            y = F.linear(y, pick(name + "mlp.fc2.weight", e, layer.hidden), pick(name + "mlp.fc2.bias", e))
             x = x + (y * p[name + "ls2.gamma"][e] if name + "ls2.gamma" in p else y)
 
     if config.pool == "token":

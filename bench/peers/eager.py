@@ -41,7 +41,7 @@ def authors_network(model: HydraViT, images: Tensor, heads: int) -> Tensor:
     x = x + model.pos_embed[:, :, :width]
     for block in model.blocks:
         x = _authors_attention(block, x, heads)
-        x = _authors_mlp(block, x, heads, model.config.hidden_per_head)
+        x = _authors_mlp(block, x, model.config.hidden_of(heads))
     x = _authors_norm(model.norm, x, width)
     return _authors_linear(model.head, x[:, 0], width, model.num_classes)
 
@@ -54,8 +54,8 @@ def _authors_attention(block: nn.Module, x: Tensor, heads: int) -> Tensor:
     return x[:, :, :width] + _authors_linear(block.attn.proj, y, width, width)
 
 
-def _authors_mlp(block: nn.Module, x: Tensor, heads: int, hidden_per_head: int) -> Tensor:
-    width, hidden = x.shape[-1], heads * hidden_per_head
+def _authors_mlp(block: nn.Module, x: Tensor, hidden: int) -> Tensor:
+    width = x.shape[-1]
     y = _authors_linear(block.mlp.fc1, _authors_norm(block.norm2, x, width), width, hidden)
     return x[:, :, :width] + _authors_linear(block.mlp.fc2, F.gelu(y), hidden, width)
 
@@ -110,7 +110,7 @@ def _attention_views(model: HydraViT, block: nn.Module, heads: int) -> tuple:
 
 
 def _mlp_views(model: HydraViT, block: nn.Module, heads: int) -> tuple:
-    width, hidden = heads * model.config.head_dim, heads * model.config.hidden_per_head
+    width, hidden = heads * model.config.head_dim, model.config.hidden_of(heads)
     norm, fc1, fc2 = block.norm2, block.mlp.fc1, block.mlp.fc2
     return (
         *(norm.weight[:width], norm.bias[:width]),

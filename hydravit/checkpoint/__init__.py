@@ -4,6 +4,7 @@ Example:
     >>> checkpoint = read_checkpoint("deit_tiny.pth")       # ours, timm's, DeiT's or the authors'
     >>> model = HydraViT(model_config(checkpoint))          # ``hydravit.fused_model(checkpoint=...)`` does all three
     >>> load_weights(model, checkpoint)                     # adapts them where that has one sensible meaning
+    >>> config_of(timm_model)                               # or the error that says what is not computed here
     >>> save_checkpoint("model.safetensors", model, trained_heads=(3,))
     >>> state_dict = extract(model, 3)                      # width 3 under timm's names
 """
@@ -12,9 +13,12 @@ from hydravit.checkpoint.adaptation import load_weights
 from hydravit.checkpoint.configs import infer_config, model_config
 from hydravit.checkpoint.extraction import extract, extract_config, take
 from hydravit.checkpoint.files import Checkpoint, read_checkpoint, save_checkpoint
+from hydravit.checkpoint.foreign import checkpoint_of, config_of
 
 __all__ = [
     "Checkpoint",
+    "checkpoint_of",
+    "config_of",
     "extract",
     "extract_config",
     "infer_config",

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hydravit.checkpoint.configs import count_blocks, position_layout
-from hydravit.checkpoint.files import Checkpoint, named_tensors
+from hydravit.checkpoint.files import Checkpoint
+from hydravit.checkpoint.foreign import checkpoint_of
+from hydravit.checkpoint.names import named_tensors, plain_names, reason, some, without_distillation
 from hydravit.config import resolve_config
 from hydravit.geometry import hydravit, parameter_slices
 from hydravit.model import HydraViT
@@ -23,7 +25,9 @@ from hydravit_kernels import Intervals
 _PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in their order
 
 
-def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+def load_weights(
+    model: HydraViT, weights: Checkpoint | Mapping[str, Tensor] | nn.Module, *, strict: bool = True
+) -> list[str]:
     """Copy weights into a model, adapted where that has one sensible meaning; an error leaves the model as it was.
 
     * A position embedding of another patch grid is resampled (bicubic, antialiased, as timm does). The grid is that of
@@ -36,9 +40,12 @@ def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *,
       ``head.1.weight``, ... (or ``heads.0.weight``, ...) in ascending order of widths, each with the channels of its
       width or with all.
     * ``norm`` serves as ``fc_norm`` and the reverse. That changes the function: pooling and norm swap places.
+    * A patch embedding for RGB is adapted to other channels as timm does: summed for one, else repeated and scaled.
+    * What only pretraining uses is left out: ``mask_token`` and the decoder of MAE.
 
     Args:
-        weights: a checkpoint or a state dict; wrappers and prefixes as in ``hydravit.checkpoint.read_checkpoint``.
+        weights: a checkpoint, a state dict (wrappers and prefixes as in ``hydravit.checkpoint.read_checkpoint``), or a
+            model of timm, of which ``hydravit.config_of`` says whether its arithmetic is the model's.
         strict: whether to raise if the checkpoint lacks a parameter of the model, or has one that the model has not,
             such as the distillation token of a distilled DeiT. If False, the former keeps its value, and the latter is
             dropped.
@@ -47,6 +54,8 @@ def load_weights(model: HydraViT, weights: Checkpoint | Mapping[str, Tensor], *,
     Raises:
         ValueError: the weights do not fit; the message names the file, if any, what was found and what is expected.
     """
+    if isinstance(weights, nn.Module):
+        weights = checkpoint_of(weights)
     checkpoint = weights if isinstance(weights, Checkpoint) else Checkpoint(dict(weights))
     try:
         adaptation = _Adaptation(model, checkpoint, strict)
@@ -65,14 +74,14 @@ class _Adaptation:
     def __init__(self, model: HydraViT, checkpoint: Checkpoint, strict: bool):
         self.config, self.own, self.strict = model.config, model.state_dict(), strict
         self.source_config = checkpoint.config
-        tensors = named_tensors(checkpoint.state_dict)
-        self.source = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name): t for name, t in tensors.items()}  # DeiT III
+        self.source, self.messages = plain_names(named_tensors(checkpoint.state_dict))
         self.embed = model.config.embed  # channels of the source's residual
-        self.messages: list[str] = []
 
     def run(self) -> dict[str, Tensor]:
         """Return a whole state dict of the model."""
         self._check_tensors()
+        self._check_arithmetic()
+        self._adapt_channels()
         self._check_patch_embedding()
         self._check_tokens()
         self._drop_distillation()
@@ -89,7 +98,28 @@ class _Adaptation:
                              f"{', '.join(sorted(self.source)[:3]) or 'nothing'}")  # fmt: skip
         wrong = [f"{name} ({t.dtype})" for name, t in self.source.items() if not t.dtype.is_floating_point]
         if wrong:
-            raise ValueError(f"weights must be floating-point tensors, not {_some(wrong)}")
+            raise ValueError(f"weights must be floating-point tensors, not {some(wrong)}")
+
+    def _check_arithmetic(self) -> None:
+        """Compare what no shape tells with the checkpoint's config, if it has one."""
+        theirs, ours = self.source_config, self.config
+        if theirs is None:
+            return
+        if theirs.head_dim != ours.head_dim:
+            raise ValueError(f"head_dim is {theirs.head_dim}, the model's is {ours.head_dim}")
+        if theirs.norm_eps != ours.norm_eps:
+            self.messages.append(f"norm_eps is {theirs.norm_eps}, the model's is {ours.norm_eps}")
+
+    def _adapt_channels(self) -> None:
+        weight, channels = self.source.get("patch_embed.proj.weight"), self.config.in_channels
+        if weight is None or weight.dim() != 4 or weight.shape[1] != 3 or channels == 3:
+            return
+        if channels == 1:
+            adapted = weight.float().sum(dim=1, keepdim=True)
+        else:
+            adapted = weight.float().repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+        self.source["patch_embed.proj.weight"] = adapted.to(weight.dtype)
+        self.messages.append(f"the patch embedding of 3 channels is adapted to {channels}")
 
     def _check_patch_embedding(self) -> None:
         """Find the source's channels, and raise for sizes that cannot be adapted; ``_place`` checks other shapes."""
@@ -115,20 +145,15 @@ class _Adaptation:
                 raise ValueError(f"{name} has shape {shape}; expected (1, tokens, {self.embed})")
 
     def _drop_distillation(self) -> None:
-        extra = [name for name in self.source if name == "dist_token" or name.startswith("head_dist.")]
-        if not extra:
-            return
-        if self.strict:
+        source, names = without_distillation(self.source)
+        if names and self.strict:
             raise ValueError(
-                f"it is a distilled DeiT ({_some(extra)}): its logits are the mean of two classifiers on two tokens, "
+                f"it is a distilled DeiT ({some(names)}): its logits are the mean of two classifiers on two tokens, "
                 "which this model does not have; strict=False drops the distillation token and its classifier"
             )
-        if "dist_token" in self.source and "pos_embed" in self.source:
-            positions = self.source["pos_embed"]
-            self.source["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-        for name in extra:
-            del self.source[name]
-        self.messages.append(f"dropped {_some(extra)} of a distilled DeiT")
+        self.source = source
+        if names:
+            self.messages.append(f"dropped {some(names)} of a distilled DeiT")
 
     def _rename_norm(self) -> None:
         mine, other = ("norm", "fc_norm") if self.config.pool == "token" else ("fc_norm", "norm")
@@ -152,10 +177,10 @@ class _Adaptation:
             self.source |= self._copied_to_every_width(classifier)
             return
         if classifier:
-            reason = f"num_classes is {classes}, the model's is {wanted}: its classifier"
+            problem = f"num_classes is {classes}, the model's is {wanted}: its classifier"
         else:
-            reason = "there is no classifier; the model's"
-        self.messages.append(f"{reason} is initialised anew")
+            problem = "there is no classifier; the model's"
+        self.messages.append(f"{problem} is initialised anew")
         self.source["head.weight"] = nn.init.trunc_normal_(torch.empty(self.own["head.weight"].shape), std=0.02)
         self.source["head.bias"] = torch.zeros(self.own["head.bias"].shape)
 
@@ -232,12 +257,14 @@ class _Adaptation:
     def _check_names(self) -> None:
         missing, unexpected = sorted(set(self.own) - set(self.source)), sorted(set(self.source) - set(self.own))
         for names, problem in ((missing, "the checkpoint lacks"), (unexpected, "the model has no place for")):
+            words = reason(names) if names is unexpected else ""
+            words = f", of a model with {words}" if words else ""
             if names and self.strict:
                 depth, expected = count_blocks(self.source), self.config.depth
-                reason = f"; depth is {depth}, expected {expected}" if depth != expected else ""
-                raise ValueError(f"{problem} {_some(names)}{reason}")
+                depths = f"; depth is {depth}, expected {expected}" if depth != expected else ""
+                raise ValueError(f"{problem} {some(names)}{words}{depths}")
             if names:
-                self.messages.append(f"{problem} {_some(names)}")
+                self.messages.append(f"{problem} {some(names)}{words}")
 
     def _place(self) -> dict[str, Tensor]:
         """Return the model's state dict with the source in it."""
@@ -278,7 +305,3 @@ def _resample(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, i
     image = patches.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

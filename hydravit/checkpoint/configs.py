@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from hydravit.checkpoint.files import Checkpoint, named_tensors
+from hydravit.checkpoint.files import Checkpoint
+from hydravit.checkpoint.names import named_tensors, plain_names, reason, without_distillation
 from hydravit.config import HydraViTConfig, check_image_size, resolve_config
 
+# Channels of a head in every published ViT of a width, under timm's names and with arithmetic that is ours. Other
+# widths are missing: 1536 channels are 24 heads in DINOv2's and 16 in SigLIP's.
+_HEAD_DIMS = {
+    **dict.fromkeys((192, 256, 320, 384, 512, 640, 768, 832, 896, 1024), 64),
+    **{1152: 72, 1280: 80, 1408: 88, 1664: 104},
+}
 
-def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = None, **overrides) -> HydraViTConfig:
+
+def model_config(
+    checkpoint: Checkpoint, config: str | HydraViTConfig | None = None, *, strict: bool = True, **overrides
+) -> HydraViTConfig:
     """Return the checkpoint's own config; if it has none, ``config``; without either, that of ``infer_config``.
 
     Args:
         config: a name or a config.
+        strict: as in ``infer_config``.
         overrides: fields that replace those of the config.
     Raises:
         ValueError: ``config`` differs from the checkpoint's in a field that ``overrides`` does not settle, or the
@@ -26,7 +39,10 @@ def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = N
         if config is not None:
             return resolve_config(config, **overrides)
         try:
-            return infer_config(checkpoint.state_dict, **overrides)
+            known = dict(checkpoint.known)
+            if not any(re.match(r"heads?\.\d+\.", name) for name in checkpoint.state_dict):
+                known.pop("separate_classifiers", None)
+            return infer_config(checkpoint.state_dict, strict=strict, **{**known, **overrides})
         except ValueError as error:
             raise ValueError(f"{checkpoint.where}{error}") from error
     if config is not None:
@@ -42,42 +58,95 @@ def model_config(checkpoint: Checkpoint, config: str | HydraViTConfig | None = N
     return resolve_config(checkpoint.config, **overrides)
 
 
-def infer_config(state_dict: Mapping[str, Tensor], *, head_dim: int = 64, **known) -> HydraViTConfig:
+def infer_config(
+    state_dict: Mapping[str, Tensor], *, head_dim: int | None = None, strict: bool = True, **known
+) -> HydraViTConfig:
     """Infer the config of a plain ViT from the shapes of its weights.
+
+    Shapes do not tell everything. What is not given is assumed, with a warning that names it: the head dim of published
+    ViTs of that width, epsilon 1e-6, a square grid, and pooling of the class token, or of the mean where there is no
+    class token or the norm is ``fc_norm``. ``config_of`` assumes nothing, but needs the model.
 
     Args:
         state_dict: names as in timm's ``VisionTransformer``; wrappers and prefixes as in ``read_checkpoint``.
-        known: fields of the config. Shapes tell neither drop-path rate nor the epsilon of norms nor a non-square grid.
+        head_dim: channels of an attention head; None: that of the published ViTs.
+        strict: whether to raise if names belong to arithmetic that the model does not have.
+        known: fields of the config.
     Raises:
-        ValueError: these are not the weights of a ViT, or the shapes leave no single answer.
+        ValueError: these are not the weights of a ViT, its arithmetic is not the model's, or the shapes leave no single
+            answer. The message names what differs or what has to be given.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(state_dict).items()}
-    _check_shapes(shapes, head_dim)
+    named = named_tensors(state_dict)
+    tensors, _ = plain_names(named)
+    if strict and (words := reason(tensors)):
+        raise ValueError(f"the weights are of a model with {words}, which this package does not compute")
+    tensors, _ = without_distillation(tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    classifier = _check_shapes(shapes, "separate_classifiers" in known)
     embed, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
     class_token, registers = "cls_token" in shapes, shapes.get("reg_token", (1, 0))[1]
-    values = {
-        "patch_size": patch,
-        "in_channels": in_channels,
-        "num_classes": shapes["head.weight"][0] if "head.weight" in shapes else 0,
-        "depth": count_blocks(shapes),
-        "max_heads": embed // head_dim,
-        "head_dim": head_dim,
-        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / embed,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
-        "class_token": class_token,
-        "register_tokens": registers,
-        "pool": "token" if class_token and "fc_norm.weight" not in shapes else "avg",
-        "layer_scale": 1e-5 if {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(shapes) else None,
-        **known,
-    }
+    if head_dim is not None and (type(head_dim) is not int or head_dim < 1 or embed % head_dim):
+        raise ValueError(f"width {embed} is not a multiple of head_dim {head_dim}; pass the head_dim of these weights")
     grids, prefix = [], class_token + registers
     if "image_size" in known:
         height, width = check_image_size(known["image_size"], patch)
         grids = [(height // patch, width // patch)]
     covered, grid = position_layout(shapes["pos_embed"][1], [prefix, 0], grids)
-    values.setdefault("image_size", (grid[0] * patch, grid[1] * patch))
-    values.setdefault("no_embed_class", prefix > 0 and covered == 0)
-    return HydraViTConfig.from_dict(values)
+    usual: dict[str, Any] = {
+        "norm_eps": 1e-6,
+        "pool": "token" if class_token and "fc_norm.weight" not in shapes else "avg",
+        "image_size": (grid[0] * patch, grid[1] * patch),
+    }
+    assumed = {name: value for name, value in usual.items() if name not in known}
+    if head_dim is None:
+        head_dim = _usual_head_dim(shapes, eva="blocks.0.gamma_1" in named)
+        assumed = {"head_dim": head_dim, **assumed}
+    if assumed:
+        values = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
+        warnings.warn(
+            f"weights do not tell everything; assumed: {values}, exact GELU, norms before the branches (pass these "
+            "fields, or timm's model instead of its weights)",
+            stacklevel=2,
+        )
+    return HydraViTConfig.from_dict({
+        "patch_size": patch,
+        "in_channels": in_channels,
+        "num_classes": classifier,
+        "depth": count_blocks(shapes),
+        "max_heads": embed // head_dim,
+        "head_dim": head_dim,
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / embed,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
+        "proj_bias": "blocks.0.attn.proj.bias" in shapes,
+        "class_token": class_token,
+        "register_tokens": registers,
+        "no_embed_class": prefix > 0 and covered == 0,
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in shapes else None,
+        **usual,
+        **known,
+    })  # fmt: skip
+
+
+def _usual_head_dim(shapes: dict[str, tuple[int, ...]], eva: bool) -> int:
+    """Return the head dim of the published ViTs of these shapes; raise ``ValueError`` where they have several.
+
+    ``eva``: whether layer scales have the names of DeiT III, which timm's ViTs with rotary positions share.
+    """
+    embed = shapes["patch_embed.proj.weight"][0]
+    ask = ""
+    if embed not in _HEAD_DIMS:
+        ask = f"{embed} channels have no usual number of heads: pass the head_dim"
+    elif not {"cls_token", "reg_token"} & set(shapes):  # timm's vit_base_patch16_gap_224 and ..._rpn_224
+        ask = "published ViTs without class and register tokens have norms before or after the branches, which weights "
+        ask += "do not tell either: if they are before, pass the head_dim"
+    elif eva:
+        ask = (
+            "gamma_1 is a name of DeiT III and of timm's vit_*_rope_ape, whose rotary positions are not computed here: "
+        )
+        ask += "if it is DeiT III, pass the head_dim"
+    if ask:
+        raise ValueError(f"weights do not tell the heads; {ask}, or timm's model instead of its weights")
+    return _HEAD_DIMS[embed]
 
 
 def position_layout(positions: int, prefixes: list[int], grids: list[tuple[int, int]]) -> tuple[int, tuple[int, int]]:
@@ -92,13 +161,21 @@ def position_layout(positions: int, prefixes: list[int], grids: list[tuple[int, 
             height, width = grid or (side, side)
             if positions - prefix == height * width > 0:
                 return prefix, (height, width)
-    reason = f"no square grid, nor one of {grids}" if grids else "no square grid; pass the image_size"
-    raise ValueError(f"pos_embed has {positions} tokens, {max(prefixes)} of them before the patches: {reason}")
+    problem = f"no square grid, nor one of {grids}" if grids else "no square grid; pass the image_size"
+    raise ValueError(f"pos_embed has {positions} tokens, {max(prefixes)} of them before the patches: {problem}")
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]], head_dim: int) -> None:
-    """Raise ``ValueError`` unless these are the weights of one plain ViT with heads of ``head_dim`` channels."""
-    expected = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2}
+def _check_shapes(shapes: dict[str, tuple[int, ...]], separate: bool) -> int:
+    """Return the number of classes; raise ``ValueError`` unless these are the weights of one plain ViT.
+
+    ``separate``: whether it is known which widths have classifiers of their own.
+    """
+    expected = {
+        "patch_embed.proj.weight": 4,
+        "pos_embed": 3,
+        "blocks.0.mlp.fc1.weight": 2,
+        "blocks.0.mlp.fc2.weight": 2,
+    }
     if "reg_token" in shapes:
         expected["reg_token"] = 3
     for name, axes in expected.items():
@@ -111,13 +188,22 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], head_dim: int) -> None:
     embed, _, patch, patch_width = shapes["patch_embed.proj.weight"]
     if patch != patch_width:
         raise ValueError(f"patch_embed.proj.weight has patches of {patch} x {patch_width} pixels; expected squares")
-    if type(head_dim) is not int or head_dim < 1 or embed % head_dim:
-        raise ValueError(f"width {embed} is not a multiple of head_dim {head_dim}; pass the head_dim of these weights")
-    classifier = shapes.get("head.weight", (0, embed))
+    if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
+        raise ValueError("the weights are of a model with a gated MLP (SwiGLU), which this package does not compute")
+    if "norm.weight" in shapes and not {"cls_token", "fc_norm.weight"} & set(shapes):
+        raise ValueError(
+            "the weights are of a model with a norm before average pooling (norm, but no cls_token), which this "
+            "package does not compute"
+        )
+    if not {"norm.weight", "fc_norm.weight"} & set(shapes):
+        raise ValueError("the weights are of a model with no norm before the classifier, or are damaged")
+    listed = [name for name in shapes if re.fullmatch(r"heads?\.\d+\.weight", name)]
+    classifier = shapes.get(listed[0] if listed else "head.weight", (0, embed))
     if len(classifier) not in (2, 3):
         raise ValueError(f"head.weight has shape {classifier}; expected (classes, {embed})")
-    if len(classifier) == 3 or any(re.match(r"heads?\.\d+\.", name) for name in shapes):
+    if (listed or len(classifier) == 3) and not separate:
         raise ValueError("separate classifiers do not say which widths they serve: pass a config")
+    return classifier[-2]
 
 
 def count_blocks(names: Iterable[str]) -> int:

@@ -67,6 +67,7 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         # timm rounds width * ratio down, so a quotient just below the true ratio would lose a channel
         "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,
         "qkv_bias": config.qkv_bias,
+        "proj_bias": config.proj_bias,
         "init_values": config.layer_scale,
         "class_token": config.class_token,
         "reg_tokens": config.register_tokens,

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
+import pathlib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hydravit.atomic import atomic_write
+from hydravit.checkpoint.names import named_tensors
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 
-# Under these names training scripts keep the weights in a torch file. HydraViT's authors evaluate the moving average.
-_AVERAGED, _LATEST = ("state_dict_ema", "model_ema"), ("state_dict", "model")
 _METADATA = "hydravit"  # our entry in a torch file, or in the header of a safetensors file
+# Plain values that training scripts store beside the weights: their arguments, and numbers of NumPy.
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # the function that makes a scalar; NumPy 1 and 2 have it elsewhere
+_PLAIN: list[Any] = [argparse.Namespace, pathlib.PosixPath, np.dtype]
+_PLAIN += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+_PLAIN += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Checkpoint:
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
     path: Path | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)  # without a config, the fields known of it
 
     @property
     def where(self) -> str:
@@ -43,41 +51,108 @@ class Checkpoint:
         return "" if self.path is None else f"checkpoint {self.path}: "
 
 
-def read_checkpoint(path: str | os.PathLike, *, prefer_ema: bool = True) -> Checkpoint:
-    """Read a ``.safetensors`` file or a torch file (any other extension).
+def read_checkpoint(
+    path: str | os.PathLike | IO[bytes], *, prefer_ema: bool = True, part: str | None = None
+) -> Checkpoint:
+    """Read a ``.safetensors`` file or a torch file (any other extension), or one of both that is open or in memory.
 
-    The weights of a torch file are its first entry of ``state_dict_ema``, ``model_ema``, ``state_dict`` and ``model``;
-    with ``prefer_ema=False`` the last two come first. ``module.`` and ``_orig_mod.`` before names are removed.
+    The weights of a torch file may lie in it under any name. Of ``state_dict_ema`` or ``model_ema`` (a moving average)
+    and ``state_dict`` or ``model``, the former are read; with ``prefer_ema=False``, the latter. A prefix before all
+    names, as ``_orig_mod.module.`` or ``teacher.backbone.``, is removed.
 
+    Args:
+        part: which model, where the file has several: the name under which its weights lie, such as ``"teacher"``, or
+            a word of the prefix before its names.
     Returns:
-        Checkpoint: tensors on the CPU, in the dtypes of the file.
+        Checkpoint: tensors on the CPU, in the dtypes of the file. For files of HydraViT's authors it has the trained
+        widths and the preprocessing that their script's arguments tell.
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged or no checkpoint, or its metadata is wrong. The message names the file.
+        ValueError: the file is damaged or no checkpoint, has several models, or its metadata is wrong. The message
+            names the file.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        data = path.read()
+        return _parse(lambda: _load_bytes(data), None, prefer_ema, part)
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     open(path, "rb").close()  # raises if the file cannot be read: torch raises OSError for a torn file too
+    load = _load_safetensors if path.suffix == ".safetensors" else _load_torch
+    return _parse(lambda: load(path), path, prefer_ema, part)
+
+
+def _parse(load: Callable[[], tuple[object, object]], path: Path | None, prefer_ema: bool, part) -> Checkpoint:
+    """Make a checkpoint of the content and the metadata that ``load`` returns; errors name the file."""
+    name = "checkpoint in memory" if path is None else f"checkpoint {path}"
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                content = {name: file.get_tensor(name) for name in file.keys()}
-                metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's trainer stores its arguments
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            metadata = content.get(_METADATA, {}) if isinstance(content, Mapping) else {}
+        content, metadata = load()
     except Exception as error:  # pickle, zip and safetensors each raise their own kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        expected = "a whole safetensors file" if path.suffix == ".safetensors" else "a whole torch file of tensors"
-        raise ValueError(f"checkpoint {path} cannot be read; expected {expected} ({reason})") from error
+        raise ValueError(f"{name} cannot be read; {_why(error, path)}") from error
     try:
-        return Checkpoint(named_tensors(content, prefer_ema), **_parse_metadata(metadata), path=path)
+        fields = _parse_metadata(metadata) if metadata else _fields_of_the_authors(content)
+        return Checkpoint(named_tensors(content, prefer_ema, part), **fields, path=path)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: {error}") from error
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _load_safetensors(path: Path) -> tuple[object, object]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        content = {name: file.get_tensor(name) for name in file.keys()}
+        return content, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+
+
+def _load_torch(path: Path | IO[bytes]) -> tuple[object, object]:
+    with torch.serialization.safe_globals(_PLAIN):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return content, content.get(_METADATA, {}) if isinstance(content, Mapping) else {}
+
+
+def _load_bytes(data: bytes) -> tuple[object, object]:
+    header = int.from_bytes(data[:8], "little")
+    if data[8:9] != b"{":
+        return _load_torch(io.BytesIO(data))
+    content = safetensors.torch.load(data)
+    return content, json.loads(json.loads(data[8 : 8 + header]).get("__metadata__", {}).get(_METADATA, "{}"))
+
+
+def _why(error: Exception, path: Path | None) -> str:
+    """Say in one line why torch or safetensors cannot read a file, without torch's advice to run its code."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    found = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:class|global|type) `?([\w.]+)`? was not", text)
+    if found:
+        return (
+            f"it holds a {found[1]}, which only running the file's code would load, where tensors and plain values "
+            "are expected; write model.state_dict() instead of the object"
+        )
+    expected = "a whole safetensors file" if path and path.suffix == ".safetensors" else "a whole torch file of tensors"
+    first = text.strip().split("\n")[0]
+    if "weights_only" in text or "Weights only" in text:
+        first = "it is no file of tensors"
+    return f"expected {expected} ({first or type(error).__name__})"
+
+
+def _fields_of_the_authors(content: object) -> dict:
+    """Return what the arguments in a file of HydraViT's authors tell: their trained widths, crop and sizes.
+
+    Their script (https://github.com/ds-kiel/HydraViT) is timm's with ``--heads``, models whose heads have 64 channels,
+    and timm's crop of 0.875 for models that name none.
+    """
+    arguments = content.get("args") if isinstance(content, Mapping) else None
+    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    heads, name = values.get("heads"), values.get("model")
+    if not isinstance(heads, (list, tuple)) or not str(name).startswith("hydravit"):
+        return {}
+    fields = _parse_metadata({"trained_heads": list(heads)})
+    channels, *size = values.get("input_size") or (values.get("in_chans") or 3, *[values.get("img_size") or 224] * 2)
+    known = {"head_dim": 64, "norm_eps": 1e-6, "pool": values.get("gp") or "token", "image_size": tuple(size)}
+    options = {key: values[key] for key in ("mean", "std", "interpolation") if values.get(key)}
+    if channels == 3 and tuple(map(len, (options.get("mean", "rgb"), options.get("std", "rgb")))) == (3, 3):
+        crop = values.get("crop_pct") or 0.875
+        fields["preprocessing"] = Preprocessing(image_size=tuple(size), crop=crop, **options)
+    return {**fields, "known": known | {"separate_classifiers": fields["trained_heads"]}}
 
 
 def save_checkpoint(
@@ -117,36 +192,11 @@ def save_checkpoint(
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
         header = {_METADATA: json.dumps(metadata), "format": "pt"}
-        atomic_write(path, lambda file: save_file(state_dict, file, header))
+        atomic_write(path, lambda file: safetensors.torch.save_file(state_dict, file, header))
     elif path.suffix in (".pt", ".pth"):
         atomic_write(path, lambda file: torch.save({"state_dict": state_dict, _METADATA: metadata}, file))
     else:
         raise ValueError(f"path must end in .safetensors, .pt or .pth, not {path.name!r}")
-
-
-def named_tensors(content: object, prefer_ema: bool = True) -> dict[str, Tensor]:
-    """Return the tensors inside a checkpoint's wrappers, without prefixes of DDP, ``torch.compile`` and averaging."""
-    wrappers = _AVERAGED + _LATEST if prefer_ema else _LATEST + _AVERAGED
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        empty = " with nothing in it" if content == {} else ""
-        raise ValueError(f"expected named tensors, found {type(content).__name__}{empty}")
-    result = {}
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"entry {name!r} is a {type(value).__name__}, not a tensor (weights may lie in {', '.join(wrappers)})"
-            )
-        short = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-        if short in result:
-            raise ValueError(f"entry {short!r} occurs twice")
-        result[short] = value
-    result.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
-    return result
 
 
 def _parse_metadata(metadata: object) -> dict:

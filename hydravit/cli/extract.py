@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from hydravit.cli.loading import add_reading_arguments, read_weights
+from hydravit.config import HydraViTConfig
+from hydravit.model import HydraViT
+
 _EXAMPLES = """examples:
   hydravit extract --checkpoint runs/demo/model.safetensors --heads 3 --out vit3.safetensors
   hydravit evaluate --checkpoint vit3.safetensors --data digits --accuracy-only
@@ -19,19 +23,25 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
+    add_reading_arguments(parser)
     parser.add_argument("--heads", required=True, type=int, metavar="K", help="the width")
     parser.add_argument("--allow-untrained", action="store_true", help="also a width the checkpoint was not trained at")
     parser.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .pt or .pth")
 
 
 def run(args: argparse.Namespace) -> None:
-    from hydravit.checkpoint import extract, extract_config, read_checkpoint, save_checkpoint
+    from hydravit.checkpoint import extract, extract_config, save_checkpoint
     from hydravit.config import resolve_config
     from hydravit.factory import fused_model
-    from hydravit.model import HydraViT
 
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = fused_model(checkpoint=checkpoint, backend="reference", allow_untrained=args.allow_untrained)
+    checkpoint, fields = read_weights(args)
+    model = fused_model(
+        checkpoint=checkpoint,
+        backend="reference",
+        allow_untrained=args.allow_untrained,
+        strict=args.strict,
+        **fields,
+    )
     weights, subnetwork = extract(model, args.heads), model.subnetwork(args.heads)
     heads, width = subnetwork.attention[0].heads, subnetwork.embed.embed
     config = resolve_config(
@@ -48,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     save_checkpoint(
         args.out,
         plain,
-        trained_heads=(heads,),
+        trained_heads=_nested(model, config, args.heads),
         preprocessing=checkpoint.preprocessing,
         class_names=checkpoint.class_names,
     )
@@ -56,3 +66,17 @@ def run(args: argparse.Namespace) -> None:
     arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={subnetwork.eps})"
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
     print("timm's VisionTransformer(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")
+
+
+def _nested(model: HydraViT, plain: HydraViTConfig, heads: int) -> tuple[int, ...] | None:
+    """Return the trained widths of the extracted ViT: its own, and all narrower ones that it still holds.
+
+    None, as in the checkpoint: they are not recorded.
+    """
+    config = model.config
+    if config.geometry != "hydravit" or config.separate_classifiers:  # no widths inside, or classifiers left out
+        return (plain.max_heads,)
+    if model.trained_heads is None:
+        return None
+    inside = (k for k in model.trained_heads if k < heads and plain.hidden_of(k) == config.hidden_of(k))
+    return (*inside, heads)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from hydravit.cli.loading import add_reading_arguments, read_weights
+
 _EXAMPLES = """examples:
   hydravit info                                  # what was built, what runs here, and why the rest does not
   hydravit info --config base                    # parameters and multiply-accumulates of every width
@@ -22,6 +24,7 @@ def add_parser(subparsers) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", metavar="NAME", help="tiny, small, base or large")
     which.add_argument("--checkpoint", metavar="FILE", help="weights: .safetensors, .pt or .pth")
+    add_reading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,13 +34,17 @@ def run(args: argparse.Namespace) -> None:
 
         print(f"hydravit {__version__}\n{report()}")
         return
-    from hydravit.checkpoint import model_config, read_checkpoint
+    from hydravit.checkpoint import model_config
     from hydravit.config import resolve_config
     from hydravit.evaluation import costs
     from hydravit.evaluation.report import aligned, count
 
-    checkpoint = read_checkpoint(args.checkpoint) if args.checkpoint else None
-    config = model_config(checkpoint) if checkpoint else resolve_config(args.config)
+    checkpoint = None
+    if args.checkpoint:
+        checkpoint, fields = read_weights(args)
+        config = model_config(checkpoint, strict=args.strict, **fields)
+    else:
+        config = resolve_config(args.config)
     rows = config.to_dict()
     if checkpoint:
         classes, preprocessing = checkpoint.class_names, checkpoint.preprocessing

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ast
+from typing import Any
 
 import torch
 
 from hydravit.checkpoint import Checkpoint, read_checkpoint
 from hydravit.cli import parse_heads
+from hydravit.extras import extra
 from hydravit.factory import fused_model
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
@@ -15,12 +18,42 @@ from hydravit.preprocessing import Preprocessing
 
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
+    add_reading_arguments(parser)
     parser.add_argument("--heads", default=None, metavar="LIST", help=f"3,6,12 or 3-12 or all ({heads_help})")
     parser.add_argument("--allow-untrained", action="store_true", help="also widths the checkpoint was not trained at")
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a checkpoint of another project is to be read."""
+    parser.add_argument("--part", metavar="NAME", help="which model of a checkpoint that has several, such as teacher")
+    parser.add_argument("--no-strict", dest="strict", action="store_false", help="also if names are missing or left")
+    parser.add_argument("--timm", metavar="NAME", help="timm's name of the model, which tells what weights do not")
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="NAME=VALUE", help="a field of the config, such as head_dim=80"
+    )
+
+
+def read_weights(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Any]]:
+    """Return the checkpoint, and the fields of its config that the command line gives or a model of timm tells."""
+    fields: dict[str, Any] = {}
+    if args.timm is not None:
+        with extra("recipes", "--timm"):
+            from hydravit.timm_models import config_of
+        config = config_of(args.timm)
+        fields = {name: getattr(config, name) for name in ("head_dim", "norm_eps", "pool")}
+    for setting in args.field:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--field {setting}: expected NAME=VALUE")
+        try:
+            fields[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fields[name] = text
+    return read_checkpoint(args.checkpoint, part=args.part), fields
 
 
 def positive(text: str) -> int:
@@ -32,12 +65,14 @@ def positive(text: str) -> int:
 
 def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preprocessing]:
     """Return the model, ready for inference, its checkpoint, and the preprocessing of its images."""
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint, fields = read_weights(args)
     model = fused_model(
         checkpoint=checkpoint,
+        strict=args.strict,
         backend=args.backend,
         device=usable_device(args.device),
         allow_untrained=args.allow_untrained,
+        **fields,
     )
     return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(model.config)
 

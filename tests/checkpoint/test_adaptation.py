@@ -1,9 +1,12 @@
 """Weights of other models: every adaptation, and weights that no adaptation can save."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from small import images, make, quietly, same, without
 
+from hydravit import fused_model
 from hydravit.checkpoint import Checkpoint, load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,6 +122,72 @@ def test_distilled_deit():
     assert same(model, source)
 
 
+def test_the_encoder_of_mae_is_loaded_and_its_decoder_named():
+    source = make(num_classes=0)
+    decoder = {name: torch.ones(1, 1, 8) for name in ("mask_token", "decoder_pos_embed", "decoder_embed.weight")}
+    decoder |= {f"decoder_blocks.0.{name}": torch.ones(8) for name in ("norm1.weight", "norm1.bias")}
+    state = {"model": source.state_dict() | decoder}
+    for model in (make(num_classes=0), quietly(fused_model, checkpoint=state, head_dim=16, backend="reference")):
+        with pytest.warns(
+            UserWarning, match="left out mask_token, decoder_pos_embed, .* and 1 more, which pretraining"
+        ):
+            load_weights(model, state)
+        x = images(model.config)
+        for heads in (2, 4):
+            torch.testing.assert_close(model.eval()(x, heads=heads), source(x, heads=heads))
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("size", [32, 48])
+def test_dinov2(chunks, size):
+    """Registers have no positions there, only the class token has; layers of FSDP's chunks have two numbers."""
+    source = make(register_tokens=3, layer_scale=0.2, no_embed_class=True, num_classes=0)
+    state = source.state_dict()
+    state["register_tokens"], state["mask_token"] = state.pop("reg_token"), torch.zeros(1, 64)
+    position = torch.randn(1, 1, 64)
+    state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+    state["cls_token"] = state["cls_token"] - position
+    if chunks:
+        state = {name.replace("blocks.", "blocks.0."): tensor for name, tensor in state.items()}
+    model = quietly(
+        fused_model, checkpoint={"teacher": state}, head_dim=16, image_size=size, backend="reference"
+    ).eval()
+    expected = make(source.config, image_size=size)
+    quietly(load_weights, expected, source.state_dict())
+    x = images(model.config)
+    for heads in (1, 4):
+        torch.testing.assert_close(model(x, heads=heads), expected(x, heads=heads), rtol=1e-5, atol=1e-5)
+    gated = state | {"blocks.0.mlp.w12.weight": torch.ones(8, 64)}
+    with pytest.raises(ValueError, match=r"a gated MLP \(SwiGLU\), which this package does not compute"):
+        fused_model(checkpoint=gated, head_dim=16)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_a_patch_embedding_of_rgb_serves_other_channels(channels):
+    source, model = make(), make(in_channels=channels)
+    with pytest.warns(UserWarning, match=f"the patch embedding of 3 channels is adapted to {channels}"):
+        load_weights(model, source.state_dict())
+    grey = torch.randn(2, 1, 32, 32)
+    x = grey.expand(-1, channels, -1, -1)  # all channels alike: what the three see of the same image
+    for heads in (2, 4):
+        if channels in (1, 6):
+            expected = source(grey.expand(-1, 3, -1, -1), heads=heads)
+            torch.testing.assert_close(model(x, heads=heads), expected, rtol=1e-4, atol=1e-4)
+    if find_spec("timm") is not None:
+        from hydravit.timm_models import timm
+
+        adapted = timm.models.adapt_input_conv(channels, source.patch_embed.proj.weight)
+        torch.testing.assert_close(model.patch_embed.proj.weight, adapted)
+
+
+def test_strictness_is_an_argument_of_fused_model():
+    state = make().state_dict() | {"extra.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match="no place for extra.weight"):
+        fused_model(checkpoint=state, head_dim=16)
+    model = quietly(fused_model, checkpoint=state, head_dim=16, strict=False, backend="reference")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_not_strict_keeps_what_is_missing_and_drops_what_is_left():
     source, model = make(), make(register_tokens=2)
     tokens = model.reg_token.clone()
@@ -152,7 +221,11 @@ BAD_WEIGHTS = {
         {},
         "20 tokens, 1 of them .* no square grid, nor",
     ),
-    "in_channels": (None, {"in_channels": 1}, "in_channels is 3, the model's is 1"),
+    "in_channels": (
+        lambda s: s | {"patch_embed.proj.weight": torch.ones(64, 2, 8, 8)},
+        {"in_channels": 1},
+        "in_channels is 2, the model's is 1",
+    ),
     "patch_size": (None, {"patch_size": 16}, "patch_size is 8, the model's is 16"),
     "too wide": (None, {"max_heads": 2}, "the width is 64 channels, the model has only 32"),
     "other head dim": (None, {"head_dim": 24}, "only a multiple of head_dim 24 fits"),

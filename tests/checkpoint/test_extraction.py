@@ -21,6 +21,7 @@ VARIANTS = {
     "registers, no_embed_class": {"register_tokens": 3, "no_embed_class": True},
     "layer scale, no bias": {"layer_scale": 0.3, "qkv_bias": False},
     "average pooling": {"pool": "avg"},
+    "projections without bias": {"proj_bias": False},
     "no class token, grey, oblong": {"pool": "avg", "class_token": False, "in_channels": 1, "image_size": (24, 40)},
     "other ratio, epsilon": {"mlp_ratio": 2.5625, "norm_eps": 1e-3},
     "separate classifiers": {"separate_classifiers": (1, 2, 3, 4)},

@@ -1,14 +1,18 @@
 """Checkpoint files: round trips, wrappers, damaged files, full disks."""
 
 import argparse
+import dataclasses
+import io
 import os
+import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import SMALL, images, make, same
+from small import SMALL, images, make, quietly, same
 
 from hydravit import fused_model
 from hydravit.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -83,6 +87,145 @@ def test_wrappers_and_prefixes(tmp_path):
     assert same(model, latest)
 
 
+PREFIXES = (
+    "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "student.", "teacher.backbone.",
+    "net.", "encoder.", "module.model.net._orig_mod.", "visual.trunk.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_is_removed(tmp_path, prefix):
+    model = make()
+    prefixed = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": prefixed, "epoch": 3}, tmp_path / "a.pt")
+    save_file(prefixed, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        loaded = quietly(fused_model, checkpoint=tmp_path / name, head_dim=16, backend="reference")
+        assert same(loaded, model)
+    compiled = {name.replace("blocks.1.", "blocks.1._orig_mod."): tensor for name, tensor in prefixed.items()}
+    again = make()
+    load_weights(again, compiled)
+    assert same(again, model)
+    with pytest.raises(ValueError, match="no place for text.weight"):
+        load_weights(again, prefixed | {"text.weight": torch.ones(2)})
+
+
+CONTAINERS = {
+    "student and teacher": lambda s, t: {"student": s, "teacher": t, "epoch": 1},
+    "model and teacher": lambda s, t: {"model": s, "teacher": {"module": t}},
+    "prefixes": lambda s, t: {"model": prefixed("student.backbone.", s) | prefixed("teacher.backbone.", t)},
+    "with heads": lambda s, t: (
+        prefixed("student.", s) | prefixed("teacher.", t) | {"student.dino_head.last": torch.ones(1)}
+    ),
+    "encoders": lambda s, t: {
+        "encoder": prefixed("module.", s),
+        "target_encoder": t,
+        "predictor": {"a": torch.ones(1)},
+    },
+}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("case", CONTAINERS)
+def test_several_models_in_a_file_ask(case):
+    first, second = make(), make()
+    content = CONTAINERS[case](first.state_dict(), second.state_dict())
+    names = {"encoders": ("encoder", "target_encoder"), "model and teacher": ("model", "teacher")}
+    for part, expected in zip(names.get(case, ("student", "teacher")), (first, second), strict=True):
+        file = io.BytesIO()
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=rf"several models; part= chooses one of .*{part}"):
+            read_checkpoint(io.BytesIO(file.getvalue()))
+        with pytest.raises(ValueError, match="there is no 'nobody' in it; part= chooses one of"):
+            read_checkpoint(io.BytesIO(file.getvalue()), part="nobody")
+        model = make()
+        quietly(load_weights, model, read_checkpoint(io.BytesIO(file.getvalue()), part=part), strict=False)
+        assert same(model, expected)
+
+
+def test_what_lies_beside_the_weights_is_no_model():
+    model, file = make(), io.BytesIO()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(images(model.config)).sum().backward()
+    optimizer.step()
+    arguments = argparse.Namespace(output=pathlib.Path("runs"), metric=np.float64(2.0))
+    content = {
+        "epoch": np.int64(3),
+        "optimizer": optimizer.state_dict(),
+        "args": arguments,
+        "rng": torch.get_rng_state(),
+    }
+    content |= {"callbacks": {"best": {"score": torch.ones(())}}, "my_net": model.state_dict()}
+    torch.save(content, file)
+    file.seek(0)
+    loaded = quietly(fused_model, checkpoint=file, head_dim=16, backend="reference")
+    assert same(loaded, model)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_in_memory_and_open_files(tmp_path, suffix):
+    model, path = make(), tmp_path / f"a{suffix}"
+    save_checkpoint(path, model, trained_heads=(2, 4))
+    with open(path, "rb") as file:
+        for source in (file, io.BytesIO(path.read_bytes())):
+            loaded = fused_model(checkpoint=source, backend="reference")
+            assert same(loaded, model) and loaded.trained_heads == (2, 4)
+    with pytest.raises(ValueError, match="checkpoint in memory cannot be read"):
+        fused_model(checkpoint=io.BytesIO(path.read_bytes()[:200]))
+
+
+def test_files_of_the_authors_tell_their_widths_and_crop():
+    """Their script is timm's with ``--heads``; it stores its arguments."""
+    config = dataclasses.replace(SMALL, head_dim=64, max_heads=3, depth=1)
+    model = make(config)
+    arguments = argparse.Namespace(model="hydravit_dyn_patch16_224", heads=[2, 3], img_size=32, gp=None, crop_pct=None)
+    content = {"arch": "hydravit", "state_dict": model.state_dict(), "args": arguments}
+    checkpoint = in_memory(content)
+    assert checkpoint.trained_heads == (2, 3)
+    assert checkpoint.preprocessing == Preprocessing(image_size=32, crop=0.875)
+    loaded = fused_model(checkpoint=checkpoint, backend="reference")  # and asks nothing
+    assert same(loaded, model) and loaded.allowed_heads == (2, 3)
+    arguments.crop_pct, arguments.input_size = 1.0, [3, 32, 32]
+    assert in_memory(content).preprocessing.crop == 1.0
+    separate = make(config, separate_classifiers=(2, 3))
+    state = separate.state_dict()
+    for kind in ("weight", "bias"):
+        state |= {f"heads.{i}.{kind}": part for i, part in enumerate(state.pop(f"head.{kind}"))}
+    loaded = fused_model(checkpoint=in_memory({**content, "state_dict": state}), backend="reference")
+    assert same(loaded, separate) and loaded.config.separate_classifiers == (2, 3)
+    arguments.model = "vit_tiny_patch16_224"  # timm's own script has no such argument
+    assert in_memory(content).trained_heads is None and in_memory(content).preprocessing is None
+
+
+def in_memory(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return read_checkpoint(io.BytesIO(file.getvalue()))
+
+
+def test_what_is_in_the_way_is_named_without_bad_advice(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    for content, found in (
+        ({"model": make()}, "hydravit.model.HydraViT"),
+        ({"state_dict": make().state_dict(), "optimizer": torch.optim.SGD([torch.ones(1)])}, "torch.optim.sgd.SGD"),
+        ({"state_dict": print}, "print"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError) as caught:
+            fused_model(checkpoint=path)
+        message = str(caught.value)
+        assert f"it holds a {found}," in message and "write model.state_dict() instead" in message
+        assert not any(word in message for word in ("\n", "\x1b", "weights_only", "trust"))
+    for content in (b"not a checkpoint at all", b"\x80\x02garbage", b"PK\3\4" + bytes(50), b"<html>404</html>"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a.pt cannot be read; expected a whole torch file of tensors") as caught:
+            fused_model(checkpoint=path)
+        assert not any(word in str(caught.value) for word in ("\n", "\x1b", "weights_only", "trust"))
+
+
 # What a bad file holds, how the file is called, and what the message says besides the file's name.
 BAD_FILES = {
     "empty torch": (b"", "a.pt", "cannot be read"),
@@ -92,7 +235,7 @@ BAD_FILES = {
     "no tensors": ([1, 2], "a.pt", "expected named tensors, found list"),
     "nothing": ({}, "a.pt", "expected named tensors, found dict with nothing in it"),
     "a number among tensors": ({"pos_embed": torch.ones(1), "epoch": 3}, "a.pt", "'epoch' is a int, not a tensor"),
-    "code": ({"state_dict": print}, "a.pt", "cannot be read"),
+    "code": ({"state_dict": print}, "a.pt", "cannot be read; it holds a print,"),
     "twice": ({"a": torch.ones(1), "module.a": torch.ones(1)}, "a.pt", "'a' occurs twice"),
     "unknown field": ({"hydravit": {"config": {"widht": 3}}}, "a.pt", "unknown config field.*widht"),
     "wrong field": ({"hydravit": {"config": {"depth": "x"}}}, "a.pt", "depth must be an integer"),

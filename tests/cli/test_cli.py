@@ -1,5 +1,6 @@
 """The commands end to end on a tiny checkpoint, and what users get for wrong input: one line and exit code 2."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hydravit import HydraViT, HydraViTConfig
-from hydravit.checkpoint import save_checkpoint
+from hydravit import HydraViT, HydraViTConfig, fused_model
+from hydravit.checkpoint import read_checkpoint, save_checkpoint
 from hydravit.cli import main, parse_heads
 from hydravit.data import load_dataset
 
@@ -138,9 +139,34 @@ def test_extract_writes_a_plain_vit(folder, tmp_path, capsys):
         assert hydravit(*evaluate) == 0
         tops.append(capsys.readouterr().out.splitlines()[1])
     assert tops[0] == tops[1]
+    assert hydravit("extract", "--checkpoint", folder / "digits.pt", "--heads", 3, "--out", out) == 0
+    assert read_checkpoint(out).trained_heads == (1, 3)
+    before, after = (fused_model(checkpoint=file).eval() for file in (folder / "digits.pt", out))
+    x = torch.randn(2, *TINY.image_shape)
+    for heads in (1, 3):
+        torch.testing.assert_close(after(x, heads=heads), before(x, heads=heads))
     assert "not trained" in fails(
         capsys, "extract", "--checkpoint", folder / "digits.pt", "--heads", 2, "--out", tmp_path / "x.pt"
     )
+
+
+def test_checkpoints_of_others_are_read_as_the_command_line_says(tmp_path, capsys):
+    """What weights do not tell, which of several models, and names that do not fit."""
+    model = HydraViT(dataclasses.replace(TINY, norm_eps=1e-5), backend="reference")
+    both = {"student": model.state_dict(), "teacher": model.state_dict() | {"extra.weight": torch.ones(2)}}
+    torch.save(both, tmp_path / "both.pt")
+    info = ("info", "--checkpoint", tmp_path / "both.pt")
+    assert "part= chooses one of 'student', 'teacher'" in fails(capsys, *info)
+    assert "12 channels have no usual number of heads: pass the head_dim" in fails(capsys, *info, "--part", "student")
+    fields = ("--field", "head_dim=4", "--field", "norm_eps=1e-5", "--field", "pool=token")
+    assert hydravit(*info, "--part", "student", *fields) == 0
+    out = capsys.readouterr().out
+    assert "1e-05" in out and "not recorded" in out
+    extract = ("extract", "--checkpoint", tmp_path / "both.pt", "--heads", 2, "--out", tmp_path / "vit.pt")
+    assert "no place for extra.weight" in fails(capsys, *extract, "--part", "teacher", *fields)
+    assert hydravit(*extract, "--part", "teacher", *fields, "--no-strict") == 0
+    assert read_checkpoint(tmp_path / "vit.pt").config.norm_eps == 1e-5
+    assert "expected NAME=VALUE" in fails(capsys, *info, "--field", "head_dim")
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):

@@ -52,7 +52,13 @@ def test_vit_tiny_small_and_base_cost_what_the_literature_says(heads, gmacs, par
 
 
 def test_the_full_width_has_all_parameters_of_any_model():
-    for changes in ({}, {"pool": "avg"}, {"register_tokens": 2, "layer_scale": 0.1}, {"qkv_bias": False}):
+    for changes in (
+        {},
+        {"pool": "avg"},
+        {"register_tokens": 2, "layer_scale": 0.1},
+        {"qkv_bias": False},
+        {"proj_bias": False},
+    ):
         config = resolve_config(TINY, **changes)
         elements = sum(p.numel() for p in HydraViT(config, backend="reference").parameters())
         assert cost(config, hydravit(config, 3)).params == elements

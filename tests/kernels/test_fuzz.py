@@ -73,6 +73,7 @@ def random_config(case):
         head_dim=head_dim,
         mlp_ratio=case.between("hidden of a head", 1, 80) / head_dim,
         qkv_bias=case.coin("qkv_bias"),
+        proj_bias=case.coin("proj_bias"),
         class_token=pool == "token" or case.coin("class_token"),
         register_tokens=case.between("registers", 0, 3),
         no_embed_class=case.coin("no_embed_class"),

@@ -99,7 +99,7 @@ def test_images(model, images, error, message):
         ({"class_token": "no"}, ValueError, "class_token must be True or False, not 'no'"),
         ({"no_embed_class": 1}, ValueError, "no_embed_class must be True or False, not 1"),
         ({"qkv_bias": None}, ValueError, "qkv_bias must be True or False, not None"),
-        ({"mlp_ratio": 0.3}, ValueError, r"mlp_ratio \* head_dim"),
+        ({"mlp_ratio": 0.3}, ValueError, "mlp_ratio times the residual.s channels must be an integer"),
         ({"separate_classifiers": (1, 9)}, ValueError, "separate_classifiers: 9 is not a number of heads"),
         ({"separate_classifiers": (True,)}, ValueError, "separate_classifiers: True is not a number of heads"),
         ({"separate_classifiers": (1, "2")}, ValueError, "separate_classifiers: '2' is not a number of heads"),
@@ -118,7 +118,7 @@ def test_configs_that_look_wrong_and_are_not():
     assert config.separate_classifiers == (2, 4)
     for hidden, head_dim in ((62, 60), (3, 49), (5, 41)):  # the quotient times head_dim is not always exact
         config = HydraViTConfig(max_heads=3, head_dim=head_dim, mlp_ratio=hidden / head_dim)
-        assert config.hidden_per_head == hidden and config.hidden == 3 * hidden
+        assert config.hidden_of(1) == hidden and config.hidden == 3 * hidden
     assert any(hidden / dim * dim != hidden for hidden, dim in ((62, 60), (3, 49), (5, 41)))
 
 

@@ -22,6 +22,7 @@ VARIANTS = {
     "average pooling": {"pool": "avg"},
     "no class token": {"pool": "avg", "class_token": False},
     "no qkv bias": {"qkv_bias": False},
+    "no proj bias": {"proj_bias": False},
     "grey, oblong, odd head": {"in_channels": 1, "image_size": (24, 40), "head_dim": 12, "mlp_ratio": 2.5},
 }
 
@@ -155,7 +156,7 @@ def test_skd_widths_per_layer(backend):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_other_nestings(backend, heads):
     config, full = SMALL, list(range(SMALL.embed))
-    hidden = list(range(heads * config.hidden_per_head))
+    hidden = list(range(config.hidden_of(heads)))
 
     def subnetwork(embed, width, count, hidden):
         roles = [list(range(role * len(full), role * len(full) + width)) for role in range(3)]
