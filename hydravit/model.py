@@ -395,7 +395,7 @@ class HydraViT(nn.Module):
     def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
         """Run the stem as its modules say, for images of one width."""
         tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
-        prefix = [cut(token, 2, embed_of(s)).expand(len(images), -1, -1) for token in tokens]
+        prefix = [cut(token, 2, embed_of(s)).expand(images.shape[0], -1, -1) for token in tokens]
         patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
         if self.config.no_embed_class:
             return torch.cat([*prefix, patches + positions], dim=1)

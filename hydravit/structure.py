@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -107,6 +108,7 @@ class Structure:
             [*map(type, self._modules)],
             [*map(dict.get, self._attributes, itertools.repeat("forward"))],
             [*itertools.chain.from_iterable(map(dict.values, self._children))],
+            [*map(type, self.parameters())],
             [norm.eps for norm in self._norms],
             self._replaced(),
         )
@@ -190,7 +192,8 @@ def _stranger(name: str, module: nn.Module, expected: tuple[type[nn.Module], ...
         return f"{name} has a hook"
     if isinstance(module, nn.LayerNorm) and module.eps != eps:
         return f"{name} has eps {module.eps}"
-    for parameter in () if is_parametrized(module) else module._parameters.values():
+    plain = is_parametrized(module) or torch.compiler.is_compiling()  # torch.export has fake parameters
+    for parameter in () if plain else module._parameters.values():
         if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
             return f"{name} has a parameter of type {type(parameter).__name__}"
     return ""
