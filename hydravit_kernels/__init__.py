@@ -24,6 +24,7 @@ from hydravit_kernels.subnetwork import (
     Subnetwork,
     widest,
 )
+from hydravit_kernels.transforms import transformed
 
 __all__ = [
     "AdamWStep",
@@ -57,5 +58,6 @@ __all__ = [
     "select",
     "stem",
     "to_e4m3",
+    "transformed",
     "widest",
 ]
