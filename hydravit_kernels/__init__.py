@@ -2,6 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.flops import network_macs
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.networks import CpuNetwork, CudaNetwork, Network, PhaseTime, to_e4m3
 from hydravit_kernels.parameters import (
@@ -53,6 +54,7 @@ __all__ = [
     "layer_norm",
     "mlp_block",
     "named_specs",
+    "network_macs",
     "per_image",
     "rectangles_of",
     "select",

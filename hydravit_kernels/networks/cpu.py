@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hydravit_kernels import backends
+from hydravit_kernels import backends, flops
 from hydravit_kernels.parameters import NetworkParameters, NetworkSizes
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.subnetwork import Subnetwork
@@ -111,5 +111,6 @@ class CpuNetwork:
             plan = torch.ops.hydravit.plan_network_native(
                 packed.weights, packed.offsets, self.sizes, *subnetwork.flat(), subnetwork.eps
             )
+            flops.remember_plan(plan, self.sizes, subnetwork)
             packed.plans[subnetwork] = plan
         return plan
