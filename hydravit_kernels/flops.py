@@ -152,7 +152,8 @@ def _network(images, packed, plans, columns, width_index, pooled_only, out_val=N
     unknown = [plan for plan in plans if plan not in _plans]
     if unknown:
         raise RuntimeError("the operations of a plan that CpuNetwork did not make cannot be counted")
-    each = [network_macs(*_plans[plan], pooled_only) for plan in plans]
+    made_of: list[tuple[NetworkSizes, Subnetwork]] = [_plans[plan] for plan in plans]
+    each = [network_macs(sizes, subnetwork, pooled_only) for sizes, subnetwork in made_of]
     return 2 * _over_images(each, width_index, images.shape[0])
 
 
@@ -208,7 +209,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
                 execute(module)
                 _register(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module
         return spec
 
 
