@@ -89,9 +89,7 @@ class HydraViT(nn.Module):
         self._select_backend(self.pos_embed)
         self._resolve_subnetworks()
         trained_heads = None if trained_heads is None else tuple(map(plain_int, trained_heads))
-        known = (
-            trained_heads and {*trained_heads} <= {*self._subnetworks} and all(type(k) is int for k in trained_heads)
-        )
+        known = trained_heads and all(type(k) is int and k in self._subnetworks for k in trained_heads)
         if trained_heads is not None and not known:
             raise ValueError(f"trained_heads must be widths of the model, {[*self._subnetworks]}, not {trained_heads}")
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
