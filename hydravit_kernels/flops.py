@@ -6,8 +6,8 @@ gradients that are wanted, not what it computes again. These are the numbers tha
 two exceptions: ``reference`` makes queries of all tokens, also where only some are wanted, and torch 2.13 does not
 count its own fused attention on the CPU, which ``reference`` takes where no gradient is wanted.
 
-The counter puts hooks on all modules. A model then runs its blocks one by one and on all tokens, so it counts what
-``network_macs`` says without ``pooled_only``; an engine counts less.
+The counter sees the ops that run. A model that pools one token computes only that token in its last block, and packed
+inference only the pooled ones: ``pooled_only`` of ``network_macs``.
 """
 
 from __future__ import annotations

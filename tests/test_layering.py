@@ -20,8 +20,8 @@ ORDER = {
     ],
     "hydravit": [
         "integers", "config", "extras", "geometry", "layers", "structure", "inference", "model", "atomic",
-        "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training",
-        "cli", "__main__",
+        "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation", "recipes",
+        "training", "cli", "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "run"],
 }  # fmt: skip

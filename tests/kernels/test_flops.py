@@ -8,6 +8,7 @@ import small
 import torch
 from cases import OPS, Case
 from op_calls import calls
+from packing import is_packed
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from hydravit.evaluation import cost
@@ -38,13 +39,17 @@ def test_a_training_step_counts_what_the_reference_does(heads, pool):
     reference = small.make(backend="reference", pool=pool, register_tokens=1).train()
     images = small.images(model.config)
     each = heads.tolist() if isinstance(heads, torch.Tensor) else [heads] * len(images)
-    expected = sum(2 * cost(model.config, model.subnetwork(k)).macs for k in each)
-    for way in (model, reference):
-        assert counted(lambda m=way: m(images, heads=heads)) == expected
+    subnetworks, beyond = [model.subnetwork(k) for k in each], 0
+    expected = sum(2 * cost(model.config, s, pooled_only=pool == "token").macs for s in subnetworks)
+    if pool == "token":  # the reference makes queries of all tokens, which flops.py says
+        last = [s.attention[-1] for s in subnetworks]
+        beyond = 2 * (model.config.tokens - 1) * sum(s.embed * s.heads * s.head_dim for s in last)
+    assert counted(lambda: model(images, heads=heads)) == expected
+    assert counted(lambda: reference(images, heads=heads)) == expected + beyond
     with torch.no_grad():
         assert counted(lambda: model(images, heads=heads)) == expected
     step = counted(lambda: model(images, heads=heads).sum().backward())
-    assert step == counted(lambda: reference(images, heads=heads).sum().backward())
+    assert step == counted(lambda: reference(images, heads=heads).sum().backward()) - 3 * beyond
     gradients = SliceGradients(model)
     assert counted(lambda: model(images, heads=heads).sum().backward()) == step
     gradients.close()
@@ -102,8 +107,9 @@ def test_an_engine_counts_what_cost_says(config):
     mixed = counted(lambda: engine._network.run(images, subnetworks, width_index))
     assert mixed == 2 * alone[2] + alone[4]
     with torch.no_grad():
-        every = 2 * cost(model.config, model.subnetwork(4)).macs
-        assert counted(lambda: model(images, heads=4)) == 3 * every
+        for _ in range(3):  # block by block, then packed
+            logits = counted(lambda: model(images, heads=4))
+        assert logits == 3 * alone[4] and is_packed(model)
 
 
 @native
@@ -113,7 +119,7 @@ def test_the_counter_names_the_blocks():
         model.train()(small.images(model.config), heads=3).sum().backward()
     counts = counter.get_flop_counts()
     assert {str(op) for op in counts["Global"]} == {f"hydravit.{name}_native" for name in ops.SCHEMAS}
-    assert sum(counts["HydraViT.blocks.0"].values()) == sum(counts["HydraViT.blocks.1"].values()) > 0
+    assert sum(counts["HydraViT.blocks.0"].values()) > sum(counts["HydraViT.blocks.1"].values()) > 0
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
