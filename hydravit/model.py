@@ -176,7 +176,8 @@ class HydraViT(nn.Module):
 
     def subnetwork(self, heads: int) -> Subnetwork:
         """Return what one width reads. Raise ``TypeError`` or ``ValueError`` for a width that is not allowed."""
-        heads = plain_int(heads)
+        if type(heads) is not int:
+            heads = plain_int(heads)
         if torch.compiler.is_compiling():  # a look-up would make one graph for each width
             self._check_heads(heads)
             return self._make_subnetwork(heads)
