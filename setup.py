@@ -11,6 +11,7 @@ What ``cpu`` or ``cuda`` asks for must be built, or the build fails.
 HYDRAVIT_TORCH_DIR names the directory of the torch package to build against; without it, the installed one is found.
 """
 
+import atexit
 import hashlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,6 +30,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("HYDRAVIT_BUILD") or "auto"
+# Sources may lie where nobody can write, such as a mounted checkout; then all is made in a folder of its own.
+ELSEWHERE = None if os.access(ROOT, os.W_OK) else Path(tempfile.mkdtemp(prefix="hydravit-"))
 TORCH_FLOOR = (2, 11)
 LIBRARIES = ("_C.so", "_cuda.so")
 
@@ -47,7 +51,7 @@ def find_torch() -> tuple[Path, str]:
     for directory in candidates:
         version_file = directory / "version.py"
         if version_file.is_file():
-            version = re.search(r"__version__ = '([^']+)'", version_file.read_text()).group(1)
+            version = re.search(r"__version__ = '([^']+)'", version_file.read_text(encoding="utf-8")).group(1)
             if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH_FLOOR:
                 raise NotBuilt(f"torch {version} is older than {'.'.join(map(str, TORCH_FLOOR))}")
             return directory, version
@@ -61,8 +65,10 @@ def find_program(name: str) -> str | None:
 
 def run(*command) -> None:
     command = [str(part) for part in command]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(result.stdout, flush=True)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    print(result.stdout.encode("ascii", "backslashreplace").decode(), flush=True)  # on any terminal
     if result.returncode:
         error = re.search(r"^[^\n]*\berror\b.*", result.stdout, re.I | re.M | re.S)
         summary = " ".join((error.group() if error else result.stdout).split())
@@ -79,14 +85,14 @@ def build_native() -> tuple[list[Path], dict]:
         raise NotBuilt("cmake was not found")
     # CMake never looks for a compiler twice, so another toolchain gets another directory.
     toolchain = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")] + [shutil.which("nvcc")]
-    build = ROOT / "build" / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
+    build = (ELSEWHERE or ROOT / "build") / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
     options = [f"-DTORCH_ROOT={torch_root}", f"-DPython_EXECUTABLE={sys.executable}"]
 
     def compile_with(cuda: str) -> dict:
         run(cmake, "-S", ROOT, "-B", build, *generator, *options, f"-DHYDRAVIT_CUDA={cuda}")
         run(cmake, "--build", build, "--parallel", os.cpu_count() or 1)
-        return json.loads((build / "build_info.json").read_text())
+        return json.loads((build / "build_info.json").read_text(encoding="utf-8"))
 
     try:
         info = compile_with({"auto": "AUTO", "cpu": "OFF", "cuda": "ON"}[MODE])
@@ -114,7 +120,7 @@ class BuildNative(build_ext):
             info = {"why_not": str(reason)}
             print(f"hydravit: no native library ({reason}); the package works without it, in plain PyTorch")
         text = f'"""Written by setup.py."""\n\nBUILD_INFO = {json.dumps(info, indent=4)}\n'
-        (package / "_build_info.py").write_text(text)
+        (package / "_build_info.py").write_text(text, encoding="utf-8")
 
     def get_outputs(self):
         package = Path(self.build_lib) / "hydravit_kernels"
@@ -134,7 +140,11 @@ class Wheel(bdist_wheel):
 if MODE not in ("auto", "cpu", "cuda", "none"):
     raise SystemExit(f"HYDRAVIT_BUILD={MODE!r}: expected auto, cpu, cuda or none")
 
+if ELSEWHERE:
+    atexit.register(shutil.rmtree, ELSEWHERE, ignore_errors=True)
+
 setup(
+    options={"build": {"build_base": str(ELSEWHERE)}, "egg_info": {"egg_base": str(ELSEWHERE)}} if ELSEWHERE else {},
     license="MIT",  # here, because old and new setuptools want it spelt differently in pyproject.toml
     ext_modules=[Extension("hydravit_kernels._C", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

@@ -75,7 +75,7 @@ def write_results(folder: Path, name: str, environment: dict, rows: Iterable[dic
     rows = list(rows)
     whole, flat = folder / f"{name}.json", folder / f"{name}.csv"
     replace_file(whole, json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    with open(flat.with_suffix(".csv.part"), "w", newline="") as file:
+    with open(flat.with_suffix(".csv.part"), "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *ENVIRONMENT], extrasaction="ignore")
         writer.writeheader()
         peaks = environment.get("peak_gflops", {})
@@ -87,7 +87,7 @@ def write_results(folder: Path, name: str, environment: dict, rows: Iterable[dic
 def read_results(path: Path) -> tuple[dict, list[dict]]:
     """Environment and rows of a ``.json`` file. Raises ``ValueError`` for any other."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
         return content["environment"], content["rows"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of benchmark results: {error!r}") from error

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hydravit.integers import plain_int
 from hydravit_kernels import NetworkSizes
 
 
@@ -39,9 +40,10 @@ _CHECKS = {
 
 def check_image_size(size: object, patch_size: int) -> tuple[int, int]:
     """Return (height, width) for one or two numbers of pixels. Raise ``ValueError`` unless both are whole patches."""
+    size = plain_int(size)
     sides = (size, size) if type(size) is int else size
     if isinstance(sides, (tuple, list)) and len(sides) == 2:
-        height, width = sides
+        sides = height, width = tuple(map(plain_int, sides))
         if all(type(side) is int and side >= 1 and side % patch_size == 0 for side in sides):
             return height, width
     raise ValueError(f"image_size {size!r} must be one or two multiples of patch_size {patch_size}")
@@ -99,7 +101,8 @@ class HydraViTConfig:
 
     def __post_init__(self):
         for name, (valid, expected) in _CHECKS.items():
-            value = getattr(self, name)
+            value = plain_int(getattr(self, name))
+            object.__setattr__(self, name, value)
             if not valid(value):
                 raise ValueError(f"{name} must be {expected}, not {value!r}")
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
@@ -113,6 +116,7 @@ class HydraViTConfig:
         widths = self.separate_classifiers
         if not isinstance(widths, (tuple, list, set, frozenset, range)):
             raise ValueError(f"separate_classifiers must be a tuple of numbers of heads, not {widths!r}")
+        widths = [plain_int(heads) for heads in widths]
         for heads in widths:
             if type(heads) is not int or not 1 <= heads <= self.max_heads:
                 raise ValueError(f"separate_classifiers: {heads!r} is not a number of heads in 1..{self.max_heads}")

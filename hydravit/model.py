@@ -14,6 +14,7 @@ import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
 from hydravit.geometry import GEOMETRIES, Selection, every_width, position
 from hydravit.inference import Engine, PackedInference
+from hydravit.integers import plain_int
 from hydravit.layers import (
     Attention,
     Block,
@@ -87,7 +88,9 @@ class HydraViT(nn.Module):
         self.requested_backend = kernels.check_backend(backend)
         self._select_backend(self.pos_embed)
         self._resolve_subnetworks()
-        if trained_heads is not None and (not trained_heads or not {*trained_heads} <= {*self._subnetworks}):
+        trained_heads = None if trained_heads is None else tuple(map(plain_int, trained_heads))
+        known = trained_heads and all(type(k) is int and k in self._subnetworks for k in trained_heads)
+        if trained_heads is not None and not known:
             raise ValueError(f"trained_heads must be widths of the model, {[*self._subnetworks]}, not {trained_heads}")
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
@@ -137,6 +140,7 @@ class HydraViT(nn.Module):
 
     @heads.setter
     def heads(self, heads: int) -> None:
+        heads = plain_int(heads)
         self._check_heads(heads)
         # The length of an empty tensor keeps the number: torch.compile makes one graph for all lengths above 1, but one
         # for each value of an integer attribute.
@@ -172,6 +176,8 @@ class HydraViT(nn.Module):
 
     def subnetwork(self, heads: int) -> Subnetwork:
         """Return what one width reads. Raise ``TypeError`` or ``ValueError`` for a width that is not allowed."""
+        if type(heads) is not int:
+            heads = plain_int(heads)
         if torch.compiler.is_compiling():  # a look-up would make one graph for each width
             self._check_heads(heads)
             return self._make_subnetwork(heads)
@@ -189,6 +195,8 @@ class HydraViT(nn.Module):
             return Selection((self.subnetwork(heads),), None)
         if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
+        if heads.dim() == 0:  # one number, as an integer
+            heads = heads.expand(batch)
         if heads.shape != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
         # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.

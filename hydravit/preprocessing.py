@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hydravit.config import HydraViTConfig
 from hydravit.extras import extra
+from hydravit.integers import plain_int
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,8 +40,9 @@ class Preprocessing:
     interpolation: str = "bicubic"
 
     def __post_init__(self):
-        size = self.image_size
-        object.__setattr__(self, "image_size", (size, size) if isinstance(size, int) else tuple(size))
+        size = plain_int(self.image_size)
+        sides = (size, size) if isinstance(size, int) else map(plain_int, size)
+        object.__setattr__(self, "image_size", tuple(sides))
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, Sequence) or not all(isinstance(v, (int, float)) for v in values):

@@ -87,7 +87,7 @@ class Structure:
         self._modules = list(model.modules())
         self._attributes = [module.__dict__ for module in self._modules]
         self._norms = [module for module in self._modules if isinstance(module, nn.LayerNorm)]
-        tables = [own[name] for own in self._attributes[1:] for name in _HOOKS] + _ON_ALL_MODULES
+        tables = [own[name] for own in self._attributes[1:] for name in _HOOKS]
         children, parameters = ([own[name] for own in self._attributes] for name in ("_modules", "_parameters"))
         self._empty = [table for table in (*tables, *children, *parameters) if not table]
         self._hooks = [hooks for hooks in tables if hooks]
@@ -103,7 +103,7 @@ class Structure:
     def parameters(self) -> list[Tensor | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
 
-    def _now(self) -> tuple[list[Any], ...]:
+    def _now(self) -> tuple[Any, ...]:
         return (
             [*map(type, self._modules)],
             [*map(dict.get, self._attributes, itertools.repeat("forward"))],
@@ -111,6 +111,7 @@ class Structure:
             [*map(type, self.parameters())],
             [norm.eps for norm in self._norms],
             self._replaced(),
+            _watched(),
         )
 
     def _replaced(self) -> list[str]:
@@ -119,12 +120,24 @@ class Structure:
         return [name for name, method in self._methods.items() if name in own or getattr(kind, name) is not method]
 
 
+def _watched() -> bool:
+    """Whether a hook on all modules sees what goes through them.
+
+    torch's ``ModuleTracker``, by which FLOP counters tell modules apart, sees their names only.
+    """
+    return any(_ON_ALL_MODULES) and any(
+        type(getattr(hook, "__self__", None)).__name__ != "ModuleTracker"
+        for hooks in _ON_ALL_MODULES
+        for hook in hooks.values()
+    )
+
+
 def _look(model: Any, replaced: list[str]) -> Fused:
     """Find out what of a model fused ops may stand for."""
     config = model.config
     told: dict[str, list[str]] = {}  # part -> what is told to whom
     full_only = ""
-    everywhere = "a hook on all modules" if any(_ON_ALL_MODULES) else ""
+    everywhere = "a hook on all modules" if _watched() else ""
     for part, name, module, expected in _places(model):
         reason = everywhere or _stranger(name, module, expected, config.norm_eps)
         if reason:

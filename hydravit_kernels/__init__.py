@@ -2,6 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.flops import network_macs
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.networks import CpuNetwork, CudaNetwork, Network, PhaseTime, to_e4m3
 from hydravit_kernels.parameters import (
@@ -24,6 +25,7 @@ from hydravit_kernels.subnetwork import (
     Subnetwork,
     widest,
 )
+from hydravit_kernels.transforms import transformed
 
 __all__ = [
     "AdamWStep",
@@ -52,10 +54,12 @@ __all__ = [
     "layer_norm",
     "mlp_block",
     "named_specs",
+    "network_macs",
     "per_image",
     "rectangles_of",
     "select",
     "stem",
     "to_e4m3",
+    "transformed",
     "widest",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
@@ -34,4 +35,6 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # the library's path may have characters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(report())

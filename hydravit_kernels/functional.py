@@ -8,12 +8,19 @@ such tensors: autograd itself adds its gradients to ``.grad``.
 
 ``slices`` has one slice for all images, or several and ``width_index (B,)``, int64: each image's index into them.
 
+The compiled ops have first derivatives only. Everything else is computed by the formulas of ``reference``, with the
+same values up to rounding and at its cost: the backward pass where autograd builds a graph of it
+(``create_graph=True``: gradient penalties, derivatives of any order) or vectorises it (``is_grads_batched``), and the
+forward where a transform of ``torch.func`` is active, an input carries a tangent of forward-mode differentiation, or
+``branch_scale`` requires a gradient. With ``grads`` such a backward pass raises, because its gradients would be lost.
+
 Under ``torch.autocast`` the triton backend has activations in autocast's dtype and leaves parameters in theirs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +28,8 @@ from torch import Tensor
 from hydravit_kernels import ops, reference
 from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
 from hydravit_kernels.ranges import annotate
-from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten
+from hydravit_kernels.subnetwork import AttentionSlice, EmbedSlice, HeadSlice, MlpSlice, flatten, unflatten
+from hydravit_kernels.transforms import transformed, transformed_backward
 
 # The ops that can return activations for their backward, which it would otherwise compute again.
 _SAVING = tuple(name for name, schema in ops.SCHEMAS.items() if "bool save" in schema)
@@ -42,7 +50,7 @@ def stem(
     The tokens are the class token, the registers and the patches, in this order (ViT, arXiv 2010.11929; registers,
     arXiv 2309.16588).
     """
-    if backend == "reference":
+    if _takes_formulas(backend, images, parameters):
         return reference.stem(images, parameters, slices, width_index)
     return _run("stem", backend, images, parameters, (flatten(slices), width_index), grads)
 
@@ -67,7 +75,7 @@ def attention_block(
         queries: the result has only the first ``queries`` tokens, which still attend to all. None stands for all.
     """
     queries = x.shape[1] if queries is None else queries
-    if backend == "reference":
+    if _takes_formulas(backend, x, parameters, branch_scale):
         return reference.attention_block(x, parameters, branch_scale, slices, eps, width_index, queries)
     constants = (branch_scale, flatten(slices), [s.scale for s in slices], eps, width_index, queries)
     return _run("attention_block", backend, x, parameters, constants, grads)
@@ -86,7 +94,7 @@ def mlp_block(
     grads: MlpParameters | None = None,
 ) -> Tensor:
     """Norm, fc1, exact GELU, fc2, scales and residual: ``x (B, N, Dk)`` to the same shape."""
-    if backend == "reference":
+    if _takes_formulas(backend, x, parameters, branch_scale):
         return reference.mlp_block(x, parameters, branch_scale, slices, eps, width_index)
     return _run("mlp_block", backend, x, parameters, (branch_scale, flatten(slices), eps, width_index), grads)
 
@@ -107,9 +115,16 @@ def head(
 
     If the norm's parameters are None the norm is left out. Without a classifier the result is the features ``(B, Dk)``.
     """
-    if backend == "reference":
+    if _takes_formulas(backend, x, parameters):
         return reference.head(x, parameters, *pool, slices, eps, width_index)
     return _run("head", backend, x, parameters, (*pool, flatten(slices), eps, width_index), grads)
+
+
+def _takes_formulas(backend, x, parameters, branch_scale=None):
+    """Whether the formulas of ``reference`` compute a call, because its backend's ops cannot; see above."""
+    if backend == "reference" or transformed(x, branch_scale, *parameters):
+        return True
+    return branch_scale is not None and branch_scale.requires_grad and torch.is_grad_enabled()
 
 
 def _run(name, backend, x, parameters, constants, grads):
@@ -163,15 +178,21 @@ class _DifferentiableOp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @annotate(lambda ctx, _: f"{ctx.op_name}_backward")
     def backward(ctx, grad):
         x, *rest = ctx.saved_tensors
         saved, parameters = rest[: ctx.saved_count], rest[ctx.saved_count :]
         x_wanted, *wanted = ctx.needs_input_grad[4:]
         in_place = ctx.grads is not None
+        compiling = torch.compiler.is_compiling()  # then PyTorch itself refuses to differentiate the backward pass
+        if not compiling and (torch.is_grad_enabled() or transformed_backward(grad, x, *parameters)):
+            if in_place:
+                raise RuntimeError(
+                    "gradients in place cannot be differentiated again (create_graph=True) or vectorised: close "
+                    "SliceGradients"
+                )
+            return None, None, None, None, *_gradients_by_formulas(ctx, grad, (x, *parameters), (x_wanted, *wanted))
         if in_place:
-            compiling = torch.compiler.is_compiling()
             reached = wanted if compiling else _reached(ctx.next_functions[1:], parameters)
             sums = [b if want and run else None for b, want, run in zip(ctx.grads, wanted, reached, strict=True)]
         else:
@@ -181,3 +202,39 @@ class _DifferentiableOp(torch.autograd.Function):
         )
         visible = [None] * len(sums) if in_place else sums
         return None, None, None, None, grad_x if x_wanted else None, *visible
+
+
+def _gradients_by_formulas(ctx, grad, inputs, wanted):
+    """Compute the gradients of the inputs ``(x, *parameters)`` by ``reference``; autograd can differentiate them."""
+    again, x = torch.is_grad_enabled(), inputs[0]
+    # Parameters of another dtype than the activations come from autocast, which may be off by now.
+    mixed = any(p is not None and p.dtype != x.dtype for p in inputs[1:])
+    with torch.enable_grad(), torch.autocast(x.device.type, x.dtype if mixed else None, enabled=mixed):
+        # The derivative is taken by views: by themselves, x would also lead to the parameters of earlier blocks, which
+        # may be the same.
+        views = [t.view_as(t) if want else t for t, want in zip(inputs, wanted, strict=True)]
+        y = _formulas(ctx.op_name, views[0], views[1:], ctx.constants)
+    asked = [t for t, want in zip(views, wanted, strict=True) if want]
+    if y.requires_grad:
+        found = torch.autograd.grad(y, asked, grad.to(y.dtype), create_graph=again, materialize_grads=True)
+    else:  # a skipped branch
+        found = tuple(map(torch.zeros_like, asked))
+    left = iter(found)
+    return [next(left) if want else None for want in wanted]
+
+
+def _formulas(name, x, parameters, constants):
+    """Compute the op ``name`` by ``reference``, from the op's own arguments."""
+    p: Any = type(ops.PARAMETERS[name])(*parameters)
+    if name == "stem":
+        slices, width_index = constants
+        return reference.stem(x, p, unflatten(EmbedSlice, slices), width_index)
+    if name == "attention_block":
+        branch_scale, slices, scales, eps, width_index, queries = constants
+        each = [s._replace(scale=n) for s, n in zip(unflatten(AttentionSlice, slices), scales, strict=True)]
+        return reference.attention_block(x, p, branch_scale, each, eps, width_index, queries)
+    if name == "mlp_block":
+        branch_scale, slices, eps, width_index = constants
+        return reference.mlp_block(x, p, branch_scale, unflatten(MlpSlice, slices), eps, width_index)
+    pool_start, pool_stop, slices, eps, width_index = constants
+    return reference.head(x, p, pool_start, pool_stop, unflatten(HeadSlice, slices), eps, width_index)

@@ -89,7 +89,8 @@ NETWORK = {
 }
 
 
-def _argument_names(name: str) -> list[str]:
+def argument_names(name: str) -> list[str]:
+    """The names of an op's arguments, in order."""
     schema = SCHEMAS[name]
     return [argument.split()[-1] for argument in schema[1 : schema.index(") -> ")].split(", ")]
 
@@ -97,7 +98,7 @@ def _argument_names(name: str) -> list[str]:
 def grouped(name: str, function: Callable) -> Callable:
     """Make an implementation of the op ``name`` from a function that takes parameters and buffers as one tuple each."""
     specs = PARAMETERS[name.removesuffix("_backward")]
-    kind, start, count = type(specs), _argument_names(name).index(specs._fields[0]), len(specs)
+    kind, start, count = type(specs), argument_names(name).index(specs._fields[0]), len(specs)
 
     def implementation(*arguments):
         before, parameters, after = arguments[:start], arguments[start : start + count], arguments[start + count :]
@@ -145,7 +146,7 @@ def _head(x, p, pool_start, pool_stop, slices, eps, width_index):
 
 def _fake_backward(name: str):
     """The fake kernel of a backward: it returns the gradient of the activations, or an empty tensor."""
-    names = _argument_names(name)
+    names = argument_names(name)
     x, x_grad = names.index("images" if "images" in names else "x"), names.index("x_grad")
 
     def fake(*arguments):

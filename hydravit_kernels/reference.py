@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
 from hydravit_kernels.subnetwork import widest
+from hydravit_kernels.transforms import transformed
 
 
 def stem(images, p: StemParameters, slices, width_index=None) -> Tensor:
@@ -46,9 +47,9 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, width_
             return x[:, :queries]
         query, key, value = _query_key_value(x, p, s, eps)
         query = query[:, :, :queries]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(query):
             attended = _attention(query, key, s.scale) @ value
-        else:  # PyTorch's fused kernels have no second derivative
+        else:  # PyTorch's fused kernels have neither a second derivative nor one of forward mode
             attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
         attended = attended.transpose(1, 2).flatten(2)
         columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()

@@ -1,5 +1,6 @@
 """The build: what each machine gets, and that nothing missing passes unnoticed."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -48,6 +49,33 @@ def build(source, **variables):
     """`setup.py build`, the part of an installation that differs between machines; return its result and its output."""
     target = source.parent / "built"
     return python("setup.py", "build", "--build-lib", target, cwd=source, **variables), target
+
+
+def without_privileges():
+    """Root may write to read-only files by its capability CAP_DAC_OVERRIDE (1); take it from the process to come."""
+    drop = 24  # PR_CAPBSET_DROP
+    ctypes.CDLL(None).prctl(drop, 1, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_sources_that_nobody_can_write_to(source, tmp_path):
+    """As in a container that mounts its checkout read-only: the build makes everything elsewhere, and tidies up."""
+    paths, temporary = [source, *source.rglob("*")], tmp_path / "temporary"
+    temporary.mkdir()
+    for path in paths:
+        path.chmod(path.stat().st_mode & ~0o222)
+    try:
+        environment = {**os.environ, "HYDRAVIT_BUILD": "none", "TMPDIR": str(temporary), "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(
+            [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", tmp_path / "dist"],
+            cwd=source, env=environment, preexec_fn=without_privileges, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert list((tmp_path / "dist").glob("hydravit-*.whl")) and not list(temporary.iterdir())
+        assert sorted(source.rglob("*")) == sorted(paths[1:])
+    finally:
+        for path in paths:
+            path.chmod(path.stat().st_mode | 0o200)
 
 
 def test_loaded_or_a_reason():

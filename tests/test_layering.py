@@ -15,13 +15,13 @@ CSRC = ROOT / "csrc"
 # A package or module may import what stands before it, and itself.
 ORDER = {
     "hydravit_kernels": [
-        "subnetwork", "parameters", "ranges", "ops", "adamw", "reference", "functional", "triton", "_native", "_triton",
-        "backends", "networks", "__init__", "__main__",
+        "subnetwork", "parameters", "ranges", "ops", "flops", "adamw", "transforms", "reference",
+        "functional", "triton", "_native", "_triton", "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
-        "config", "extras", "geometry", "layers", "structure", "inference", "model", "atomic", "preprocessing",
-        "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation", "recipes", "training", "cli",
-        "__main__",
+        "integers", "config", "extras", "geometry", "layers", "structure", "inference", "model", "atomic",
+        "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation", "recipes",
+        "training", "cli", "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "run"],
 }  # fmt: skip

@@ -74,7 +74,7 @@ def run_part(part: str, args: argparse.Namespace, out: Path, seconds: float, clo
     except FileNotFoundError as error:
         log.write_text(f"{error}\n")
         return Outcome(part, "absent", 0.0, str(error))
-    with open(log, "w", errors="replace") as file:
+    with open(log, "w", encoding="utf-8", errors="replace") as file:
         for command in steps:
             print(f"$ {shlex.join(command)}", file=file, flush=True)
             code = run(command, file, start + seconds - clock.now(), _environment(command, args.device))

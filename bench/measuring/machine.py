@@ -142,7 +142,8 @@ class Machine:
             except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
                 return []
         try:
-            return [float(mhz) for mhz in re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())]
+            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+            return [float(mhz) for mhz in re.findall(r"cpu MHz\s*:\s*([\d.]+)", text)]
         except OSError:
             return []
 

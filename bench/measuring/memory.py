@@ -79,7 +79,7 @@ def _training(workload: Workload, peer: Peer, device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     for _ in range(2):
         step.run()
     if device.type == "cuda":

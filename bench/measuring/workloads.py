@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from bench.measuring.dtypes import DTYPES
 from hydravit import HydraViT
 from hydravit.config import HydraViTConfig, resolve_config
-from hydravit.evaluation.cost import attention_macs, cost, mlp_macs
+from hydravit.evaluation.cost import cost
 from hydravit.geometry import every_width
 from hydravit_kernels import Subnetwork
+from hydravit_kernels.flops import attention_macs, mlp_macs
 
 
 class Part(NamedTuple):
@@ -165,10 +166,10 @@ def _needs_of_width(
 def _needs_of_block(workload: Workload, config: HydraViTConfig, subnetwork: Subnetwork) -> Needs:
     tokens, embed = config.tokens, subnetwork.embed.embed
     if workload.task.startswith("attention"):
-        macs = attention_macs(tokens, subnetwork.attention[0])
+        macs = sum(attention_macs(tokens, subnetwork.attention[0]))
         weights = embed * 4 * subnetwork.attention[0].heads * subnetwork.attention[0].head_dim
     else:
-        macs = mlp_macs(tokens, subnetwork.mlp[0])
+        macs = sum(mlp_macs(tokens, subnetwork.mlp[0]))
         weights = embed * 2 * subnetwork.mlp[0].hidden
     residual, size = workload.batch * tokens * embed, DTYPES[workload.dtype].itemsize
     if workload.task.endswith("backward"):  # also gradients of the residual and the weights

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hydravit.atomic import atomic_write
 from hydravit.checkpoint.names import named_tensors
 from hydravit.config import HydraViTConfig
+from hydravit.integers import plain_int
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 
@@ -180,10 +181,10 @@ def save_checkpoint(
         if inner is None:
             raise TypeError(f"model must be a HydraViT, not {type(model).__name__}")
         model = inner
-    trained_heads = model.trained_heads if trained_heads is None else trained_heads
+    trained: Any = model.trained_heads if trained_heads is None else trained_heads
     metadata = {
         "config": model.config.to_dict(),
-        "trained_heads": list(trained_heads) if isinstance(trained_heads, Iterable) else trained_heads,
+        "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
     }

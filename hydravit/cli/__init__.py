@@ -7,6 +7,7 @@ standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import sys
 import warnings
@@ -25,8 +26,28 @@ Every command has its own --help with examples.
 """
 
 
+_ESCAPED = "hydravit.escaped"
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write what a stream cannot encode as escapes, such as the names of classes on a terminal that is ASCII only.
+
+    A file name that no text could hold comes out as the bytes it came as.
+    """
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_ESCAPED, _escape)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for wrong input, or 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ESCAPED)
     args = parser().parse_args(argv)
     try:
         with warnings.catch_warnings():

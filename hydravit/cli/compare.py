@@ -78,7 +78,8 @@ class _Results:
     def __init__(self, path: Path):
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._entries = [json.loads(line) for line in lines]
 
     def find(self, identity: dict) -> dict[int, float] | None:
         identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
@@ -90,4 +91,4 @@ class _Results:
     def add(self, identity: dict, top1: dict[int, float]) -> None:
         self._entries.append({"top1": top1, "identity": identity})
         text = "".join(json.dumps(entry) + "\n" for entry in self._entries)
-        atomic_write(self._path, lambda file: file.write_text(text))
+        atomic_write(self._path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -13,7 +13,7 @@ _SOURCES = ("--", ":/", ":(top,exclude)bench/results")
 def cpu_name() -> str:
     """Return the processor's own name, with family and model where the system hides its number."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or platform.machine()
     facts: dict[str, str] = {}

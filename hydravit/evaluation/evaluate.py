@@ -15,6 +15,7 @@ from hydravit.evaluation.environment import commit, cpu_name
 from hydravit.evaluation.latency import backends_to_time, measure_latency
 from hydravit.evaluation.memory import Memory, measure_memory
 from hydravit.inference import with_e4m3_weights
+from hydravit.integers import plain_int
 from hydravit.model import HydraViT
 
 
@@ -57,7 +58,7 @@ def evaluate(
         ValueError: an empty data set, labels that the model has no class for, widths that it refuses.
         RuntimeError: logits that are not finite, backends that disagree.
     """
-    heads = list(model.allowed_heads if heads is None else heads)
+    heads = [plain_int(k) for k in (model.allowed_heads if heads is None else heads)]
     subnetworks = {k: model.subnetwork(k) for k in heads}
     mode = model.training
     model.eval()

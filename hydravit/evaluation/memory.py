@@ -99,7 +99,8 @@ def _cpu_memory(task: dict) -> tuple[float, dict[int, float]]:
     model = _model(config, task)
     _prepare(model, task)
     held = _settled_kib()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is resident now
+    # Sets the high-water mark back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     peaks: dict[int, float] = {}
     for heads in task["heads"]:
         _call(model, heads, task["batch_size"])
@@ -139,7 +140,7 @@ def _settled_kib() -> int:
 
 def resident_kib(name: str) -> int:
     """Return this process's memory by its name in Linux's ``/proc/self/status``: ``VmRSS`` now, ``VmHWM`` at most."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8", errors="replace"))
     assert found is not None, name
     return int(found[1])
 

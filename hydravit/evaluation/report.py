@@ -145,5 +145,6 @@ def write_json(results: dict, folder: str | Path) -> Path:
     """Write only ``results.json``, as ``write_results`` does; return its path."""
     path = Path(folder) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda file: file.write_text(json.dumps(results, indent=2) + "\n"))
+    text = json.dumps(results, indent=2) + "\n"
+    atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
     return path

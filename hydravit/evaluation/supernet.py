@@ -12,6 +12,7 @@ from hydravit.evaluation.evaluate import environment, latency_row
 from hydravit.evaluation.latency import backends_to_time, measure_latency
 from hydravit.evaluation.memory import measure_memory
 from hydravit.factory import fused_model
+from hydravit.integers import plain_int
 
 _NAMES = {"tiny": "ViT-Ti", "small": "ViT-S", "base": "ViT-B", "large": "ViT-L"}
 
@@ -46,7 +47,7 @@ def measure_supernet(
         RuntimeError: backends that disagree.
     """
     model = fused_model(config=config, device=device).eval()
-    heads = list(model.allowed_heads if heads is None else heads)
+    heads = [plain_int(k) for k in (model.allowed_heads if heads is None else heads)]
     models, fused_missing = backends_to_time(model)
     parameter = next(model.parameters())
     image = torch.randn(1, *model.config.image_shape).to(parameter)

@@ -11,6 +11,7 @@ from torch import Tensor
 import hydravit_kernels as kernels
 from hydravit.inference.packable import Packable
 from hydravit.inference.staleness import Fingerprint
+from hydravit.integers import plain_int
 
 # Dtypes of weights and activations per type of device, the default first. With 8-bit weights, activations are float16.
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16, torch.float8_e4m3fn)}
@@ -41,6 +42,7 @@ class Engine:
     """
 
     def __init__(self, model: Packable, max_batch: int = 8, dtype: torch.dtype | None = None, loader: str = "best"):
+        max_batch = plain_int(max_batch)
         if type(max_batch) is not int or max_batch < 1:
             raise ValueError(f"max_batch must be an integer of at least 1, not {max_batch!r}")
         self.model, self.max_batch = model, max_batch
@@ -70,7 +72,7 @@ class Engine:
         images = model.check_images(images)
         if len(images) > self.max_batch:
             raise ValueError(f"images: at most max_batch={self.max_batch} expected, {len(images)} given")
-        heads = model.heads if heads is None else heads
+        heads = model.heads if heads is None else plain_int(heads)
         if type(heads) is not int or heads not in self._subnetworks:
             model.subnetwork(heads)  # raises for what is no width of the model
             raise ValueError(f"heads={heads} was no width of the model when the engine was made")

@@ -51,6 +51,8 @@ class PackedInference:
         parameters = model.structure().parameters()
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
             return None
+        if kernels.transformed(images, *parameters):  # torch.func, or a tangent of forward-mode differentiation
+            return None
         if any(kernels.CpuNetwork.why_not(s) for s in selection.subnetworks):
             return None
         network = self._fresh(model, parameters)

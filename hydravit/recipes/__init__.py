@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.integers import plain_int
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("heads", "weights", "betas"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(map(plain_int, getattr(self, name))))
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, plain_int(getattr(self, each.name)))
         for name in ("epochs", "batch_size", "accumulate"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "eps"):

@@ -43,9 +43,9 @@ class SliceGradients:
         gradients.zero_(); loss(model(images, heads=k)).backward(); gradients.clip_norm_(1.0); optimizer.step()
 
     The gradients equal the ordinary ones, but autograd never sees them. So the next forward refuses parameters with
-    tensor hooks or post-accumulate hooks, and with compiled backends ``torch.autograd.grad`` for parameters and double
-    backward raise. ``DistributedDataParallel`` would wait for the gradients in vain: ranks call ``average_`` instead. A
-    deep copy or a pickle of the model is in ordinary mode.
+    tensor hooks or post-accumulate hooks, and with compiled backends ``torch.autograd.grad`` for parameters and
+    ``create_graph=True`` raise. ``DistributedDataParallel`` would wait for the gradients in vain: ranks call
+    ``average_`` instead. A deep copy or a pickle of the model is in ordinary mode.
 
     Raises:
         RuntimeError: the model is already in this mode.

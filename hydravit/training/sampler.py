@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hydravit.integers import plain_int
+
 
 class WidthSampler:
     """Draws numbers of heads at random, from its own random state (HydraViT, arXiv 2409.17978, section 3).
@@ -31,12 +33,13 @@ class WidthSampler:
         seed: int = 0,
         rank: int = 0,
     ):
-        if not heads or len(set(heads)) != len(heads):
-            raise ValueError(f"heads must be one or more different widths, not {list(heads)}")
+        widths = [plain_int(k) for k in heads]
+        if not widths or len(set(widths)) != len(widths) or any(type(k) is not int for k in widths):
+            raise ValueError(f"heads must be one or more different widths, not {widths}")
         weights = [1.0] * len(heads) if weights is None else list(weights)
-        if len(weights) != len(heads) or min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"weights must be {len(heads)} numbers of at least 0 and not all 0, not {weights}")
-        self._heads = torch.tensor(list(heads))
+        if len(weights) != len(widths) or min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"weights must be {len(widths)} numbers of at least 0 and not all 0, not {weights}")
+        self._heads = torch.tensor(widths)
         self._weights = torch.tensor(weights, dtype=torch.float64)
         self.per_image = per_image
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)

@@ -266,7 +266,7 @@ class Trainer:
                     f"epoch {self.epoch + 1}: " + ", ".join(f"top-1 at k={k} {v[0]:.2f} %" for k, v in found.items())
                 )
         if self.out is not None:
-            with open(self.out / LOG, "a") as file:
+            with open(self.out / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def _stop_if_asked(self, interrupt: Interrupt) -> None:
@@ -341,5 +341,6 @@ class Trainer:
     def _forget_log(self, log: Path) -> None:
         """Drop the lines of epochs that are still to come: the log may be newer than the checkpoint."""
         if log.is_file():
-            lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if json.loads(line)["epoch"] <= self.epoch))
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["epoch"] <= self.epoch]
+            log.write_text("".join(kept), encoding="utf-8")

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hydravit_kernels import backends
+from hydravit_kernels import backends, flops
 from hydravit_kernels.parameters import NetworkParameters, NetworkSizes
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.subnetwork import Subnetwork
+from hydravit_kernels.transforms import refuse_transforms
 
 PANEL = 32  # kPanel of csrc/hydravit.h
 
@@ -93,6 +94,7 @@ class CpuNetwork:
         Returns:
             Without a classifier the pooled features ``(B, Dk)``, zero beyond an image's own channels.
         """
+        refuse_transforms("packed inference", images)
         packed = self._packed
         plans = [self._plan(packed, s) for s in subnetworks]
         columns = max(s.head.classes if self.sizes.classes else s.embed.embed for s in subnetworks)
@@ -109,5 +111,6 @@ class CpuNetwork:
             plan = torch.ops.hydravit.plan_network_native(
                 packed.weights, packed.offsets, self.sizes, *subnetwork.flat(), subnetwork.eps
             )
+            flops.remember_plan(plan, self.sizes, subnetwork)
             packed.plans[subnetwork] = plan
         return plan

@@ -15,6 +15,7 @@ from torch import Tensor
 from hydravit_kernels import _native
 from hydravit_kernels.parameters import NetworkParameters, NetworkSizes
 from hydravit_kernels.subnetwork import Subnetwork
+from hydravit_kernels.transforms import refuse_transforms
 
 try:
     from hydravit_kernels import _cuda  # type: ignore[attr-defined]  # a library without annotations
@@ -130,6 +131,7 @@ class CudaNetwork:
 
         Raises ``ValueError`` for more than one subnetwork, because a call on CUDA has one width.
         """
+        refuse_transforms("the CUDA network", images)
         images = images.contiguous()  # a copy has to live until the call is launched
         index, ends, logits = self._ends(images, subnetworks)
         if len(images):

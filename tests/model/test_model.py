@@ -365,17 +365,6 @@ def test_autograd_grad_and_accumulation(backend):
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_second_order_is_the_references_alone(backend):
-    model, images = make(backend), images_for(SMALL)
-    (gradient,) = torch.autograd.grad(model(images, heads=2).square().sum(), model.pos_embed, create_graph=True)
-    if backend == "reference":
-        gradient.square().sum().backward()
-        assert torch.isfinite(model.blocks[0].attn.qkv.weight.grad).all()
-    else:
-        with pytest.raises(RuntimeError, match="once_differentiable|twice"):
-            gradient.square().sum().backward()
-
-
 def test_copies_and_pickles_share_no_state(backend):
     """Neither weights nor caches nor gradient buffers: a copy that gets other classes leaves the original as it was."""
     model, images = make(backend), images_for(SMALL)
