@@ -193,7 +193,7 @@ class HydraViT(nn.Module):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
         # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.
         compiling = torch.compiler.is_compiling()
-        used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
+        used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist()))) or (self.heads,)  # no images
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
             return Selection(subnetworks, None)
@@ -337,17 +337,17 @@ class HydraViT(nn.Module):
     def check_images(self, images: Tensor) -> Tensor:
         """Return the images in the model's dtype. Under autocast they may come in another, but parameters are not cast.
 
-        Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)`` with ``B > 0``, in
-        the model's dtype and on its device.
+        Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)``, in the model's
+        dtype and on its device. ``B`` may be 0, as in timm.
         """
         return self._check_batch("images", images, self._image_shape)
 
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
+        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape:
             sizes = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be (B, {sizes}), not {tuple(tensor.shape)}")
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
