@@ -209,13 +209,17 @@ class HydraViT(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._select_backend(fn(self.pos_embed.new_empty(0)))  # first, because it may raise
-        self.weights_changed()
-        return super()._apply(fn, recurse)
+        self.weights_changed()  # frees the packed copy
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.weights_changed()  # meanwhile another thread may have packed the old weights
 
     def weights_changed(self) -> None:
-        """Declare packed weights stale, after writes that torch cannot see, through ``.data`` or a NumPy view.
+        """Declare packed weights stale, after writes to few elements that torch cannot see, as through a NumPy view.
 
-        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call.
+        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call. On the CPU
+        nor do writes to a quarter of a parameter or more, whatever they go through.
         """
         self.declared_changes += 1
         if self.packed_inference is not None:
@@ -308,10 +312,13 @@ class HydraViT(nn.Module):
             x = self._block(i, x, selection, fused)
         return maps
 
-    def structure(self) -> Structure:
-        """Return what the model is made of now; it is looked at anew only if something changed."""
+    def structure(self, look: bool = True) -> Structure:
+        """Return what the model is made of now; it is looked at anew only if something changed.
+
+        With ``look=False`` it is what the last look found, for what runs inside a forward, which begins with a look.
+        """
         structure = self._structure
-        if structure is None or not structure.holds():
+        if structure is None or (look and not structure.holds()):
             structure = self._structure = Structure(self, _METHODS)
         return structure
 
