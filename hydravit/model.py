@@ -201,7 +201,7 @@ class HydraViT(nn.Module):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
         # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.
         compiling = torch.compiler.is_compiling()
-        used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
+        used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist()))) or (self.heads,)  # no images
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
             return Selection(subnetworks, None)
@@ -217,13 +217,17 @@ class HydraViT(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._select_backend(fn(self.pos_embed.new_empty(0)))  # first, because it may raise
-        self.weights_changed()
-        return super()._apply(fn, recurse)
+        self.weights_changed()  # frees the packed copy
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.weights_changed()  # meanwhile another thread may have packed the old weights
 
     def weights_changed(self) -> None:
-        """Declare packed weights stale, after writes that torch cannot see, through ``.data`` or a NumPy view.
+        """Declare packed weights stale, after writes to few elements that torch cannot see, as through a NumPy view.
 
-        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call.
+        Optimizer steps, ``load_state_dict``, in-place operations and replaced parameters need no such call. On the CPU
+        nor do writes to a quarter of a parameter or more, whatever they go through.
         """
         self.declared_changes += 1
         if self.packed_inference is not None:
@@ -316,10 +320,13 @@ class HydraViT(nn.Module):
             x = self._block(i, x, selection, fused)
         return maps
 
-    def structure(self) -> Structure:
-        """Return what the model is made of now; it is looked at anew only if something changed."""
+    def structure(self, look: bool = True) -> Structure:
+        """Return what the model is made of now; it is looked at anew only if something changed.
+
+        With ``look=False`` it is what the last look found, for what runs inside a forward, which begins with a look.
+        """
         structure = self._structure
-        if structure is None or not structure.holds():
+        if structure is None or (look and not structure.holds()):
             structure = self._structure = Structure(self, _METHODS)
         return structure
 
@@ -345,17 +352,17 @@ class HydraViT(nn.Module):
     def check_images(self, images: Tensor) -> Tensor:
         """Return the images in the model's dtype. Under autocast they may come in another, but parameters are not cast.
 
-        Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)`` with ``B > 0``, in
-        the model's dtype and on its device.
+        Raises ``TypeError`` or ``ValueError`` unless they are ``(B, in_channels, height, width)``, in the model's
+        dtype and on its device. ``B`` may be 0, as in timm.
         """
         return self._check_batch("images", images, self._image_shape)
 
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
+        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape:
             sizes = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
+            raise ValueError(f"{name} must be (B, {sizes}), not {tuple(tensor.shape)}")
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model on {device}")

@@ -16,6 +16,7 @@ from hydravit_kernels.parameters import (
 )
 from hydravit_kernels.ranges import annotate
 from hydravit_kernels.reference import layer_norm, per_image
+from hydravit_kernels.sample import ContentSample
 from hydravit_kernels.subnetwork import (
     AttentionSlice,
     EmbedSlice,
@@ -31,6 +32,7 @@ __all__ = [
     "AdamWStep",
     "AttentionParameters",
     "AttentionSlice",
+    "ContentSample",
     "CpuNetwork",
     "CudaNetwork",
     "EmbedSlice",

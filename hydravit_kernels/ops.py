@@ -88,6 +88,12 @@ NETWORK = {
     "bool pooled_only) -> Tensor",
 }
 
+# Whether something wrote to tensors on the CPU that torch did not see; sample.py documents the arguments.
+SAMPLE = {
+    "sample_native": "(Tensor[] tensors, int rotations) -> Tensor",
+    "sample_holds_native": "(Tensor sample, int rotation) -> bool",
+}
+
 
 def argument_names(name: str) -> list[str]:
     """The names of an op's arguments, in order."""
@@ -181,7 +187,8 @@ def _network(images, packed, plans, columns, width_index, pooled_only):
 
 
 define("native")
-for _name, _schema in NETWORK.items():  # packing and planning read memory, so they have no fake kernels
+# Packing, planning and sampling read memory, so they have no fake kernels.
+for _name, _schema in {**NETWORK, **SAMPLE}.items():
     LIBRARY.define(_name + _schema)
 torch.library.register_fake("hydravit::network_native", _network, lib=LIBRARY)
 # The instruction set of the native CPU kernels: "avx512", "avx2" or "portable". Tests set others than the best one.

@@ -101,11 +101,13 @@ inline std::string name_of(ScalarType type) {
   }
 }
 
-// Checks device and dtype.
+// Checks device, dtype and that there is memory.
 inline void check_kind(const Tensor& tensor, const ParameterName& name, ScalarType type) {
   HYDRAVIT_CHECK(tensor.is_cpu(), name, ": a CPU tensor expected, as x is one; a tensor of another device given");
   HYDRAVIT_CHECK(tensor.scalar_type() == type, name, ": dtype ", name_of(type), " expected, ",
                  name_of(tensor.scalar_type()), " given");
+  HYDRAVIT_CHECK(tensor.const_data_ptr() != nullptr || tensor.numel() == 0, name,
+                 ": a tensor with memory expected, one whose storage was freed given");
 }
 
 inline void check_shape(const Tensor& tensor, const ParameterName& name, const Integers& expected) {
@@ -116,12 +118,13 @@ inline void check_shape(const Tensor& tensor, const ParameterName& name, const I
   HYDRAVIT_CHECK(right, name, ": shape ", text(expected), " expected, ", text(shape_of(tensor)), " given");
 }
 
-// Checks the shape too, and that the innermost stride is 1. An op never copies a tensor to make it so.
+// Checks the shape too, and that the innermost stride is 1, but in an empty batch, where torch makes any strides. An op
+// never copies a tensor to make it so.
 inline void check(const Tensor& tensor, const ParameterName& name, const Integers& expected) {
   check_shape(tensor, name, expected);
   const int64_t last = tensor.dim() - 1;
-  HYDRAVIT_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, ": innermost stride 1 expected, ",
-                 tensor.stride(last), " given");
+  HYDRAVIT_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0, name,
+                 ": innermost stride 1 expected, ", tensor.stride(last), " given");
 }
 
 inline void check_inside(const ParameterName& name, const char* axis, const Interval& interval, int64_t size) {

@@ -1,55 +1,94 @@
 """Finds out whether a packed copy is stale, older than the parameters it was made of.
 
-``Fingerprint`` notices replaced or changed parameters, ``hydravit/structure.py`` replaced modules. Neither notices
-writes that torch cannot see, through ``.data`` or a NumPy view: ``HydraViT.weights_changed`` tells of them.
+``Fingerprint`` notices replaced or changed parameters, ``hydravit/structure.py`` replaced modules. torch does not see
+writes through ``.data`` or a NumPy view; a sample of the contents shows those of a quarter of a tensor or more at once,
+smaller ones later or never. ``HydraViT.weights_changed`` tells of any.
 """
 
 from __future__ import annotations
 
-import weakref
+import operator
 from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import hydravit_kernels as kernels
+
 
 class Fingerprint:
-    """The identity and the versions of the parameters that a packed copy was made of."""
+    """The tensors that a packed copy is made of, their addresses and versions, and a sample of their contents.
 
-    def __init__(self, parameters: Sequence[Tensor | None]):
+    It is taken before they are packed. So what is written meanwhile is noticed later, at worst without need. It keeps
+    the tensors, as identities are unique only while they live; weak references would keep torch from swapping them.
+    Contents are sampled if all tensors are on the CPU. CUDA would have to be waited for.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        self._tensors = list(tensors)
+        self._present = [t for t in tensors if t is not None]
         self._optimizer_steps = _optimizer_steps
-        # An address would not do: a new tensor may get the memory of one that was freed.
-        self._tensors = [_nothing if p is None else weakref.ref(p) for p in parameters]
-        self._states = _states(parameters)
+        self._versions = self._addresses = self._sample = None
+        if _are_plain(self._present):  # else `weights_changed` and replaced tensors are all that is noticed
+            self._addresses = _addresses_of(self._present)
+            if not _any_inference(self._present):
+                self._versions = _versions_of(self._present)
+            if all(t.is_cpu for t in self._present):
+                self._sample = kernels.ContentSample(self._present)
 
-    @classmethod
-    def take(cls, parameters: Sequence[Tensor | None]) -> Fingerprint | None:
-        """Return the parameters' fingerprint; None where torch does not track changes.
-
-        It does not for tensors made under ``torch.inference_mode``, for fake tensors and inside ``torch.func.vmap``.
-        """
-        if any(p is not None and type(p) not in (Tensor, Parameter) for p in parameters):
-            return None
-        try:
-            return cls(parameters)
-        except RuntimeError:
-            return None
-
-    def holds(self, parameters: Sequence[Tensor | None]) -> bool:
-        """Whether these are the same parameters, and unchanged as far as torch can see."""
-        same = self._optimizer_steps == _optimizer_steps and len(self._tensors) == len(parameters)
-        same = same and all(tensor() is p for tensor, p in zip(self._tensors, parameters, strict=True))
-        return same and self._states == _states(parameters)
+    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these are the same tensors, unchanged as far as torch and the sample's next set can tell."""
+        return (
+            self._optimizer_steps == _optimizer_steps
+            and len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and (self._addresses is None or self._addresses == _addresses_of(self._present))
+            and (self._versions is None or self._versions == _versions_of(self._present))
+            and (self._sample is None or self._sample.holds())  # last: it reads memory at these addresses
+        )
 
 
-def _nothing() -> None:
-    return None
+def glance(tensors: Sequence[Tensor | None]) -> tuple | None:
+    """Return what tells whether two calls probably have the same tensors, unchanged; it keeps none of them.
+
+    It is None where torch does not track changes: for tensors made under ``torch.inference_mode``, fake tensors and
+    inside ``torch.func.vmap``; and for subclasses, which may have no memory of their own.
+    """
+    present = [t for t in tensors if t is not None]
+    if not _are_plain(present) or _any_inference(present):
+        return None
+    return _optimizer_steps, list(map(id, tensors)), _addresses_of(present), _versions_of(present)
 
 
-def _states(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
-    present = [p for p in parameters if p is not None]
-    return [p.data_ptr() for p in present], [p._version for p in present]
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    if any(type(t) not in (Tensor, Parameter) for t in tensors):
+        return False
+    try:
+        _addresses_of(tensors)
+    except RuntimeError:  # inside a transform of torch.func
+        return False
+    return True
+
+
+def _any_inference(tensors: Sequence[Tensor]) -> bool:
+    return any(t.is_inference() for t in tensors)
+
+
+def _addresses_of(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+_version_of = operator.attrgetter("_version")
+
+
+def _versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(_version_of, tensors))
+
+
+def in_shared_memory(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether another process may write to one of the tensors; said of tensors on the CPU only."""
+    return any(t is not None and t.is_cpu and t.untyped_storage().is_shared() for t in tensors)
 
 
 _optimizer_steps = 0

@@ -22,7 +22,7 @@ def batch_of(x: Tensor, channels: int, width_index: Tensor | None, count: int) -
     check_activation("x", x)
     if x.dim() != 3 or x.shape[2] != channels or x.shape[1] == 0:
         raise RuntimeError(f"x: shape (B, N, {channels}) with a token at least expected, {tuple(x.shape)} given")
-    if channels > 1 and x.stride(2) != 1:
+    if channels > 1 and x.stride(2) != 1 and x.numel():
         raise RuntimeError(f"x: innermost stride 1 expected, {x.stride(2)} given")
     check_width_index(width_index, x, count)
     return Batch(x.shape[0], x.shape[1], width_index), as_rows(x)
@@ -33,7 +33,7 @@ def rows_like(x: Tensor, name: str, tensor: Tensor, *shape: int) -> Tensor:
     if tuple(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
         given = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         raise RuntimeError(f"{name}: {x.dtype} {shape} on {x.device} expected, {given} given")
-    if shape[-1] > 1 and tensor.stride(-1) != 1:
+    if shape[-1] > 1 and tensor.stride(-1) != 1 and tensor.numel():
         raise RuntimeError(f"{name}: innermost stride 1 expected, {tensor.stride(-1)} given")
     return as_rows(tensor)
 

@@ -1,6 +1,9 @@
 """The engine on the CPU and, with the CUDA network on the emulator, what it does on a GPU."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -181,6 +184,91 @@ def test_unchanged_weights_are_packed_once(kind, monkeypatch):
         monkeypatch.setattr(network, "pack", None)
     for heads in (1, 2, 3, 1):
         engine(x, heads=heads)
+
+
+def test_a_weight_written_while_it_is_packed(kind, monkeypatch):
+    """When the engine is made and when it packs again, a write meanwhile is seen by the next call."""
+    model, x = make(), images(CONFIG)
+
+    def write_after(real):
+        def pack(network, parameters):
+            real(network, parameters)
+            if writes:
+                writes.pop()()
+
+        return pack
+
+    for network in (CpuNetwork, CudaNetwork):
+        monkeypatch.setattr(network, "pack", write_after(network.pack))
+    for write in (lambda: model.norm.bias.detach().add_(1.0), lambda: model.head.weight.data.mul_(1.5)):
+        writes = [write]
+        engine = model.engine()
+        for heads in (1, 3):
+            assert not writes
+            assert torch.equal(engine(x, heads=heads), model.engine()(x, heads=heads))
+            writes = [write]
+            model.blocks[1].mlp.fc1.bias.data.add_(1.0)
+            engine(x, heads=heads)
+
+
+@pytest.mark.parametrize("change", [copy.copy, copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_copies_and_pickles_pack_anew(kind, change):
+    engine, x = make().engine(max_batch=3, dtype=other_dtypes(kind)[0] if kind == "cuda" else None), images(CONFIG, 3)
+    other = change(engine)
+    assert (other.max_batch, other.dtype) == (engine.max_batch, engine.dtype)
+    for heads in (1, 3):
+        assert torch.equal(other(x, heads=heads), engine(x, heads=heads))
+    if change is not copy.copy:  # they have a model of their own
+        expected = other(x)
+        with torch.no_grad():
+            engine.model.head.bias.add_(1.0)
+        assert torch.equal(other(x), expected) and not torch.equal(engine(x), expected)
+    assert len(pickle.dumps(engine)) < 1.2 * len(pickle.dumps(engine.model))
+
+
+def test_engines_and_calls_of_a_model_share_one_packed_copy(monkeypatch):
+    packed = []
+    real = CpuNetwork.pack
+    monkeypatch.setattr(CpuNetwork, "pack", lambda network, p: (packed.append(weakref.ref(network)), real(network, p)))
+    model, x = make(), images(CONFIG)
+    engines = [model.engine(max_batch=2), model.engine(max_batch=3)]
+    with torch.no_grad():
+        for heads in (1, 3):
+            expected = model(x, heads=heads)
+            assert all(torch.equal(engine(x, heads=heads), expected) for engine in engines)
+        assert len(packed) == 1
+        model.head.bias.add_(1.0)
+        for engine in engines:
+            torch.testing.assert_close(engine(x), expected + 1.0)
+        torch.testing.assert_close(model(x), expected + 1.0)
+        assert len(packed) == 2 and packed[0]() is None
+        model.packed_inference = None  # the engines keep it
+        assert torch.equal(engines[0](x), engines[1](x)) and len(packed) == 2
+    other = make()
+    other.engine()
+    assert len(packed) == 3 and packed[2]() is None  # another model's, and its only engine is gone
+    engines.clear()
+    del engine
+    gc.collect()
+    assert packed[1]() is None
+
+
+def test_a_model_that_packed_first_shares_with_its_engines(monkeypatch):
+    model, x = make(), images(CONFIG)
+    with torch.no_grad():
+        expected = [model(x, heads=2) for _ in range(2)][-1]
+    monkeypatch.setattr(CpuNetwork, "pack", None)
+    assert torch.equal(model.engine()(x, heads=2), expected)
+
+
+def test_other_weights_in_between_do_not_cost_the_engine_its_copy(monkeypatch):
+    model, x = make(), images(CONFIG)
+    engine = model.engine()
+    expected, doubled = engine(x), {name: p.detach() * 2 for name, p in model.named_parameters()}
+    monkeypatch.setattr(CpuNetwork, "pack", None)
+    with torch.no_grad():
+        assert not torch.equal(torch.func.functional_call(model, doubled, (x,)), expected)
+        assert torch.equal(engine(x), expected)
 
 
 def test_images_of_any_strides(kind):

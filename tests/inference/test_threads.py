@@ -87,3 +87,62 @@ def test_packing_again_beside_running_calls():
                 network.pack(source.network_parameters())
 
     together(pack, call, call)
+
+
+@pytest.mark.needs("native")
+@pytest.mark.usefixtures("frequent_switches")
+def test_threads_share_an_engine():
+    model, x = make(), images(WIDE)
+    engine = model.engine()
+    with torch.no_grad():
+        expected = {heads: block_by_block(model, x, heads=heads) for heads in (1, 3, 4)}
+
+    def calls(heads, source):
+        @torch.no_grad()
+        def work():
+            for _ in range(60):
+                assert torch.equal(source(x, heads=heads), expected[heads])
+
+        return work
+
+    def declare():  # so that one thread packs while others run
+        for _ in range(20):
+            model.weights_changed()
+            engine(x)
+
+    together(declare, calls(1, engine), calls(3, engine), calls(4, model))
+
+
+@pytest.mark.needs("native")
+@pytest.mark.usefixtures("frequent_switches")
+@pytest.mark.parametrize("unseen", [False, True])
+def test_weights_reloaded_under_load(unseen):
+    """Whenever they come, in the end model and engine have the last ones."""
+    model, others, x, stop = make(), [make() for _ in range(4)], images(WIDE), threading.Event()
+    engine = model.engine()
+
+    def calls(source):
+        @torch.no_grad()
+        def work():
+            while not stop.is_set():
+                source(x, heads=3)
+
+        return work
+
+    def reload():
+        try:
+            for other in others * 3:
+                if unseen:
+                    for mine, new in zip(model.parameters(), other.parameters(), strict=True):
+                        mine.data.copy_(new.data)
+                else:
+                    model.load_state_dict(other.state_dict())
+                with torch.no_grad():
+                    for heads in (1, 4):
+                        expected = block_by_block(other, x, heads=heads)
+                        assert torch.equal(engine(x, heads=heads), expected)
+                        assert torch.equal(model(x, heads=heads), expected)
+        finally:
+            stop.set()
+
+    together(reload, calls(engine), calls(model))
