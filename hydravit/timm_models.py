@@ -40,7 +40,7 @@ def _declare_torchvision_operators() -> None:
 _declare_torchvision_operators()
 
 import timm.data  # noqa: E402
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
 __all__ = ["config_of", "timm"]  # timm adds every model it registers
 
@@ -95,23 +95,37 @@ def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **a
     for name in DROP_RATES:
         if arguments.pop(name, 0.0):
             raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
+    if arguments.pop("dynamic_img_size", False):
+        raise ValueError("dynamic_img_size: a model has one size at a time; model.set_input_size(img_size) changes it")
     overrides = {FIELDS.get(name, name): value for name, value in arguments.items()}
     return HydraViT(resolve_config(config, **overrides), heads, backend=backend, device=device, dtype=dtype)
 
 
 def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
-    if pretrained and not arguments.get("pretrained_cfg_overlay"):
+    given = [arguments.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")]
+    if pretrained and not any(map(_names_weights, given)):
         raise ValueError(
-            f"hydravit_{size}_patch16_224 has no pretrained weights: pass checkpoint_path, or "
-            "pretrained_cfg_overlay={'file': ...}"
+            f"hydravit_{size}_patch16_224 has no pretrained weights: pass checkpoint_path, "
+            "pretrained_cfg_overlay={'file': ...}, or local-dir:FOLDER or hf-hub:NAME as the model's name"
         )
-    model: Any = build_model_with_cfg(_build, f"hydravit_{size}_patch16_224", pretrained, config=size, **arguments)
+    made: Any = build_model_with_cfg(
+        _build, f"hydravit_{size}_patch16_224", pretrained, config=size,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **arguments,
+    )  # fmt: skip
+    model = made if isinstance(made, HydraViT) else made.model  # features_only=True wraps it
     # timm's data loaders follow this dictionary, which still describes the default model.
-    model.pretrained_cfg["input_size"] = model.config.image_shape
-    if model.config.in_channels != 3:
-        usual = Preprocessing.for_model(model.config)
-        model.pretrained_cfg.update(mean=usual.mean, std=usual.std, crop_pct=usual.crop)
-    return model
+    for described in {id(m.pretrained_cfg): m.pretrained_cfg for m in (made, model)}.values():
+        described["input_size"] = model.config.image_shape
+        if model.config.in_channels != 3:
+            usual = Preprocessing.for_model(model.config)
+            described.update(mean=usual.mean, std=usual.std, crop_pct=usual.crop)
+    return made
+
+
+def _names_weights(pretrained_cfg: Any) -> bool:
+    """Whether timm's description of a model says where its weights are."""
+    fields = vars(pretrained_cfg) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    return isinstance(fields, dict) and any(fields.get(name) for name in ("state_dict", "file", "url", "hf_hub_id"))
 
 
 @register_model
