@@ -111,6 +111,13 @@ class LayerNorm(nn.LayerNorm):
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` of which a call may use some rows (output channels)."""
 
+    def _apply(self, fn, recurse=True):
+        """Keep rows contiguous under ``to(memory_format=torch.channels_last)``: to a fused op they are a matrix's."""
+        super()._apply(fn, recurse)
+        if not self.weight.is_contiguous():
+            self.weight.data = self.weight.data.contiguous()
+        return self
+
     def forward(self, input: Tensor, rows: Intervals | None = None) -> Tensor:
         return F.conv2d(input, cut(self.weight, 0, rows), cut(self.bias, 0, rows), self.stride)
 
@@ -150,10 +157,14 @@ class LayerScale(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, config: HydraViTConfig, **factory):
         super().__init__()
+        self.set_sizes(config)
+        self.proj = Conv2d(config.in_channels, config.embed, config.patch_size, config.patch_size, **factory)
+
+    def set_sizes(self, config: HydraViTConfig) -> None:
+        """Note the sizes of images under timm's names; nothing here computes with them."""
         self.img_size, self.patch_size = config.image_shape[1:], (config.patch_size, config.patch_size)
         self.grid_size = config.grid
         self.num_patches = config.grid[0] * config.grid[1]
-        self.proj = Conv2d(config.in_channels, config.embed, config.patch_size, config.patch_size, **factory)
 
     def forward(self, images: Tensor, s: EmbedSlice | None = None) -> Tensor:
         """Compute the patches' tokens ``(B, P, Dk)`` of images ``(B, C, height, width)``."""

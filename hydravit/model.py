@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
@@ -33,13 +34,14 @@ from hydravit.layers import (
     init_weights,
 )
 from hydravit.structure import Fused, Structure
+from hydravit.timm_interface import TimmInterface
 from hydravit_kernels import EmbedSlice, NetworkSizes, Subnetwork
 
 # Calls name the same few subnetworks again and again: validating one takes longer than looking it up.
 _validate = functools.lru_cache(maxsize=256)(NetworkSizes.validate)
 
 
-class HydraViT(nn.Module):
+class HydraViT(TimmInterface):
     """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
 
     Args:
@@ -95,15 +97,6 @@ class HydraViT(nn.Module):
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
-
-    @property
-    def num_classes(self) -> int:
-        return self.config.num_classes
-
-    @property
-    def num_features(self) -> int:
-        """Channels of the full model's features; a width has ``subnetwork(heads).embed.embed`` of them."""
-        return self.config.embed
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -276,11 +269,7 @@ class HydraViT(nn.Module):
         x = self._trunk(images, selection, fused)
         if self.config.pool == "avg":
             return x
-        if not fused.head:
-            return self._run_norm(x, selection)
-        return kernels.layer_norm(
-            x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
-        )
+        return self._final_norm(x, selection, fused)
 
     def forward_head(
         self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
@@ -433,6 +422,8 @@ class HydraViT(nn.Module):
         slices = [LayerSlice(s.attention[i], s.mlp[i]) for s in selection.subnetworks]
         backend = self.backend if fused.blocks[i] else None
         layer = LayerCall(slices, selection.eps, selection.width_index, backend, self.slice_gradients, pool)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return cast("Tensor", checkpoint(call, self.blocks[i], x, layer=layer, use_reentrant=False))
         return call(self.blocks[i], x, layer=layer)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
@@ -442,8 +433,12 @@ class HydraViT(nn.Module):
             backend=self.backend, grads=grads_of(self.slice_gradients, parameters),
         )  # fmt: skip
 
-    def _run_norm(self, x: Tensor, selection: Selection) -> Tensor:
-        """Run the final norm's module on all tokens."""
+    def _final_norm(self, x: Tensor, selection: Selection, fused: Fused) -> Tensor:
+        """Apply the final norm to all tokens."""
+        if fused.head:
+            return kernels.layer_norm(
+                x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
+            )
         return kernels.per_image(
             lambda x, _, s: call(self.norm, x, s=s, eps=selection.eps), x, None, selection.head, selection.width_index
         )

@@ -20,6 +20,7 @@ from hydravit.checkpoint.names import named_tensors, plain_names, reason, some, 
 from hydravit.config import resolve_config
 from hydravit.geometry import hydravit, parameter_slices
 from hydravit.model import HydraViT
+from hydravit.timm_interface import resample_positions
 from hydravit_kernels import Intervals
 
 _PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in their order
@@ -236,7 +237,7 @@ class _Adaptation:
         if covered:
             rows = dict(zip(counts, positions[:, :covered].split(list(counts.values()), 1), strict=True))
         if grid != config.grid:
-            patches = _resample(patches, grid, config.grid)
+            patches = resample_positions(patches, grid, config.grid)
             self.messages.append(
                 f"pos_embed is resampled from {grid[0]} x {grid[1]} to {config.grid[0]} x {config.grid[1]}"
             )
@@ -298,10 +299,3 @@ class _Adaptation:
             every_classifier = ((0, len(self.config.separate_classifiers)),)
             slices |= {name: (every_classifier, *slices[name]) for name in ("head.weight", "head.bias")}
         return slices
-
-
-def _resample(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resample a position embedding ``(1, h * w, D)`` to ``(1, H * W, D)``, and keep its dtype."""
-    image = patches.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
-    return image.permute(0, 2, 3, 1).flatten(1, 2).to(patches.dtype)
