@@ -15,6 +15,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+POOLS = ("token", "avg", "avgmax", "max", "")
+
 # Per field a test and the words of its error. `__post_init__` tests fields with several values or with dependencies.
 _CHECKS = {
     **dict.fromkeys(
@@ -33,7 +35,8 @@ _CHECKS = {
     ),
     "drop_path": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "layer_scale": (lambda value: value is None or _is_number(value), "None or a finite number"),
-    "pool": (lambda value: isinstance(value, str) and value in ("token", "avg"), "'token' or 'avg'"),
+    "pool": (lambda value: isinstance(value, str) and value in POOLS, "'token', 'avg', 'avgmax', 'max' or ''"),
+    "fc_norm": (lambda value: value is None or type(value) is bool, "None, True or False"),
     "geometry": (lambda value: isinstance(value, str), "a name of hydravit.geometry.GEOMETRIES"),
 }
 
@@ -71,7 +74,11 @@ class HydraViTConfig:
         class_token: whether a class token is prepended.
         register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
         no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
-        pool: ``"token"`` (class token, final norm first) or ``"avg"`` (mean of the patch tokens, then ``fc_norm``).
+        pool: ``"token"`` (class token), ``"avg"`` (mean of the patch tokens), ``"max"`` (their maximum), ``"avgmax"``
+            (half of both) or ``""`` (no pooling: every token has logits).
+        fc_norm: whether the final norm follows pooling and is called ``fc_norm``; else it precedes pooling and is
+            called ``norm``. None: it follows a mean or a maximum. Fused ops, packed inference and engines need a class
+            token, or a mean before the norm.
         layer_scale: initial value of a learnt per-channel scale of each branch (arXiv 2103.17239), or None.
         drop_path: largest drop-path rate; grows linearly over the blocks.
         norm_eps: epsilon of every layer norm.
@@ -93,6 +100,7 @@ class HydraViTConfig:
     register_tokens: int = 0
     no_embed_class: bool = False
     pool: str = "token"
+    fc_norm: bool | None = None
     layer_scale: float | None = None
     drop_path: float = 0.0
     norm_eps: float = 1e-6
@@ -108,6 +116,8 @@ class HydraViTConfig:
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
+        if self.fc_norm is (self.pool in ("avg", "avgmax", "max")):
+            object.__setattr__(self, "fc_norm", None)  # so that equal models have equal configs
         if self.hidden_of(1) < 1 or abs(self.mlp_ratio * self.embed - self.hidden) > 1e-6:  # a rounded quotient will do
             raise ValueError(
                 "mlp_ratio times the residual's channels must be an integer, and no less than the heads, "
@@ -165,13 +175,19 @@ class HydraViTConfig:
 
     @property
     def pool_range(self) -> tuple[int, int]:
-        """The range ``[start, stop)`` of tokens whose mean the classifier sees."""
-        return (0, 1) if self.pool == "token" else (self.prefix_tokens, self.tokens)
+        """The range ``[start, stop)`` of tokens that are pooled."""
+        return {"token": (0, 1), "": (0, self.tokens)}.get(self.pool, (self.prefix_tokens, self.tokens))
+
+    @property
+    def pooling_is_fused(self) -> bool:
+        """Whether the head op does it, which takes a mean, then the norm. One token may have its norm before too."""
+        return self.pool == "token" or (self.pool == "avg" and self.final_norm == "fc_norm")
 
     @property
     def final_norm(self) -> str:
         """timm's name of the norm before the classifier: ``norm`` precedes pooling, ``fc_norm`` follows it."""
-        return "norm" if self.pool == "token" else "fc_norm"
+        follows = self.pool in ("avg", "avgmax", "max") if self.fc_norm is None else self.fc_norm
+        return "fc_norm" if follows else "norm"
 
     @property
     def sizes(self) -> NetworkSizes:

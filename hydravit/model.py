@@ -54,7 +54,7 @@ class HydraViT(TimmInterface):
     """
 
     head: Any  # Linear, Classifiers where the config has separate ones, or nn.Identity where it has no classes
-    norm: LayerNorm  # called fc_norm where the config has pool="avg"
+    norm: LayerNorm  # called fc_norm where it follows pooling
 
     def __init__(
         self,
@@ -104,12 +104,15 @@ class HydraViT(TimmInterface):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by one for ``num_classes`` with new random weights.
 
-        0: the model has none then, and its logits are the pooled features.
+        Args:
+            num_classes: 0: the model has none then, and its logits are the pooled features.
+            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is. None: no other.
         """
-        if global_pool not in (None, self.config.pool):
-            raise ValueError(f"global_pool must be None or the model's {self.config.pool!r}, not {global_pool!r}")
         factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        pooling: dict[str, Any] = {}
+        if global_pool is not None:
+            pooling = {"pool": global_pool, "fc_norm": self.config.final_norm == "fc_norm"}
+        self.config = dataclasses.replace(self.config, num_classes=num_classes, **pooling)
         self.head = _make_head(self.config, **factory)
         if num_classes:
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -267,9 +270,7 @@ class HydraViT(TimmInterface):
         """
         images, selection, fused = self._enter(images, heads)
         x = self._trunk(images, selection, fused)
-        if self.config.pool == "avg":
-            return x
-        return self._final_norm(x, selection, fused)
+        return self._normed(x, selection, fused)
 
     def forward_head(
         self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
@@ -281,9 +282,9 @@ class HydraViT(TimmInterface):
         selection = self.select(heads, features.shape[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
         if not self._fused().head:
-            return self._run_head(features, selection, normed=self.config.pool == "token", pre_logits=pre_logits)
+            return self._run_head(features, selection, normed=self.config.final_norm == "norm", pre_logits=pre_logits)
         parameters = self.head_parameters()
-        if self.config.pool == "token":  # the features are normalised already
+        if self.config.final_norm == "norm":  # the features are normalised already
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
         if pre_logits:
             parameters = parameters._replace(weight=None, bias=None)
@@ -443,15 +444,27 @@ class HydraViT(TimmInterface):
             lambda x, _, s: call(self.norm, x, s=s, eps=selection.eps), x, None, selection.head, selection.width_index
         )
 
+    def _pool(self, x: Tensor) -> Tensor:
+        start, stop = self.config.pool_range
+        x = x[:, start:stop]
+        match self.config.pool:
+            case "":
+                return x
+            case "max":
+                return x.amax(dim=1)
+            case "avgmax":
+                return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+        return x.mean(dim=1)
+
     def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Tensor:
         """Run pooling, norm and classifier as their modules say; as in timm, ``norm`` sees all tokens."""
 
         def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
-            if self.config.pool == "token" and not normed:
+            final_norm = self.config.final_norm
+            if final_norm == "norm" and not normed:
                 x = call(self.norm, x, s=s, eps=selection.eps)
-            start, stop = self.config.pool_range
-            x = x[:, start:stop].mean(dim=1)
-            if self.config.pool == "avg":
+            x = self._pool(x)
+            if final_norm == "fc_norm":
                 x = call(self.get_submodule("fc_norm"), x, s=s, eps=selection.eps)
             if pre_logits:
                 return x

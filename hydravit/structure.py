@@ -148,6 +148,8 @@ def _look(model: Any, replaced: list[str]) -> Fused:
                 f"{name} {what}, which knows nothing of widths; parametrize its weights instead "
                 "(torch.nn.utils.parametrize), or let forward take the keyword arguments that ours takes"
             )
+    if not config.pooling_is_fused:
+        told.setdefault("head", []).append(f"pool={config.pool!r} with {config.final_norm} has no fused op")
     count = len(model.blocks)
     blocks = tuple(f"blocks.{i}" not in told for i in range(count))
     unpackable = next((reasons[0] for reasons in told.values()), "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hydravit.config import HydraViTConfig, check_image_size
 from hydravit.geometry import Selection
-from hydravit.layers import InPlaceGradients, PatchEmbed
+from hydravit.layers import Block, InPlaceGradients, PatchEmbed
 from hydravit.structure import Fused
 from hydravit_kernels import Subnetwork
 
@@ -184,17 +184,17 @@ class TimmInterface(nn.Module):
         Args:
             indices: as in ``forward_intermediates``.
             prune_norm: whether a norm before pooling is removed.
-            prune_head: whether the classifier and a norm after pooling are removed.
+            prune_head: whether classifier, pooling and a norm after pooling are removed.
         """
         self._check_no_gradients("prune_intermediate_layers")
         taken = self._blocks_of(indices)
-        self.blocks = self.blocks[: max(taken) + 1]
+        self.blocks = cast("nn.Sequential", self.blocks[: max(taken) + 1])
         self._adopt(dataclasses.replace(self.config, depth=len(self.blocks)))
         final_norm = self.config.final_norm
         if prune_norm if final_norm == "norm" else prune_head:
             setattr(self, final_norm, nn.Identity())
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return taken
 
     def _blocks_of(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -263,7 +263,7 @@ class TimmInterface(nn.Module):
         """Follow a config with other sizes."""
         self.config = config
         for block in self.blocks:
-            if hasattr(block, "config"):
+            if isinstance(block, Block):
                 block.config = config
         self._resolve_subnetworks()
         self.weights_changed()

@@ -114,6 +114,7 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
     )  # fmt: skip
     model = made if isinstance(made, HydraViT) else made.model  # features_only=True wraps it
     # timm's data loaders follow this dictionary, which still describes the default model.
+    described: Any
     for described in {id(m.pretrained_cfg): m.pretrained_cfg for m in (made, model)}.values():
         described["input_size"] = model.config.image_shape
         if model.config.in_channels != 3:

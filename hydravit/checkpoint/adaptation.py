@@ -157,7 +157,7 @@ class _Adaptation:
             self.messages.append(f"dropped {some(names)} of a distilled DeiT")
 
     def _rename_norm(self) -> None:
-        mine, other = ("norm", "fc_norm") if self.config.pool == "token" else ("fc_norm", "norm")
+        mine, other = ("norm", "fc_norm") if self.config.final_norm == "norm" else ("fc_norm", "norm")
         if f"{other}.weight" in self.source and f"{mine}.weight" not in self.source:
             for name in ("weight", "bias"):
                 if f"{other}.{name}" in self.source:

@@ -122,6 +122,7 @@ def infer_config(
         "register_tokens": registers,
         "no_embed_class": prefix > 0 and covered == 0,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in shapes else None,
+        "fc_norm": "fc_norm.weight" in shapes,
         **usual,
         **known,
     })  # fmt: skip
@@ -190,11 +191,6 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], separate: bool) -> int:
         raise ValueError(f"patch_embed.proj.weight has patches of {patch} x {patch_width} pixels; expected squares")
     if shapes["blocks.0.mlp.fc1.weight"][0] == 2 * shapes["blocks.0.mlp.fc2.weight"][1]:
         raise ValueError("the weights are of a model with a gated MLP (SwiGLU), which this package does not compute")
-    if "norm.weight" in shapes and not {"cls_token", "fc_norm.weight"} & set(shapes):
-        raise ValueError(
-            "the weights are of a model with a norm before average pooling (norm, but no cls_token), which this "
-            "package does not compute"
-        )
     if not {"norm.weight", "fc_norm.weight"} & set(shapes):
         raise ValueError("the weights are of a model with no norm before the classifier, or are damaged")
     listed = [name for name in shapes if re.fullmatch(r"heads?\.\d+\.weight", name)]

@@ -61,6 +61,7 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         "in_chans": config.in_channels,
         "num_classes": config.num_classes,
         "global_pool": config.pool,
+        "fc_norm": config.final_norm == "fc_norm",
         "embed_dim": width,
         "depth": config.depth,
         "num_heads": subnetwork.attention[0].heads,

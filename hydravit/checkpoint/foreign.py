@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from hydravit.checkpoint.files import Checkpoint
-from hydravit.config import HydraViTConfig
+from hydravit.config import POOLS, HydraViTConfig
 from hydravit.model import HydraViT
 from hydravit.preprocessing import INTERPOLATIONS, Preprocessing
 
@@ -113,17 +113,12 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "a classifier without bias": lambda vit: isinstance(vit.head, nn.Linear) and vit.head.bias is None,
     "GELU by tanh": lambda vit: any(getattr(act, "approximate", "none") != "none" for act in _every(vit, ("GELU",))),
     "attention pooling": lambda vit: vit.attn_pool is not None,
-    "no pooling (global_pool='')": lambda vit: vit.global_pool == "",
-    "pooling by a maximum (global_pool='max' or 'avgmax')": lambda vit: vit.global_pool in ("max", "avgmax"),
-    "pooling of another kind": lambda vit: vit.global_pool not in ("token", "avg"),
+    "pooling of another kind": lambda vit: vit.global_pool not in POOLS,
     "pooling of class and register tokens too (pool_include_prefix)": lambda vit: (
-        vit.global_pool == "avg" and getattr(vit, "pool_include_prefix", False) and vit.num_prefix_tokens > 0
+        vit.global_pool not in ("token", "") and vit.num_prefix_tokens and getattr(vit, "pool_include_prefix", False)
     ),
     "no norm before the classifier (final_norm=False)": lambda vit: not _final_norm(vit),
     "two norms before the classifier": lambda vit: not isinstance(vit.norm, nn.Identity) and _final_norm(vit) != "norm",
-    "a norm before average pooling (fc_norm=False)": lambda vit: (
-        vit.global_pool == "avg" and _final_norm(vit) == "norm"
-    ),
 }  # fmt: skip
 
 
@@ -178,6 +173,7 @@ def config_of(model: nn.Module) -> HydraViTConfig:
         register_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
         no_embed_class=bool(vit.num_prefix_tokens and vit.no_embed_class),
         pool=vit.global_pool,
+        fc_norm=_final_norm(vit) == "fc_norm",
         layer_scale=None if isinstance(block.ls1, nn.Identity) else float(scale),
         drop_path=max(float(getattr(block.drop_path1, "drop_prob", 0.0)) for block in vit.blocks),
         norm_eps=norm.eps,
@@ -190,8 +186,6 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
     state = dict(model.state_dict())
     if isinstance(model, HydraViT):
         return Checkpoint(state, config, model.trained_heads)
-    if config.pool == "token":  # of one token, the norm is the same before and after pooling
-        state = {re.sub("^fc_norm", "norm", name): tensor for name, tensor in state.items()}
     return Checkpoint(state, config, preprocessing=_preprocessing(config, getattr(model, "pretrained_cfg", None) or {}))
 
 

@@ -20,7 +20,7 @@ VisionTransformer = timm.models.vision_transformer.VisionTransformer
 
 # What no weights tell, so that a state dict may be refused though the model is computed, and the reverse never.
 REASONS = (
-    "rotary positions", "relative positions", "a convolutional network before the blocks", "pre_norm", "fc_norm=False",
+    "rotary positions", "relative positions", "a convolutional network before the blocks", "pre_norm",
     "GELU by tanh", "GELU by a sigmoid", "attention pooling", "final_norm=False", "distilled DeiT", "SwiGLU",
     "in parallel", "differential attention", "norms after the branches",
 )  # fmt: skip

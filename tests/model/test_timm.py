@@ -107,8 +107,8 @@ def test_timm_arguments():
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 3)
     model.reset_classifier(4, "avg")
     assert model(torch.randn(1, 1, 64, 64)).shape == (1, 4)
-    with pytest.raises(ValueError, match="global_pool must be None or the model's 'avg', not 'token'"):
-        model.reset_classifier(5, "token")
+    with pytest.raises(ValueError, match="pool must be 'token', 'avg', 'avgmax', 'max' or '', not 'map'"):
+        model.reset_classifier(5, "map")
     assert model.num_classes == 4
     with pytest.raises(ValueError, match="drop_rate: this model has no dropout"):
         timm.create_model("hydravit_tiny_patch16_224", drop_rate=0.1)

@@ -116,8 +116,7 @@ def test_pruned(backend, heads, overrides):
         for _ in range(3):
             close(model.forward_intermediates(x, [0, 1], heads=heads), vit.forward_intermediates(x, [0, 1]))
             close(model.forward_features(x, heads), vit.forward_features(x))
-            start, stop = model.config.pool_range
-            close(model(x, heads=heads), vit(x)[:, start:stop].mean(1))
+            close(model(x, heads=heads), vit(x))
         assert model.prune_intermediate_layers(2, prune_norm=True, prune_head=False) == [0, 1]
         vit.prune_intermediate_layers(2, prune_norm=True, prune_head=False)
         close(model.forward_features(x, heads), vit.forward_features(x))
@@ -279,6 +278,47 @@ def test_set_input_size_refuses():
     held.close()
     with pytest.raises(ValueError, match=r"dynamic_img_size: .* model\.set_input_size"):
         timm.create_model("hydravit_tiny_patch16_224", dynamic_img_size=True)
+
+
+@both
+@at_widths
+@pytest.mark.parametrize("before", ["token", "avg"])
+@pytest.mark.parametrize("pool", ["token", "avg", "avgmax", "max", ""])
+def test_reset_classifier_with_another_pooling(backend, heads, before, pool):
+    model, x = make(backend=backend, pool=before), images(SMALL, 3)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x, heads=heads)  # packs the weights
+        vit = timms(model, heads)
+        for network in (model, vit):
+            network.reset_classifier(7, pool)
+        vit.load_state_dict(extract(model, heads))
+        for _ in range(3):
+            close(model(x, heads=heads), vit(x))
+        mixed = model(x, heads=torch.tensor([heads, 1, heads]))
+        close(mixed[::2], vit(x)[::2])
+        features = model.forward_features(x, heads)
+        close(features, vit.forward_features(x))
+        for pre_logits in (False, True):
+            close(model.forward_head(features, heads, pre_logits=pre_logits), vit.forward_head(features, pre_logits))
+        again = make(model.config, backend)
+        again.load_state_dict(model.state_dict())
+        close(again(x, heads=heads), vit(x))
+    model(x, heads=heads).square().sum().backward()
+    vit(x).square().sum().backward()
+    close(model.blocks[0].mlp.fc2.weight.grad[: 16 * heads, : 64 * heads], vit.blocks[0].mlp.fc2.weight.grad)
+    if not model.config.pooling_is_fused and backend == "native":
+        with pytest.raises(ValueError, match=f"engine: .* pool='{pool}' with .* has no fused op"):
+            model.engine()
+
+
+def test_a_pooling_that_does_not_fit_changes_nothing():
+    model = make(pool="avg", class_token=False)
+    before, head = model.config, model.head
+    for pool, words in (("token", "pool='token' needs class_token=True"), ("map", "pool must be 'token', 'avg'")):
+        with pytest.raises(ValueError, match=words):
+            model.reset_classifier(3, pool)
+    assert model.config == before and model.head is head
 
 
 # timm's scripts -------------------------------------------------------------------------------------------------------
