@@ -106,7 +106,7 @@ class HydraViT(TimmInterface):
 
         Args:
             num_classes: 0: the model has none then, and its logits are the pooled features.
-            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is. None: no other.
+            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is.
         """
         factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         pooling: dict[str, Any] = {}
