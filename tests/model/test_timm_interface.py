@@ -261,6 +261,28 @@ def test_set_input_size(backend, heads, overrides, size):
         model(images(SMALL))
 
 
+@pytest.mark.needs("native")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_input_size((16, 64)),
+        lambda model: model.prune_intermediate_layers([0], prune_head=False),
+        lambda model: model.reset_classifier(3),
+    ],
+)
+def test_an_engine_of_other_sizes_says_so(change):
+    model = make(backend="native")
+    engine = model.engine()
+    model.set_input_size(32)
+    model.reset_classifier(10)
+    x = images(SMALL)
+    close(engine(x, heads=2), model(x, heads=2))
+    change(model)
+    with pytest.raises(RuntimeError, match="config has changed: make a new engine"):
+        engine(images(model.config), heads=2)
+    assert model.engine()(images(model.config), heads=2).shape == (2, model.num_classes)
+
+
 def test_set_input_size_refuses():
     model = make()
     before = model.pos_embed
