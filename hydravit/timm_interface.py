@@ -6,6 +6,7 @@ timm.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
@@ -33,12 +34,14 @@ class TimmInterface(nn.Module):
     patch_embed: PatchEmbed
     pos_embed: nn.Parameter
     slice_gradients: InPlaceGradients | None
+    dynamic_img_size = False  # whether calls take images of any size in whole patches, besides the config's
     grad_checkpointing = False  # whether backward computes the blocks anew instead of keeping their activations
 
     # Defined in model.py.
     subnetwork: Any
     weights_changed: Any
     reset_classifier: Any
+    structure: Any
     _enter: Any
     _stem: Any
     _block: Any
@@ -138,6 +141,11 @@ class TimmInterface(nn.Module):
         """
         if output_fmt not in _LAYOUTS:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
+        if (model := self._of_size(x)) is not self:
+            return model.forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
+                heads=heads,
+            )  # fmt: skip
         taken = self._blocks_of(indices)
         images, selection, fused = self._enter(x, heads)
         x, outputs = self._stem(images, selection, fused), []
@@ -250,14 +258,44 @@ class TimmInterface(nn.Module):
         new = dataclasses.replace(config, image_size=check_image_size(size, config.patch_size))
         if new.grid != config.grid:
             self._check_no_gradients("set_input_size")
-            covered = config.pos_tokens - config.grid[0] * config.grid[1]
-            with torch.no_grad():
-                patches = resample_positions(self.pos_embed[:, covered:], config.grid, new.grid)
-                positions = torch.cat([self.pos_embed[:, :covered], patches], dim=1)
-            self.pos_embed = nn.Parameter(positions, self.pos_embed.requires_grad)
+            self.pos_embed = nn.Parameter(self._resampled(new).detach(), self.pos_embed.requires_grad)
         self._adopt(new)
         if isinstance(self.patch_embed, PatchEmbed):
             self.patch_embed.set_sizes(new)
+
+    def _of_size(self, images: Any) -> Any:
+        """Return the model for images of this size: with ``dynamic_img_size`` a view of this one, whose positions are
+        resampled."""
+        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.dim() != 4:
+            return self
+        size = tuple(images.shape[2:])
+        return self if size == self.config.image_size else self._view(size)
+
+    def _of_tokens(self, features: Any) -> Any:
+        """Return the model for features of so many tokens, as ``_of_size``. No grid matters to them, so it is a row."""
+        if not self.dynamic_img_size or not isinstance(features, Tensor) or features.dim() != 3:
+            return self
+        patches, patch = features.shape[1] - self.config.prefix_tokens, self.config.patch_size
+        return self if features.shape[1] == self.config.tokens else self._view((patch, patches * patch))
+
+    def _view(self, size: tuple[int, ...]) -> Any:
+        """Make a model for images of another size that shares modules, parameters and their gradients."""
+        if torch.compiler.is_compiling():
+            raise ValueError("dynamic_img_size: a compiled model has one size, which model.set_input_size changes")
+        view: Any = copy.copy(self)
+        view.config = dataclasses.replace(self.config, image_size=check_image_size(size, self.config.patch_size))
+        view._sizes, view._image_shape = view.config.sizes, view.config.image_shape
+        view._parameters = {name: p for name, p in self._parameters.items() if name != "pos_embed"}
+        view.pos_embed = self._resampled(view.config)
+        view._structure, view.slice_gradients = self.structure(), self.slice_gradients
+        view.packed_inference = None  # the packed copy has the positions of one size
+        return view
+
+    def _resampled(self, config: HydraViTConfig) -> Tensor:
+        """Resample the patches' positions to another config's grid."""
+        old, new = self.config.grid, config.grid
+        prefix, patches = self.pos_embed.split([self.config.pos_tokens - old[0] * old[1], old[0] * old[1]], dim=1)
+        return torch.cat([prefix, resample_positions(patches, old, new)], dim=1)
 
     def _adopt(self, config: HydraViTConfig) -> None:
         """Follow a config with other sizes."""

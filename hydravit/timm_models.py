@@ -95,10 +95,11 @@ def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **a
     for name in DROP_RATES:
         if arguments.pop(name, 0.0):
             raise ValueError(f"{name}: this model has no dropout but drop_path_rate")
-    if arguments.pop("dynamic_img_size", False):
-        raise ValueError("dynamic_img_size: a model has one size at a time; model.set_input_size(img_size) changes it")
+    dynamic_img_size = arguments.pop("dynamic_img_size", False)
     overrides = {FIELDS.get(name, name): value for name, value in arguments.items()}
-    return HydraViT(resolve_config(config, **overrides), heads, backend=backend, device=device, dtype=dtype)
+    model = HydraViT(resolve_config(config, **overrides), heads, backend=backend, device=device, dtype=dtype)
+    model.dynamic_img_size = dynamic_img_size
+    return model
 
 
 def _create(size: str, pretrained: bool, **arguments) -> HydraViT:

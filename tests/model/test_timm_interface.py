@@ -298,8 +298,53 @@ def test_set_input_size_refuses():
         with pytest.raises(ValueError, match="gradients in place: call it before training"):
             call()
     held.close()
-    with pytest.raises(ValueError, match=r"dynamic_img_size: .* model\.set_input_size"):
-        timm.create_model("hydravit_tiny_patch16_224", dynamic_img_size=True)
+
+
+@both
+@at_widths
+@variants
+@pytest.mark.parametrize("in_place", [False, True])
+def test_dynamic_img_size(backend, heads, overrides, in_place):
+    model = make(backend=backend, **overrides)
+    vit = VisionTransformer(**extract_config(model, heads), dynamic_img_size=True).eval()
+    vit.load_state_dict(extract(model, heads))
+    model.dynamic_img_size = True
+    for size in ((32, 32), (48, 48), (24, 40)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            for _ in range(3):
+                close(model(x, heads=heads), vit(x))
+            features = model.forward_features(x, heads)
+            close(features, vit.forward_features(x))
+            close(model.forward_head(features, heads), vit.forward_head(features))
+            arguments = {"norm": True, "return_prefix_tokens": True}
+            ours = model.forward_intermediates(x, heads=heads, **arguments)
+            close(ours, vit.forward_intermediates(x, **arguments))
+            assert model.attention_maps(x, heads)[0].shape[-1] == features.shape[1]
+    held = SliceGradients(model) if in_place else None
+    for size in ((48, 48), (32, 32)):
+        x = torch.randn(2, 3, *size)
+        model(x, heads=heads).square().sum().backward()
+        vit(x).square().sum().backward()
+    embed = 16 * heads
+    for name in ("patch_embed.proj.weight", "blocks.0.norm1.weight"):
+        ours, theirs = model.get_parameter(name).grad[:embed], vit.get_parameter(name).grad
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.pos_embed.grad[..., :embed], vit.pos_embed.grad, rtol=1e-3, atol=1e-3)
+    if held:
+        held.close()
+    with pytest.raises(ValueError, match=r"image_size \(30, 32\) must be one or two multiples of patch_size 8"):
+        model(torch.randn(1, 3, 30, 32))
+
+
+@at_widths
+def test_dynamic_img_size_of_registered_models(heads):
+    model = timm.create_model("hydravit_small_patch16_224", depth=1, img_size=64, dynamic_img_size=True, heads=heads)
+    assert model.eval()(torch.randn(1, 3, 32, 48)).shape == (1, 1000)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert compiled(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    with pytest.raises(Exception, match=r"a compiled model has one size, which model\.set_input_size changes"):
+        compiled(torch.randn(1, 3, 32, 48))
 
 
 @both
