@@ -109,6 +109,8 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
             f"hydravit_{size}_patch16_224 has no pretrained weights: pass checkpoint_path, "
             "pretrained_cfg_overlay={'file': ...}, or local-dir:FOLDER or hf-hub:NAME as the model's name"
         )
+    if arguments.get("feature_cls", "getter") != "getter":
+        raise ValueError("feature_cls: only 'getter' serves this model, whose blocks are no chain from the images on")
     made: Any = build_model_with_cfg(
         _build, f"hydravit_{size}_patch16_224", pretrained, config=size,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **arguments,

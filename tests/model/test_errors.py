@@ -84,7 +84,7 @@ def test_images(model, images, error, message):
         ({"image_size": None}, ValueError, "image_size None must be one or two multiples of patch_size 8"),
         ({"image_size": (32,)}, ValueError, r"image_size \(32,\) must be one or two"),
         ({"image_size": True}, ValueError, "image_size True must be"),
-        ({"pool": "max"}, ValueError, "pool must be 'token' or 'avg', not 'max'"),
+        ({"pool": "map"}, ValueError, "pool must be 'token', 'avg', 'avgmax', 'max' or '', not 'map'"),
         ({"class_token": False}, ValueError, "pool='token' needs class_token=True"),
         ({"drop_path": 1.0}, ValueError, r"drop_path must be a number in \[0, 1\), not 1.0"),
         ({"drop_path": "a"}, ValueError, "drop_path must be a number.*not 'a'"),

@@ -144,6 +144,8 @@ def test_features_only(backend, heads):
     close(maps, timms(features.model, heads).forward_intermediates(x, intermediates_only=True))
     kept = timm.create_model("hydravit_small_patch16_224", out_indices=[0, -2], backend=backend, **arguments)
     assert len(kept.model.blocks) == 2 and [m.shape for m in kept(x)] == [(2, 384, 2, 2)] * 2
+    with pytest.raises(ValueError, match="feature_cls: only 'getter'"):
+        timm.create_model("hydravit_small_patch16_224", feature_cls="hook", **arguments)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -425,6 +427,19 @@ def test_feature_and_logit_distillation(backend):
         assert student.blocks[0].attn.qkv.weight.grad.any()
 
 
+def test_a_name_of_the_hub_is_pretrained(monkeypatch):
+    from timm.models import _builder, _factory
+
+    source = timm.create_model("hydravit_tiny_patch16_224", depth=1, img_size=32, num_classes=5, backend="reference")
+    found = {"hf_hub_id": "somebody/model", "source": "hf-hub", "num_classes": 5, "input_size": (3, 32, 32)}
+    answer = timm.models.PretrainedCfg(**found), "hydravit_tiny_patch16_224", {"depth": 1, "img_size": 32}
+    monkeypatch.setattr(_factory, "load_model_config_from_hf", lambda *_, **__: answer)
+    monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *_, **__: source.state_dict())
+    monkeypatch.setattr(_builder, "has_hf_hub", lambda *_, **__: True)
+    model = timm.create_model("hf-hub:somebody/model", pretrained=True, num_classes=5)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_local_folder_of_timm_is_pretrained(tmp_path, heads):
     arguments = {"depth": 1, "img_size": 32, "num_classes": 5}
@@ -435,5 +450,7 @@ def test_a_local_folder_of_timm_is_pretrained(tmp_path, heads):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), source(x, heads=heads))
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).num_classes == 3
+    grey = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    torch.testing.assert_close(grey.patch_embed.proj.weight, source.patch_embed.proj.weight.sum(1, keepdim=True))
     with pytest.raises(ValueError, match="no pretrained weights: pass checkpoint_path"):
         timm.create_model("hydravit_tiny_patch16_224", pretrained=True)
