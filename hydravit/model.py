@@ -153,7 +153,9 @@ class HydraViT(nn.Module):
         """Make all subnetworks, and what else follows from the config, so that a call only looks it up."""
         self._sizes, self._image_shape = self.config.sizes, self.config.image_shape
         self._subnetworks = every_width(self.config)
-        self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
+        self._lengths = {
+            heads: torch.empty(heads + 1, 0, dtype=torch.float32, device="cpu") for heads in self._subnetworks
+        }
 
     def _make_subnetwork(self, heads: int) -> Subnetwork:
         return GEOMETRIES[self.config.geometry](self.config, heads)
@@ -198,7 +200,9 @@ class HydraViT(nn.Module):
         if len(used) == 1 and not compiling:
             return Selection(subnetworks, None)
         beyond = self.config.max_heads + 1
-        index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
+        index_of = torch.tensor(
+            [used.index(k) if k in used else -1 for k in range(beyond + 1)], dtype=torch.int64, device="cpu"
+        )
         width_index = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
         return Selection(subnetworks, width_index)
 
