@@ -133,7 +133,7 @@ class HydraViT(nn.Module):
     @property
     def heads(self) -> int:
         """Active heads of calls that do not name their own."""
-        return self._heads_as_shape.shape[0] - 1
+        return kernels.sizes(self._heads_as_shape)[0] - 1
 
     @heads.setter
     def heads(self, heads: int) -> None:
@@ -191,10 +191,10 @@ class HydraViT(nn.Module):
             return Selection((self.subnetwork(heads),), None)
         if heads.dtype.is_floating_point or heads.dtype.is_complex or heads.dtype == torch.bool:
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
-        if heads.shape != (batch,):
+        if kernels.sizes(heads) != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
         # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or kernels.exporting()
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist())))
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
@@ -281,7 +281,7 @@ class HydraViT(nn.Module):
 
         ``heads`` must be the same as there.
         """
-        selection = self.select(heads, features.shape[0])
+        selection = self.select(heads, kernels.sizes(features)[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
         if not self._fused().head:
             return self._run_head(features, selection, normed=self.config.pool == "token", pre_logits=pre_logits)
@@ -328,7 +328,7 @@ class HydraViT(nn.Module):
     def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Selection, Fused]:
         """Begin a forward: check the images, find the widths, and select the backend anew if the parameters moved."""
         images = self.check_images(images)
-        selection = self.select(heads, images.shape[0])
+        selection = self.select(heads, kernels.sizes(images)[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # they were replaced
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
@@ -349,9 +349,10 @@ class HydraViT(nn.Module):
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape or tensor.shape[0] == 0:
-            sizes = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must be (B, {sizes}) with B > 0, not {tuple(tensor.shape)}")
+        found = kernels.sizes(tensor)
+        if len(found) != len(shape) + 1 or found[1:] != shape or found[0] == 0:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must be (B, {expected}) with B > 0, not {tuple(found)}")
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
@@ -387,13 +388,17 @@ class HydraViT(nn.Module):
     def _layers(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)  # a ModuleList does not tell the type of its modules
 
+    def _ops(self) -> str:
+        """The backend whose ops this call takes."""
+        return "reference" if kernels.exporting() else self.backend
+
     def _stem(self, images: Tensor, selection: Selection, fused: Fused) -> Tensor:
         if not fused.stem:
             return kernels.per_image(self._run_stem, images, None, selection.embed, selection.width_index)
         parameters = self.stem_parameters()
         grads = grads_of(self.slice_gradients, parameters)
         return kernels.stem(
-            images, parameters, selection.embed, selection.width_index, backend=self.backend, grads=grads
+            images, parameters, selection.embed, selection.width_index, backend=self._ops(), grads=grads
         )
 
     def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
@@ -420,15 +425,15 @@ class HydraViT(nn.Module):
         self, i: int, x: Tensor, selection: Selection, fused: Fused, pool: tuple[int, int] | None = None
     ) -> Tensor:
         slices = [LayerSlice(s.attention[i], s.mlp[i]) for s in selection.subnetworks]
-        backend = self.backend if fused.blocks[i] else None
+        backend = self._ops() if fused.blocks[i] else None
         layer = LayerCall(slices, selection.eps, selection.width_index, backend, self.slice_gradients, pool)
         return call(self.blocks[i], x, layer=layer)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
-        pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
+        pool = self.config.pool_range if kernels.sizes(x)[1] == self.config.tokens else (0, x.shape[1])  # these only
         return kernels.head(
             x, parameters, pool, selection.head, selection.eps, selection.width_index,
-            backend=self.backend, grads=grads_of(self.slice_gradients, parameters),
+            backend=self._ops(), grads=grads_of(self.slice_gradients, parameters),
         )  # fmt: skip
 
     def _run_norm(self, x: Tensor, selection: Selection) -> Tensor:

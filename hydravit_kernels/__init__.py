@@ -2,6 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.export import exporting, sizes
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.networks import CpuNetwork, CudaNetwork, Network, PhaseTime, to_e4m3
 from hydravit_kernels.parameters import (
@@ -48,6 +49,7 @@ __all__ = [
     "attention_block",
     "available_backends",
     "check_backend",
+    "exporting",
     "head",
     "layer_norm",
     "mlp_block",
@@ -55,6 +57,7 @@ __all__ = [
     "per_image",
     "rectangles_of",
     "select",
+    "sizes",
     "stem",
     "to_e4m3",
     "widest",

@@ -15,8 +15,8 @@ CSRC = ROOT / "csrc"
 # A package or module may import what stands before it, and itself.
 ORDER = {
     "hydravit_kernels": [
-        "subnetwork", "parameters", "ranges", "ops", "adamw", "reference", "functional", "triton", "_native", "_triton",
-        "backends", "networks", "__init__", "__main__",
+        "subnetwork", "parameters", "ranges", "export", "ops", "adamw", "reference", "functional", "triton", "_native",
+        "_triton", "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
         "config", "extras", "geometry", "layers", "structure", "inference", "model", "atomic", "preprocessing",

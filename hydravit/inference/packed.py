@@ -46,7 +46,7 @@ class PackedInference:
 
     def run(self, model: Packable, images: Tensor, selection: Selection) -> Tensor | None:
         """Compute the logits; return None if the blocks must run one by one, or the weights are not packed yet."""
-        if model.backend != "native" or model.training or torch.compiler.is_compiling():
+        if model.backend != "native" or model.training or torch.compiler.is_compiling() or kernels.exporting():
             return None
         parameters = model.structure().parameters()
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):
