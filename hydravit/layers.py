@@ -168,7 +168,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, s: EmbedSlice | None = None) -> Tensor:
         """Compute the patches' tokens ``(B, P, Dk)`` of images ``(B, C, height, width)``."""
-        return call(self.proj, images, rows=embed_of(s)).flatten(2).mT
+        return call(self.proj, images, rows=embed_of(s)).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -195,14 +195,14 @@ class Attention(nn.Module):
         """Let the tokens ``x (B, N, Dk)`` attend to each other; the result has the same shape."""
         s = self.full if s is None else s
         query, key, value = self._query_key_value(x, s)
-        weights = self.attn_drop((query @ key.mT * s.scale).softmax(-1))
+        weights = self.attn_drop((query @ key.transpose(-2, -1) * s.scale).softmax(-1))
         attended = (weights @ value).transpose(1, 2).flatten(2)
         return call(self.proj, attended, rows=embed_of(s), columns=s.proj_columns)
 
     def weights(self, x: Tensor, s: AttentionSlice) -> Tensor:
         """Compute how much every token attends to every other, ``(B, heads, N, N)``."""
         query, key, _ = self._query_key_value(x, s)
-        return (query @ key.mT * s.scale).softmax(-1)
+        return (query @ key.transpose(-2, -1) * s.scale).softmax(-1)
 
     def _query_key_value(self, x: Tensor, s: AttentionSlice) -> list[Tensor]:
         """Compute queries, keys and values, each ``(B, heads, N, channels)``."""

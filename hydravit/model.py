@@ -132,7 +132,7 @@ class HydraViT(TimmInterface):
     @property
     def heads(self) -> int:
         """Active heads of calls that do not name their own."""
-        return self._heads_as_shape.shape[0] - 1
+        return kernels.sizes(self._heads_as_shape)[0] - 1
 
     @heads.setter
     def heads(self, heads: int) -> None:
@@ -153,7 +153,9 @@ class HydraViT(TimmInterface):
         """Make all subnetworks, and what else follows from the config, so that a call only looks it up."""
         self._sizes, self._image_shape = self.config.sizes, self.config.image_shape
         self._subnetworks = every_width(self.config)
-        self._lengths = {heads: torch.empty(heads + 1, 0, device="cpu") for heads in self._subnetworks}
+        self._lengths = {
+            heads: torch.empty(heads + 1, 0, dtype=torch.float32, device="cpu") for heads in self._subnetworks
+        }
 
     def _make_subnetwork(self, heads: int) -> Subnetwork:
         return GEOMETRIES[self.config.geometry](self.config, heads)
@@ -193,16 +195,18 @@ class HydraViT(TimmInterface):
             raise TypeError(f"heads must be an integer tensor, not {heads.dtype}")
         if heads.dim() == 0:  # one number, as an integer
             heads = heads.expand(batch)
-        if heads.shape != (batch,):
+        if kernels.sizes(heads) != (batch,):
             raise ValueError(f"heads must have one width per image, shape ({batch},), not {tuple(heads.shape)}")
         # A compiled call cannot know which widths occur, so it prepares for all, with the residual of the widest.
-        compiling = torch.compiler.is_compiling()
+        compiling = torch.compiler.is_compiling() or kernels.exporting()
         used = self.allowed_heads if compiling else tuple(sorted(set(heads.tolist()))) or (self.heads,)  # no images
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
             return Selection(subnetworks, None)
         beyond = self.config.max_heads + 1
-        index_of = torch.tensor([used.index(k) if k in used else -1 for k in range(beyond + 1)])
+        index_of = torch.tensor(
+            [used.index(k) if k in used else -1 for k in range(beyond + 1)], dtype=torch.int64, device="cpu"
+        )
         width_index = index_of.to(self.pos_embed.device)[heads.to(self.pos_embed.device, torch.int64).clamp(0, beyond)]
         return Selection(subnetworks, width_index)
 
@@ -285,7 +289,7 @@ class HydraViT(TimmInterface):
         """
         if (model := self._of_tokens(features)) is not self:
             return model.forward_head(features, heads, pre_logits=pre_logits)
-        selection = self.select(heads, features.shape[0])
+        selection = self.select(heads, kernels.sizes(features)[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
         if not self._fused().head:
             return self._run_head(features, selection, normed=self.config.final_norm == "norm", pre_logits=pre_logits)
@@ -337,7 +341,7 @@ class HydraViT(TimmInterface):
     def _enter(self, images: Tensor, heads: int | Tensor | Subnetwork | None) -> tuple[Tensor, Selection, Fused]:
         """Begin a forward: check the images, find the widths, and select the backend anew if the parameters moved."""
         images = self.check_images(images)
-        selection = self.select(heads, images.shape[0])
+        selection = self.select(heads, kernels.sizes(images)[0])
         if self._backend_for != (self.pos_embed.device, self.pos_embed.dtype):  # they were replaced
             self._select_backend(self.pos_embed)
         if self.slice_gradients is not None and torch.is_grad_enabled():
@@ -358,9 +362,10 @@ class HydraViT(TimmInterface):
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dim() != len(shape) + 1 or tensor.shape[1:] != shape:
-            sizes = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must be (B, {sizes}), not {tuple(tensor.shape)}")
+        found = kernels.sizes(tensor)
+        if len(found) != len(shape) + 1 or found[1:] != shape:
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must be (B, {expected}), not {tuple(found)}")
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model on {device}")
@@ -396,13 +401,17 @@ class HydraViT(TimmInterface):
     def _layers(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)  # a ModuleList does not tell the type of its modules
 
+    def _ops(self) -> str:
+        """The backend whose ops this call takes."""
+        return "reference" if kernels.exporting() else self.backend
+
     def _stem(self, images: Tensor, selection: Selection, fused: Fused) -> Tensor:
         if not fused.stem:
             return kernels.per_image(self._run_stem, images, None, selection.embed, selection.width_index)
         parameters = self.stem_parameters()
         grads = grads_of(self.slice_gradients, parameters)
         return kernels.stem(
-            images, parameters, selection.embed, selection.width_index, backend=self.backend, grads=grads
+            images, parameters, selection.embed, selection.width_index, backend=self._ops(), grads=grads
         )
 
     def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
@@ -429,17 +438,17 @@ class HydraViT(TimmInterface):
         self, i: int, x: Tensor, selection: Selection, fused: Fused, pool: tuple[int, int] | None = None
     ) -> Tensor:
         slices = [LayerSlice(s.attention[i], s.mlp[i]) for s in selection.subnetworks]
-        backend = self.backend if fused.blocks[i] else None
+        backend = self._ops() if fused.blocks[i] else None
         layer = LayerCall(slices, selection.eps, selection.width_index, backend, self.slice_gradients, pool)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return cast("Tensor", checkpoint(call, self.blocks[i], x, layer=layer, use_reentrant=False))
         return call(self.blocks[i], x, layer=layer)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
-        pool = self.config.pool_range if x.shape[1] == self.config.tokens else (0, x.shape[1])  # these only
+        pool = self.config.pool_range if kernels.sizes(x)[1] == self.config.tokens else (0, x.shape[1])  # these only
         return kernels.head(
             x, parameters, pool, selection.head, selection.eps, selection.width_index,
-            backend=self.backend, grads=grads_of(self.slice_gradients, parameters),
+            backend=self._ops(), grads=grads_of(self.slice_gradients, parameters),
         )  # fmt: skip
 
     def _final_norm(self, x: Tensor, selection: Selection, fused: Fused) -> Tensor:

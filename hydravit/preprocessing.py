@@ -90,7 +90,9 @@ class Preprocessing:
         """
         bands = [self._resize_and_crop(band) for band in self._bands(image)]
         pixels = torch.from_numpy(np.concatenate(bands, axis=2)).permute(2, 0, 1).contiguous().float().div_(255)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1) for values in (self.mean, self.std)
+        )
         return pixels.sub_(mean).div_(std)
 
     def _bands(self, image: Image | Tensor) -> list[Image]:

@@ -2,6 +2,7 @@
 
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
+from hydravit_kernels.export import exporting, sizes
 from hydravit_kernels.flops import network_macs
 from hydravit_kernels.functional import attention_block, head, mlp_block, stem
 from hydravit_kernels.networks import CpuNetwork, CudaNetwork, Network, PhaseTime, to_e4m3
@@ -52,6 +53,7 @@ __all__ = [
     "attention_block",
     "available_backends",
     "check_backend",
+    "exporting",
     "head",
     "layer_norm",
     "mlp_block",
@@ -60,6 +62,7 @@ __all__ = [
     "per_image",
     "rectangles_of",
     "select",
+    "sizes",
     "stem",
     "to_e4m3",
     "transformed",

@@ -81,7 +81,7 @@ def adamw(
             captured, which would repeat the numbers of this step.
     """
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
-    numbers = torch.tensor(steps, dtype=dtype).view(-1, len(AdamWStep._fields))
+    numbers = torch.tensor(steps, dtype=dtype, device="cpu").view(-1, len(AdamWStep._fields))
     op = getattr(torch.ops.hydravit, f"adamw_{backend}", _reference)
     with torch.no_grad():
         op(weights, gradients, firsts, seconds, averages, rectangles, numbers)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hydravit_kernels.export import exporting, sizes
 from hydravit_kernels.parameters import AttentionParameters, HeadParameters, MlpParameters, StemParameters
 from hydravit_kernels.subnetwork import widest
 from hydravit_kernels.transforms import transformed
@@ -25,10 +26,10 @@ def stem(images, p: StemParameters, slices, width_index=None) -> Tensor:
             return None if parameter is None else parameter.narrow(dim, s.embed_offset, s.embed)
 
         weight, bias = channels(p.weight, 0), channels(p.bias, 0)
-        patches = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+        patches = F.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
         prefix = [channels(t, 2).expand(images.shape[0], -1, -1) for t in (p.cls_token, p.reg_token) if t is not None]
         position = channels(p.pos_embed, 2)
-        if position is not None and position.shape[1] == patches.shape[1]:
+        if position is not None and sizes(position)[1] == sizes(patches)[1]:
             patches, position = patches + position, None
         tokens = torch.cat([t.to(patches.dtype) for t in prefix] + [patches], dim=1)
         return tokens if position is None else tokens + position
@@ -47,9 +48,11 @@ def attention_block(x, p: AttentionParameters, branch_scale, slices, eps, width_
             return x[:, :queries]
         query, key, value = _query_key_value(x, p, s, eps)
         query = query[:, :, :queries]
-        if torch.is_grad_enabled() or transformed(query):
+        # PyTorch's fused kernels have neither a second derivative nor one of forward mode; an exported graph does not
+        # depend on the mode.
+        if (torch.is_grad_enabled() or transformed(query)) and not exporting():
             attended = _attention(query, key, s.scale) @ value
-        else:  # PyTorch's fused kernels have neither a second derivative nor one of forward mode
+        else:
             attended = F.scaled_dot_product_attention(query, key, value, scale=s.scale)
         attended = attended.transpose(1, 2).flatten(2)
         columns = _head_rows(p.proj_weight.t(), s.proj_column, s.value_dim, s).t()
@@ -98,7 +101,7 @@ def layer_norm(x, norm_weight, norm_bias, slices, eps, width_index=None) -> Tens
 
 
 def _attention(query, key, scale):
-    return (query @ key.mT * scale).softmax(dim=-1)
+    return (query @ key.transpose(-2, -1) * scale).softmax(dim=-1)
 
 
 def _norm(x, weight, bias, s, eps):

@@ -15,7 +15,7 @@ CSRC = ROOT / "csrc"
 # A package or module may import what stands before it, and itself.
 ORDER = {
     "hydravit_kernels": [
-        "subnetwork", "parameters", "ranges", "ops", "flops", "adamw", "sample", "transforms", "reference",
+        "subnetwork", "parameters", "ranges", "export", "ops", "flops", "adamw", "sample", "transforms", "reference",
         "functional", "triton", "_native", "_triton", "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [

@@ -182,8 +182,11 @@ class _Adaptation:
         else:
             problem = "there is no classifier; the model's"
         self.messages.append(f"{problem} is initialised anew")
-        self.source["head.weight"] = nn.init.trunc_normal_(torch.empty(self.own["head.weight"].shape), std=0.02)
-        self.source["head.bias"] = torch.zeros(self.own["head.bias"].shape)
+        self.source["head.weight"] = nn.init.trunc_normal_(self._new("head.weight"), std=0.02)
+        self.source["head.bias"] = self._new("head.bias")
+
+    def _new(self, name: str) -> Tensor:
+        return torch.zeros(self.own[name].shape, dtype=torch.float32, device="cpu")
 
     def _stack_classifiers(self) -> None:
         """Stack ``head.<i>.weight`` of all widths in one tensor, with zeros for channels that a width does not have."""
@@ -276,10 +279,15 @@ class _Adaptation:
                 result[name] = tensor
                 continue
             channels = [
-                torch.cat([torch.arange(start, start + length) for start, length in intervals])
+                torch.cat(
+                    [
+                        torch.arange(start, start + length, dtype=torch.int64, device="cpu")
+                        for start, length in intervals
+                    ]
+                )
                 for intervals in slices.get(name, ())
             ]
-            channels += [torch.arange(size) for size in own.shape[len(channels) :]]
+            channels += [torch.arange(size, dtype=torch.int64, device="cpu") for size in own.shape[len(channels) :]]
             expected = tuple(map(len, channels))
             if tuple(tensor.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")

@@ -31,13 +31,13 @@ class Affine:
 
         It draws five numbers per image from torch's global CPU generator.
         """
-        draws = torch.rand(5, len(images)).to(images)
+        draws = torch.rand(5, len(images), dtype=torch.float32, device="cpu").to(images)
         zoom = self.zoom[0] + (self.zoom[1] - self.zoom[0]) * draws[0]
         angle = math.radians(self.rotate) * (2 * draws[1] - 1)
         # affine_grid's coordinates run from -1 to 1: a side has the length 2, and a fraction f of it 2f.
         room = (1 - zoom).clamp_min(0) + 2 * self.shift
         shift = room * (2 * draws[2:4] - 1)
-        mirror = torch.where(draws[4] < self.flip, -1.0, 1.0)
+        mirror = 1 - 2 * (draws[4] < self.flip).to(images)
         aspect = images.shape[-2] / images.shape[-1]
         cos, sin = zoom * angle.cos(), zoom * angle.sin()
         rows = (

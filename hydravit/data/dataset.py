@@ -35,7 +35,7 @@ class Dataset(torch.utils.data.Dataset):
         augmentation: Affine | None = None,
     ):
         self.class_names = tuple(class_names)
-        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.labels = torch.from_numpy(np.array(labels, dtype=np.int64))
         self.preprocessing = preprocessing
         self.in_channels = len(preprocessing.mean)
         assert isinstance(preprocessing.image_size, tuple)  # its `__post_init__` sees to it
@@ -74,7 +74,7 @@ class ArrayDataset(Dataset):
         with extra("images", "resizing images"):
             from PIL import Image
 
-        self.images = torch.empty(len(arrays), self.in_channels, *self.image_size)
+        self.images = torch.empty(len(arrays), self.in_channels, *self.image_size, dtype=torch.float32, device="cpu")
         for i, array in enumerate(arrays):
             self.images[i] = preprocessing(Image.fromarray(array))
 

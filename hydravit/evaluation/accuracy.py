@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from hydravit.data.loading import load_batches
 from hydravit.model import HydraViT
 
 
@@ -37,9 +37,10 @@ def accuracy(
     if model.num_classes == 0:
         raise ValueError("the model has no classifier (num_classes=0)")
     parameter = next(model.parameters())
-    correct = {k: torch.zeros(2, dtype=torch.int64) for k in heads}
-    batches: DataLoader = DataLoader(dataset, batch_size, num_workers=num_workers)  # type: ignore[arg-type]
-    for images, labels in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
+    correct = {k: torch.zeros(2, dtype=torch.int64, device="cpu") for k in heads}
+    batches = load_batches(dataset, batch_size=batch_size, num_workers=num_workers)
+    total = math.ceil(len(dataset) / batch_size)
+    for images, labels in tqdm(batches, desc="evaluate", unit="batch", total=total, disable=not progress, leave=False):
         if labels.max() >= model.num_classes:
             raise ValueError(f"label {int(labels.max())} in the data, but the model has {model.num_classes} classes")
         images = images.to(parameter.device, parameter.dtype)
@@ -49,7 +50,7 @@ def accuracy(
                 raise RuntimeError(f"heads={k}: the model's logits are not finite")
             hits = logits.topk(min(5, model.num_classes), dim=1).indices == labels[:, None]
             correct[k] += torch.stack((hits[:, 0].sum(), hits.sum()))
-    return {k: tuple((100 * counts / len(dataset)).tolist()) for k, counts in correct.items()}
+    return {k: tuple(((100 * counts).float() / len(dataset)).tolist()) for k, counts in correct.items()}
 
 
 def interval(percent: float, count: int) -> tuple[float, float]:

@@ -84,7 +84,8 @@ def measure_latency(
     result: dict[int, dict[str, dict[str, float]]] = {k: {} for k in heads}
     for k in heads:
         for name in models:
-            p20, p50, p80 = torch.tensor(samples[k, name]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+            times = torch.tensor(samples[k, name], dtype=torch.float32, device="cpu")
+            p20, p50, p80 = times.quantile(times.new_tensor([0.2, 0.5, 0.8])).tolist()
             counted = {"samples": len(samples[k, name]), "difference": differences[k]}
             result[k][name] = {"p20": p20, "p50": p50, "p80": p80, **counted}
     return result

@@ -50,7 +50,7 @@ def measure_supernet(
     heads = [plain_int(k) for k in (model.allowed_heads if heads is None else heads)]
     models, fused_missing = backends_to_time(model)
     parameter = next(model.parameters())
-    image = torch.randn(1, *model.config.image_shape).to(parameter)
+    image = torch.randn(1, *model.config.image_shape, dtype=torch.float32, device="cpu").to(parameter)
     timings = measure_latency(models, image, heads, seconds=seconds, progress=progress)
     used = {name: measure_memory(each, heads, batch_size=1) for name, each in models.items()} if memory else {}
     counted = costs(model.config)

@@ -123,7 +123,7 @@ class PackedInference:
 
     def run(self, model: Packable, images: Tensor, selection: Selection) -> Tensor | None:
         """Compute the logits; return None if the blocks must run one by one, or the weights are not packed yet."""
-        if model.backend != "native" or model.training or torch.compiler.is_compiling():
+        if model.backend != "native" or model.training or torch.compiler.is_compiling() or kernels.exporting():
             return None
         parameters = model.structure(look=False).parameters()  # the forward has looked
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (images, *parameters)):

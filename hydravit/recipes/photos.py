@@ -36,7 +36,7 @@ def mix(recipe: Recipe, num_classes: int):
     )
 
     def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        np.random.seed(int(torch.randint(2**32, ())))
+        np.random.seed(int(torch.randint(2**32, (), dtype=torch.int64, device="cpu")))
         return mixup(images, labels)
 
     return mixed
@@ -69,7 +69,7 @@ def augment(dataset, recipe: Recipe) -> None:
 
     def transformed(image) -> Tensor:
         # It draws from Python's and numpy's generators too, so torch's, which is seeded per batch, seeds them.
-        seed = int(torch.randint(2**32, ()))
+        seed = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
         random.seed(seed)
         np.random.seed(seed)
         return transform(image.convert(mode))

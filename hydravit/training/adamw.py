@@ -163,7 +163,9 @@ class SliceAdamW(torch.optim.Optimizer):
                 if loaded.shape != parameter.shape:
                     raise ValueError(f"{key} of {name} has shape {tuple(loaded.shape)}, not {tuple(parameter.shape)}")
                 state[key] = torch.empty_like(parameter).copy_(loaded)  # in the parameter's strides
-            for age, box in _unpack_ages(parameter, state.get("step", torch.zeros(()))):
+            for age, box in _unpack_ages(
+                parameter, state.get("step", torch.zeros((), dtype=torch.float32, device="cpu"))
+            ):
                 regions.setdefault(age, Region({}, age=age)).boxes.setdefault(name, []).append(box)
         self._make_regions(list(regions.values()))
 
@@ -207,8 +209,9 @@ def _whole(parameter: Tensor) -> Box:
 def _pack_ages(name: str, regions: Iterable[Region]) -> Tensor:
     found = [(region.age, box) for region in regions for box in region.boxes.get(name, ())]
     if len({age for age, _ in found}) == 1:
-        return torch.tensor(float(found[0][0]))
-    return torch.tensor([(age, *(number for interval in box for number in interval)) for age, box in found])
+        return torch.tensor(float(found[0][0]), dtype=torch.float32, device="cpu")
+    rows = [(age, *(number for interval in box for number in interval)) for age, box in found]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _unpack_ages(parameter: Tensor, step: Tensor) -> list[tuple[int, Box]]:

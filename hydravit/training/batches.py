@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset
+
+from hydravit.data.loading import load_batches
 
 
 class _Batch(NamedTuple):
@@ -54,18 +56,22 @@ class Batches:
 
         uint8 images are divided by 255.
         """
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.dataset), generator=random)[self.rank :: self.world]
+        random = torch.Generator(device="cpu").manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.dataset), generator=random, dtype=torch.int64, device="cpu")[
+            self.rank :: self.world
+        ]
         indices = order[: len(self.dataset) // self.world].tolist()
-        seeds = torch.randint(2**62, (len(self) * self.world,), generator=random)[self.rank :: self.world].tolist()
+        draws = torch.randint(2**62, (len(self) * self.world,), generator=random, dtype=torch.int64, device="cpu")
+        seeds = draws[self.rank :: self.world].tolist()
         size = self.batch_size
         batches = [_Batch(seeds[i], indices[i * size : (i + 1) * size]) for i in range(start, len(self))]
-        loader = DataLoader(
+        loader = load_batches(
             _Seeded(self.dataset),
-            batch_sampler=batches,  # type: ignore[arg-type]  # a batch is its indices and its seed
+            batch_sampler=batches,  # a batch is its indices and its seed
             num_workers=self.workers,
-            collate_fn=default_collate,
-            generator=torch.Generator(),  # for the workers' seed: without it the loader draws from the global one
+            generator=torch.Generator(
+                device="cpu"
+            ),  # for the workers' seed: without it the loader draws from the global one
         )
         for images, labels in loader:
             yield images.float() / 255 if images.dtype == torch.uint8 else images, labels

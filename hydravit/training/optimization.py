@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -71,7 +71,12 @@ def average_decay(recipe: Recipe) -> Callable[[int], float]:
     The decay grows as ``(1 + n) / (10 + n)`` to the recipe's, so that short runs forget the start too. It is computed
     in single precision, because torch counts the steps in a tensor.
     """
-    return lambda n: min(recipe.ema, float(torch.as_tensor(1 + n) / torch.as_tensor(10 + n)))
+
+    def decay(n: int | Tensor) -> float:
+        count = torch.as_tensor(n, dtype=torch.int64, device="cpu")
+        return min(recipe.ema, float((1 + count).float() / (10 + count).float()))
+
+    return decay
 
 
 def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
@@ -83,6 +88,7 @@ def make_average(model: nn.Module, recipe: Recipe) -> AveragedModel | None:
     def average(averaged, current, count) -> None:
         get_ema_multi_avg_fn(decay(count))(averaged, current, count)
 
-    averaged = AveragedModel(model, multi_avg_fn=average)
+    with torch.device("cpu"):  # where it counts the steps, whatever the default device
+        averaged = AveragedModel(model, multi_avg_fn=average)
     averaged.requires_grad_(False)
     return averaged

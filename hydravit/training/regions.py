@@ -84,7 +84,7 @@ class Regions:
                 step = self._groups[name] * len(sets) + i
                 for box in join(box for region in regions for box in region.boxes.get(name, ())):
                     rows += [(index, step, *rectangle) for rectangle in rectangles_of(parameter, box)]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 6)
 
     def _split(self, subnetwork: Subnetwork) -> None:
         """Split every region into the entries that a new subnetwork reads, and the others."""

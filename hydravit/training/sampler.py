@@ -39,10 +39,10 @@ class WidthSampler:
         weights = [1.0] * len(heads) if weights is None else list(weights)
         if len(weights) != len(widths) or min(weights) < 0 or not sum(weights) > 0:
             raise ValueError(f"weights must be {len(widths)} numbers of at least 0 and not all 0, not {weights}")
-        self._heads = torch.tensor(widths)
-        self._weights = torch.tensor(weights, dtype=torch.float64)
+        self._heads = torch.tensor(widths, dtype=torch.int64, device="cpu")
+        self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self.per_image = per_image
-        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
+        self._generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + rank)
 
     def draw(self, batch: int) -> int | Tensor:
         """Draw the width of the next batch, or an int64 tensor ``(batch,)`` with one width per image."""

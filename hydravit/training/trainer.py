@@ -184,9 +184,9 @@ class Trainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-        widths = torch.as_tensor(heads).expand(len(images))
+        widths = torch.as_tensor(heads, dtype=torch.int64, device="cpu").expand(len(images))
         parts, losses = min(self.recipe.accumulate, len(images)), []
-        for part in torch.arange(len(images)).tensor_split(parts):
+        for part in torch.arange(len(images), dtype=torch.int64, device="cpu").tensor_split(parts):
             start, stop = int(part[0]), int(part[-1]) + 1
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
                 logits = self._network(images[start:stop], heads=heads if isinstance(heads, int) else heads[start:stop])
@@ -272,7 +272,7 @@ class Trainer:
     def _stop_if_asked(self, interrupt: Interrupt) -> None:
         asked = interrupt.signal is not None
         if self.world > 1:  # all ranks stop at the same step; otherwise the others would wait for ever
-            anyone = torch.tensor(int(asked), device=self.device)
+            anyone = torch.tensor(int(asked), dtype=torch.int64, device=self.device)
             dist.all_reduce(anyone)
             asked = bool(anyone)
         if asked:

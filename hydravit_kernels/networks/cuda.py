@@ -153,7 +153,7 @@ class CudaNetwork:
             raise ValueError(f"subnetworks: one for all images expected on CUDA, {len(subnetworks)} given")
         (subnetwork,) = subnetworks
         columns = subnetwork.head.classes if self.sizes.classes else subnetwork.embed.embed
-        logits = torch.empty(images.shape[0], columns, device=self.device)
+        logits = torch.empty(images.shape[0], columns, dtype=torch.float32, device=self.device)
         return self._index[subnetwork], (images.data_ptr(), _name(images.dtype), logits.data_ptr()), logits
 
     def _current(self) -> AbstractContextManager:

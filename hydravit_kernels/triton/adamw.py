@@ -172,7 +172,10 @@ def _make_plan(like: Tensor, addresses: Sequence[Sequence[int]], rectangles: Ten
     """One launch for rectangles that can be read in vectors and one for the others, of which one is mostly empty."""
     size = like.element_size()
     tensor, step, offset, rows, row_stride, columns = rectangles.unbind(1)
-    starts = [torch.tensor(a)[tensor] + offset * size if a else torch.zeros_like(offset) for a in addresses]
+    starts = [
+        torch.tensor(a, dtype=torch.int64, device="cpu")[tensor] + offset * size if a else torch.zeros_like(offset)
+        for a in addresses
+    ]
     tile_counts = (rows * columns + _TILE - 1) // _TILE
     table = torch.stack([*starts, step, rows, row_stride, columns, tile_counts], 1)
     in_vectors = ((torch.stack([*starts, row_stride * size, columns * size]) % 16) == 0).all(0)

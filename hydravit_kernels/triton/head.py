@@ -29,7 +29,7 @@ def _own_channels(rows, features: ProductSlices, width_index):
     if width_index is None:
         return rows.clone()
     own = slice_table(features.each, rows.device)[width_index, 1]  # the field ``columns``
-    return torch.where(torch.arange(rows.shape[1], device=rows.device) < own[:, None], rows, 0.0)
+    return torch.where(torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device) < own[:, None], rows, 0.0)
 
 
 def _check(x, p: HeadParameters, pool_start, pool_stop, slices, width_index):
