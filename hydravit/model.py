@@ -256,7 +256,7 @@ class HydraViT(TimmInterface):
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
-        if (model := self._of_size(images)) is not self:
+        if self.dynamic_img_size and (model := self._of_size(images)) is not self:
             return model.forward(images, heads)
         images, selection, fused = self._enter(images, heads)
         if self.packed_inference is not None and not fused.unpackable:
@@ -274,7 +274,7 @@ class HydraViT(TimmInterface):
 
         With one width per image ``Dk`` is that of the widest, and the channels beyond an image's own are zero.
         """
-        if (model := self._of_size(images)) is not self:
+        if self.dynamic_img_size and (model := self._of_size(images)) is not self:
             return model.forward_features(images, heads)
         images, selection, fused = self._enter(images, heads)
         x = self._trunk(images, selection, fused)
@@ -287,7 +287,7 @@ class HydraViT(TimmInterface):
 
         ``heads`` must be the same as there.
         """
-        if (model := self._of_tokens(features)) is not self:
+        if self.dynamic_img_size and (model := self._of_tokens(features)) is not self:
             return model.forward_head(features, heads, pre_logits=pre_logits)
         selection = self.select(heads, kernels.sizes(features)[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
@@ -305,7 +305,7 @@ class HydraViT(TimmInterface):
 
         Raises ``ValueError`` for more than one width, and if a block's attention was replaced.
         """
-        if (model := self._of_size(images)) is not self:
+        if self.dynamic_img_size and (model := self._of_size(images)) is not self:
             return model.attention_maps(images, heads)
         images, selection, fused = self._enter(images, heads)
         if selection.width_index is not None:

@@ -141,7 +141,7 @@ class TimmInterface(nn.Module):
         """
         if output_fmt not in _LAYOUTS:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', not {output_fmt!r}")
-        if (model := self._of_size(x)) is not self:
+        if self.dynamic_img_size and (model := self._of_size(x)) is not self:
             return model.forward_intermediates(
                 x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
                 heads=heads,
@@ -266,14 +266,14 @@ class TimmInterface(nn.Module):
     def _of_size(self, images: Any) -> Any:
         """Return the model for images of this size: with ``dynamic_img_size`` a view of this one, whose positions are
         resampled."""
-        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.dim() != 4:
+        if not isinstance(images, Tensor) or images.dim() != 4:
             return self
         size = tuple(images.shape[2:])
         return self if size == self.config.image_size else self._view(size)
 
     def _of_tokens(self, features: Any) -> Any:
         """Return the model for features of so many tokens, as ``_of_size``. No grid matters to them, so it is a row."""
-        if not self.dynamic_img_size or not isinstance(features, Tensor) or features.dim() != 3:
+        if not isinstance(features, Tensor) or features.dim() != 3:
             return self
         patches, patch = features.shape[1] - self.config.prefix_tokens, self.config.patch_size
         return self if features.shape[1] == self.config.tokens else self._view((patch, patches * patch))
