@@ -223,6 +223,11 @@ class HydraViT(TimmInterface):
         finally:
             self.weights_changed()  # meanwhile another thread may have packed the old weights
 
+    def _load_from_state_dict(self, *arguments, **keywords):
+        if torch.__future__.get_swap_module_params_on_conversion():  # torch swaps no tensor with a weak reference to it
+            self.weights_changed()
+        super()._load_from_state_dict(*arguments, **keywords)
+
     def weights_changed(self) -> None:
         """Declare packed weights stale, after writes to few elements that torch cannot see, as through a NumPy view.
 
@@ -377,7 +382,7 @@ class HydraViT(TimmInterface):
 
     def stem_parameters(self) -> kernels.StemParameters:
         return kernels.StemParameters(
-            weight=self.patch_embed.proj.weight,
+            weight=self.patch_embed.proj.weight.contiguous(),  # it is not in a model that is channels_last
             bias=self.patch_embed.proj.bias,
             cls_token=getattr(self, "cls_token", None),
             reg_token=getattr(self, "reg_token", None),
