@@ -382,7 +382,7 @@ class HydraViT(TimmInterface):
 
     def stem_parameters(self) -> kernels.StemParameters:
         return kernels.StemParameters(
-            weight=self.patch_embed.proj.weight.contiguous(),  # it is not in a model that is channels_last
+            weight=self.patch_embed.proj.weight,
             bias=self.patch_embed.proj.bias,
             cls_token=getattr(self, "cls_token", None),
             reg_token=getattr(self, "reg_token", None),
