@@ -223,6 +223,11 @@ class HydraViT(TimmInterface):
         finally:
             self.weights_changed()  # meanwhile another thread may have packed the old weights
 
+    def _load_from_state_dict(self, *arguments, **keywords):
+        if torch.__future__.get_swap_module_params_on_conversion():  # torch swaps no tensor with a weak reference to it
+            self.weights_changed()
+        super()._load_from_state_dict(*arguments, **keywords)
+
     def weights_changed(self) -> None:
         """Declare packed weights stale, after writes to few elements that torch cannot see, as through a NumPy view.
 

@@ -157,7 +157,7 @@ class TimmInterface(nn.Module):
         prefix = self.config.prefix_tokens
         intermediates: list[Any] = [y[:, prefix:] for y in outputs]
         if output_fmt == "NCHW":
-            intermediates = [y.mT.unflatten(2, self.config.grid).contiguous() for y in intermediates]
+            intermediates = [y.transpose(1, 2).unflatten(2, self.config.grid).contiguous() for y in intermediates]
         prefixes = [y[:, :prefix] for y in outputs] if prefix and return_prefix_tokens else None
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": intermediates}
