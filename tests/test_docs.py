@@ -226,7 +226,7 @@ def test_walks_name_files(heading):
 
 
 def test_a_packed_call_crosses_the_files_of_its_walk():
-    """At most 14 of them; the Python files are those whose functions really run."""
+    """At most 14 steps; their Python files are those whose functions really run, but for three that the text names."""
     walk = steps("## One packed CPU call")
     assert len(walk) <= 14
     if "native" not in kernels.available_backends():
