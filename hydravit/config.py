@@ -16,6 +16,7 @@ def _is_number(value: object) -> bool:
 
 
 POOLS = ("token", "avg", "avgmax", "max", "")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 # Per field a test and the words of its error. `__post_init__` tests fields with several values or with dependencies.
 _CHECKS = {
@@ -28,7 +29,8 @@ _CHECKS = {
         (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
     ),
     **dict.fromkeys(
-        ("qkv_bias", "proj_bias", "class_token", "no_embed_class"), (lambda value: type(value) is bool, "True or False")
+        ("qkv_bias", "proj_bias", "class_token", "no_embed_class", "pre_norm"),
+        (lambda value: type(value) is bool, "True or False"),
     ),
     **dict.fromkeys(
         ("mlp_ratio", "norm_eps"), (lambda value: _is_number(value) and value > 0, "a positive, finite number")
@@ -36,6 +38,7 @@ _CHECKS = {
     "drop_path": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "layer_scale": (lambda value: value is None or _is_number(value), "None or a finite number"),
     "pool": (lambda value: isinstance(value, str) and value in POOLS, "'token', 'avg', 'avgmax', 'max' or ''"),
+    "act_layer": (lambda value: isinstance(value, str) and value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
     "fc_norm": (lambda value: value is None or type(value) is bool, "None, True or False"),
     "geometry": (lambda value: isinstance(value, str), "a name of hydravit.geometry.GEOMETRIES"),
 }
@@ -71,6 +74,9 @@ class HydraViTConfig:
             share of its heads, rounded down.
         qkv_bias: whether queries, keys and values have a bias.
         proj_bias: whether proj, fc1 and fc2 have a bias.
+        act_layer: the activation of the MLP: ``"gelu"``, which fused ops compute; ``"gelu_tanh"`` (its approximation by
+            tanh) or ``"quick_gelu"`` (by a sigmoid), for which blocks run their modules.
+        pre_norm: whether a norm comes before the blocks; the patch embedding then has no bias.
         class_token: whether a class token is prepended.
         register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
         no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
@@ -96,6 +102,8 @@ class HydraViTConfig:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     proj_bias: bool = True
+    act_layer: str = "gelu"
+    pre_norm: bool = False
     class_token: bool = True
     register_tokens: int = 0
     no_embed_class: bool = False

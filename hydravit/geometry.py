@@ -49,6 +49,10 @@ def parameter_slices(config: HydraViTConfig, subnetwork: Subnetwork) -> dict[str
     A skipped branch reads nothing: its parameters have axes without intervals.
     """
     slices = config.sizes.parameter_slices(subnetwork, config.final_norm)
+    if config.pre_norm:
+        slices["norm_pre.weight"] = slices["norm_pre.bias"] = (
+            ((subnetwork.embed.embed_offset, subnetwork.embed.embed),),
+        )
     if config.separate_classifiers:  # the model keeps them apart along an axis of widths
         width = ((subnetwork.head.class_offset // max(config.num_classes, 1), 1),)
         classes = ((0, config.num_classes),)

@@ -126,6 +126,17 @@ class GELU(nn.GELU):
     """The exact GELU, which the fused ops compute too."""
 
 
+class QuickGELU(nn.Module):
+    """GELU by a sigmoid (OpenAI's CLIP)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def _activation(name: str) -> nn.Module:
+    return nn.GELU("tanh") if name == "gelu_tanh" else QuickGELU() if name == "quick_gelu" else GELU()
+
+
 class DropPath(nn.Module):
     """Drops a branch of an image with probability ``drop_prob`` while training (arXiv 1603.09382)."""
 
@@ -158,7 +169,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: HydraViTConfig, **factory):
         super().__init__()
         self.set_sizes(config)
-        self.proj = Conv2d(config.in_channels, config.embed, config.patch_size, config.patch_size, **factory)
+        sizes = config.in_channels, config.embed, config.patch_size, config.patch_size
+        self.proj = Conv2d(*sizes, bias=not config.pre_norm, **factory)
 
     def set_sizes(self, config: HydraViTConfig) -> None:
         """Note the sizes of images under timm's names; nothing here computes with them."""
@@ -216,7 +228,7 @@ class Mlp(nn.Module):
     def __init__(self, config: HydraViTConfig, **factory):
         super().__init__()
         self.fc1 = Linear(config.embed, config.hidden, bias=config.proj_bias, **factory)
-        self.act = GELU()
+        self.act = _activation(config.act_layer)
         self.fc2 = Linear(config.hidden, config.embed, bias=config.proj_bias, **factory)
 
     def forward(self, x: Tensor, s: MlpSlice | None = None) -> Tensor:

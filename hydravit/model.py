@@ -77,6 +77,8 @@ class HydraViT(TimmInterface):
         if config.register_tokens:
             self.reg_token = nn.Parameter(torch.zeros(1, config.register_tokens, config.embed, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_tokens, config.embed, **factory))
+        if config.pre_norm:
+            self.norm_pre = LayerNorm(config.embed, config.norm_eps, **factory)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(*(Block(config, rate, **factory) for rate in rates))
         self.add_module(config.final_norm, LayerNorm(config.embed, config.norm_eps, **factory))
@@ -425,8 +427,10 @@ class HydraViT(TimmInterface):
         prefix = [cut(token, 2, embed_of(s)).expand(images.shape[0], -1, -1) for token in tokens]
         patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
         if self.config.no_embed_class:
-            return torch.cat([*prefix, patches + positions], dim=1)
-        return torch.cat([*prefix, patches], dim=1) + positions
+            x = torch.cat([*prefix, patches + positions], dim=1)
+        else:
+            x = torch.cat([*prefix, patches], dim=1) + positions
+        return call(self.norm_pre, x, s=s) if self.config.pre_norm else x
 
     def _trunk(self, images: Tensor, selection: Selection, fused: Fused, pooled_only: bool = False) -> Tensor:
         """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.

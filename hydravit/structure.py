@@ -39,6 +39,7 @@ _BLOCK: dict[str, tuple[type[nn.Module], ...]] = {
 _STEM: dict[str, tuple[type[nn.Module], ...]] = {
     "patch_embed": (layers.PatchEmbed,),
     "patch_embed.proj": (layers.Conv2d,),
+    "norm_pre": (layers.LayerNorm,),
 }
 _HEAD: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (layers.LayerNorm,),
@@ -150,6 +151,8 @@ def _look(model: Any, replaced: list[str]) -> Fused:
             )
     if not config.pooling_is_fused:
         told.setdefault("head", []).append(f"pool={config.pool!r} with {config.final_norm} has no fused op")
+    if config.pre_norm:
+        told.setdefault("stem", ["norm_pre comes before the blocks"])
     count = len(model.blocks)
     blocks = tuple(f"blocks.{i}" not in told for i in range(count))
     unpackable = next((reasons[0] for reasons in told.values()), "")

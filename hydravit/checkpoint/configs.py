@@ -97,14 +97,21 @@ def infer_config(
         "pool": "token" if class_token and "fc_norm.weight" not in shapes else "avg",
         "image_size": (grid[0] * patch, grid[1] * patch),
     }
+    pre_norm = "norm_pre.weight" in shapes
+    if pre_norm and not {"act_layer", "norm_eps"} <= set(known):
+        raise ValueError(
+            "weights with a norm before the blocks do not tell the activation, nor epsilon: pass act_layer and "
+            "norm_eps, or timm's model instead of its weights"
+        )
     assumed = {name: value for name, value in usual.items() if name not in known}
     if head_dim is None:
         head_dim = _usual_head_dim(shapes, eva="blocks.0.gamma_1" in named)
         assumed = {"head_dim": head_dim, **assumed}
     if assumed:
+        gelu = "" if "act_layer" in known else "exact GELU, "
         values = ", ".join(f"{name}={value!r}" for name, value in assumed.items())
         warnings.warn(
-            f"weights do not tell everything; assumed: {values}, exact GELU, norms before the branches (pass these "
+            f"weights do not tell everything; assumed: {values}, {gelu}norms before the branches (pass these "
             "fields, or timm's model instead of its weights)",
             stacklevel=2,
         )
@@ -118,6 +125,7 @@ def infer_config(
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / embed,
         "qkv_bias": "blocks.0.attn.qkv.bias" in shapes,
         "proj_bias": "blocks.0.attn.proj.bias" in shapes,
+        "pre_norm": pre_norm,
         "class_token": class_token,
         "register_tokens": registers,
         "no_embed_class": prefix > 0 and covered == 0,

@@ -70,6 +70,8 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         "qkv_bias": config.qkv_bias,
         "proj_bias": config.proj_bias,
         "init_values": config.layer_scale,
+        "act_layer": config.act_layer,
+        "pre_norm": config.pre_norm,
         "class_token": config.class_token,
         "reg_tokens": config.register_tokens,
         "no_embed_class": config.no_embed_class,

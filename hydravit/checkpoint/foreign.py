@@ -29,7 +29,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "patch_embed.norm": ("Identity",),
     "pos_drop": ("Dropout", "Identity"),
     "patch_drop": ("Identity", "PatchDropout"),
-    "norm_pre": ("Identity",),
+    "norm_pre": (*_NORM, "Identity"),
     "blocks": ("Sequential", "ModuleList"),
     "blocks.#": ("Block",),
     "blocks.#.norm1": _NORM,
@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "blocks.#.norm2": _NORM,
     "blocks.#.mlp": ("Mlp",),
     "blocks.#.mlp.fc1": ("Linear",),
-    "blocks.#.mlp.act": ("GELU",),
+    "blocks.#.mlp.act": ("GELU", "GELUTanh", "QuickGELU"),
     "blocks.#.mlp.drop1": ("Dropout", "Identity"),
     "blocks.#.mlp.norm": ("Identity",),
     "blocks.#.mlp.fc2": ("Linear",),
@@ -69,12 +69,9 @@ _MEANINGS = {
     "DiffParallelScalingBlock": "attention and MLP in parallel",
     "ParallelThingsBlock": "several branches in parallel",
     "DiffAttention": "differential attention",
-    "GELUTanh": "GELU by tanh",
-    "QuickGELU": "GELU by a sigmoid",
     "GluMlp": "a gated MLP (SwiGLU)",
     "SwiGLU": "a gated MLP",
     "HybridEmbed": "a convolutional network before the blocks",
-    "norm_pre": "a norm before the blocks (pre_norm)",
     "patch_embed.norm": "a norm in the patch embedding",
     "blocks.#.attn.q_norm": "norms of queries and keys (qk_norm)",
     "blocks.#.attn.k_norm": "norms of queries and keys (qk_norm)",
@@ -90,6 +87,17 @@ def _final_norm(vit: Any) -> str:
     return next((name for name in ("norm", "fc_norm") if not isinstance(getattr(vit, name), nn.Identity)), "")
 
 
+def _pre_norm(vit: Any) -> bool:
+    return not isinstance(vit.norm_pre, nn.Identity)
+
+
+def _act_layer(block: Any) -> str:
+    """The name of the activation in the config."""
+    act = block.mlp.act
+    kind = "GELUTanh" if getattr(act, "approximate", "none") == "tanh" else type(act).__name__
+    return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}[kind]
+
+
 def _every(vit: Any, kinds: tuple[str, ...]) -> list[Any]:
     return [module for module in vit.modules() if type(module).__name__ in kinds]
 
@@ -100,7 +108,10 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "images padded to whole patches (dynamic_img_pad)": lambda vit: vit.patch_embed.dynamic_img_pad,
     "images of no fixed size": lambda vit: vit.patch_embed.img_size is None,
     "patches that are no squares side by side": lambda vit: not _squares(vit.patch_embed.proj),
-    "a patch embedding without bias": lambda vit: vit.patch_embed.proj.bias is None,
+    "a patch embedding without bias": lambda vit: vit.patch_embed.proj.bias is None and not _pre_norm(vit),
+    "a norm before the blocks, and a bias in the patch embedding": lambda vit: (
+        vit.patch_embed.proj.bias is not None and _pre_norm(vit)
+    ),
     "norms with different epsilons": lambda vit: len({norm.eps for norm in _every(vit, _NORM)}) > 1,
     "norms without weight or bias": lambda vit: any(n.weight is None or n.bias is None for n in _every(vit, _NORM)),
     "layers that differ": lambda vit: len({_layer(block) for block in vit.blocks}) != 1,
@@ -111,7 +122,6 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "one layer scale of two": lambda vit: len({type(getattr(vit.blocks[0], name)) for name in ("ls1", "ls2")}) > 1,
     "biases of one projection of three": lambda vit: 0 < _biases(vit.blocks[0]) < 3,
     "a classifier without bias": lambda vit: isinstance(vit.head, nn.Linear) and vit.head.bias is None,
-    "GELU by tanh": lambda vit: any(getattr(act, "approximate", "none") != "none" for act in _every(vit, ("GELU",))),
     "attention pooling": lambda vit: vit.attn_pool is not None,
     "pooling of another kind": lambda vit: vit.global_pool not in POOLS,
     "pooling of class and register tokens too (pool_include_prefix)": lambda vit: (
@@ -134,7 +144,7 @@ def _biases(block: Any) -> int:
 def _layer(block: Any) -> tuple:
     attn = block.attn
     sizes = attn.num_heads, attn.head_dim, attn.scale, attn.qkv.bias is None, block.mlp.fc1.out_features, _biases(block)
-    return *sizes, type(block.ls1), type(block.ls2)
+    return *sizes, _act_layer(block), type(block.ls1), type(block.ls2)
 
 
 def config_of(model: nn.Module) -> HydraViTConfig:
@@ -169,6 +179,8 @@ def config_of(model: nn.Module) -> HydraViTConfig:
         mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
         qkv_bias=block.attn.qkv.bias is not None,
         proj_bias=block.attn.proj.bias is not None,
+        act_layer=_act_layer(block),
+        pre_norm=_pre_norm(vit),
         class_token=vit.cls_token is not None,
         register_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
         no_embed_class=bool(vit.num_prefix_tokens and vit.no_embed_class),

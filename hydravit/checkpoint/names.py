@@ -17,7 +17,6 @@ _PRETRAINING = re.compile(r"(mask_token$|decoder[._])")  # what MAE, SimMIM and 
 
 # Names that tell arithmetic which the model does not have, and what an error calls it. A row goes when the model can.
 _FOREIGN = {
-    r"norm_pre\.": "a norm before the blocks (pre_norm)",
     r"attn_pool\.": "attention pooling",
     r"patch_embed\.(backbone|norm|proj\.\d)": "a patch embedding that is more than one convolution",
     r"pre_logits\.": "a layer before the classifier (pre_logits)",

@@ -45,6 +45,10 @@ COMPUTED = {
     "grey, no bias": {"in_chans": 1, "qkv_bias": False},
     "projections without bias": {"proj_bias": False},
     "dynamic image size": {"dynamic_img_size": True},
+    "norm before the blocks": {"pre_norm": True, "norm_layer": partial(nn.LayerNorm, eps=1e-5)},
+    "tanh GELU": {"act_layer": "gelu_tanh"},
+    "torch's tanh GELU": {"act_layer": partial(nn.GELU, approximate="tanh")},
+    "quick GELU": {"act_layer": "quick_gelu", "pre_norm": True},
 }
 
 
@@ -84,7 +88,6 @@ REFUSED = {
     "norms after branches": (lambda: vit(block_fn=vits.ResPostBlock), "norms after the branches"),
     "parallel": (lambda: vit(block_fn=vits.ParallelScalingBlock), "attention and MLP in parallel"),
     "several": (lambda: vit(block_fn=vits.ParallelThingsBlock), "several branches in parallel"),
-    "pre_norm": (lambda: vit(pre_norm=True), "norm_pre is a LayerNorm .*pre_norm"),
     "qk_norm": (lambda: vit(qk_norm=True), "q_norm is a LayerNorm .*qk_norm"),
     "scale_attn_norm": (lambda: vit(scale_attn_norm=True), "attn.norm is a LayerNorm .*scale_attn_norm"),
     "scale_mlp_norm": (lambda: vit(scale_mlp_norm=True), "mlp.norm is a LayerNorm .*scale_mlp_norm"),
@@ -95,9 +98,6 @@ REFUSED = {
     "all tokens": (lambda: vit(global_pool="avg", pool_include_prefix=True), "pool_include_prefix"),
     "no norm": (lambda: vit(final_norm=False), "final_norm=False"),
     "RMS norm": (lambda: vit(norm_layer=timm.layers.RmsNorm), "norm1 is a RmsNorm"),
-    "tanh GELU": (lambda: vit(act_layer="gelu_tanh"), "GELU by tanh"),
-    "torch's tanh GELU": (lambda: vit(act_layer=partial(nn.GELU, approximate="tanh")), "GELU by tanh"),
-    "quick GELU": (lambda: vit(act_layer="quick_gelu"), "GELU by a sigmoid"),
     "ReLU": (lambda: vit(act_layer="relu"), "mlp.act is a ReLU"),
     "no position": (lambda: vit(pos_embed="none"), "no position embedding"),
     "bias of one": (

@@ -20,10 +20,9 @@ VisionTransformer = timm.models.vision_transformer.VisionTransformer
 
 # What no weights tell, so that a state dict may be refused though the model is computed, and the reverse never.
 REASONS = (
-    "rotary positions", "relative positions", "a convolutional network before the blocks", "pre_norm",
-    "GELU by tanh", "GELU by a sigmoid", "attention pooling", "final_norm=False", "distilled DeiT", "SwiGLU",
-    "in parallel", "differential attention", "norms after the branches",
-    "multiples of patch_size",
+    "rotary positions", "relative positions", "a convolutional network before the blocks", "attention pooling",
+    "final_norm=False", "distilled DeiT", "SwiGLU", "in parallel", "differential attention",
+    "norms after the branches", "multiples of patch_size",
 )  # fmt: skip
 
 
@@ -48,6 +47,11 @@ def test_every_name_is_computed_or_refused(name):
         assert "\n" not in str(refused.value)
         return
     known = {} if config.prefix_tokens else {"head_dim": config.head_dim}  # which weights without prefix do not tell
+    known["act_layer"] = config.act_layer
+    if config.pre_norm:
+        with pytest.raises(ValueError, match="pass act_layer and norm_eps"):
+            quietly(infer_config, model.state_dict(), **known)
+        known["norm_eps"] = config.norm_eps
     inferred = quietly(infer_config, model.state_dict(), **known)
     assert dataclasses.replace(inferred, layer_scale=config.layer_scale) == config
     # Two heads and few patches, in the same relations, take no time.
