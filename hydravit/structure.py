@@ -7,6 +7,7 @@ that ``layers.py`` made. ``Structure`` looks at all modules once, and a call onl
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from hydravit import layers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks_of = operator.itemgetter(*_HOOKS)
 _ON_ALL_MODULES = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 # The modules for which the fused ops stand, by their names inside a block or the model.
@@ -88,10 +90,8 @@ class Structure:
         self._modules = list(model.modules())
         self._attributes = [module.__dict__ for module in self._modules]
         self._norms = [module for module in self._modules if isinstance(module, nn.LayerNorm)]
-        tables = [own[name] for own in self._attributes[1:] for name in _HOOKS]
         children, parameters = ([own[name] for own in self._attributes] for name in ("_modules", "_parameters"))
-        self._empty = [table for table in (*tables, *children, *parameters) if not table]
-        self._hooks = [hooks for hooks in tables if hooks]
+        self._empty = [table for table in (*children, *parameters) if not table]
         self._children = [table for table in children if table]
         self._parameters = [table for table in parameters if table]
         self._state = self._now()
@@ -99,7 +99,7 @@ class Structure:
 
     def holds(self) -> bool:
         """Whether the model still has these modules, with hooks, patches and classes as they were."""
-        return not any(self._empty) and all(self._hooks) and self._state == self._now()
+        return not any(self._empty) and self._state == self._now()
 
     def parameters(self) -> list[Tensor | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
@@ -107,6 +107,8 @@ class Structure:
     def _now(self) -> tuple[Any, ...]:
         return (
             [*map(type, self._modules)],
+            # Looked up anew, because code that removes all hooks of a module gives it new tables.
+            [*map(bool, itertools.chain.from_iterable(map(_hooks_of, self._attributes[1:])))],
             [*map(dict.get, self._attributes, itertools.repeat("forward"))],
             [*itertools.chain.from_iterable(map(dict.values, self._children))],
             [*map(type, self.parameters())],

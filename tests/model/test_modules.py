@@ -132,6 +132,20 @@ def test_attention_rollout_and_grad_cam(backend, heads):
     assert activations[0].shape == slopes[0].shape == (2, 17, 16 * heads) and slopes[0].any()
 
 
+@both
+def test_hooks_in_new_tables(backend):
+    """As code does it that removes all hooks of a module, whoever made them."""
+    model, x, seen = make(SMALL, backend), images(SMALL), []
+    expected, act = model(x), model.blocks[0].mlp.act
+    act.register_forward_hook(lambda module, inputs, output: output * 0)
+    assert not torch.allclose(model(x), expected)
+    act._forward_hooks = type(act._forward_hooks)()
+    assert torch.equal(model(x), expected) and all(model.structure().fused.blocks)
+    act.register_forward_hook(lambda *_: seen.append(1))
+    close(model(x), expected)
+    assert seen == [1]
+
+
 @pytest.mark.needs("native")
 def test_packed_inference_and_engines_stand_aside():
     model, x = make(SMALL, "native"), images(SMALL)
