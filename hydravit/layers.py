@@ -104,8 +104,11 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the channels of a slice."""
 
     def forward(self, input: Tensor, s: Any = None, eps: float | None = None) -> Tensor:
+        channels = self.normalized_shape[0] if s is None else s.embed
+        if input.shape[-1] != channels:
+            raise ValueError(f"x has {input.shape[-1]} channels, the norm {channels}: pass the slice of the width as s")
         weight, bias = (cut(p, 0, embed_of(s)) for p in (self.weight, self.bias))
-        return F.layer_norm(input, weight.shape, weight, bias, self.eps if eps is None else eps)
+        return F.layer_norm(input, (channels,), weight, bias, self.eps if eps is None else eps)
 
 
 class Conv2d(nn.Conv2d):
@@ -119,7 +122,7 @@ class Conv2d(nn.Conv2d):
         return self
 
     def forward(self, input: Tensor, rows: Intervals | None = None) -> Tensor:
-        return F.conv2d(input, cut(self.weight, 0, rows), cut(self.bias, 0, rows), self.stride)
+        return self._conv_forward(input, cut(self.weight, 0, rows), cut(self.bias, 0, rows))
 
 
 class GELU(nn.GELU):
@@ -308,7 +311,11 @@ class Block(nn.Module):
         layer = self._layer_of(x) if layer is None else layer
         if layer.backend is None:
             return kernels.per_image(
-                lambda x, _, s: self._run_modules(x, s, layer.eps), x, None, layer.slices, layer.width_index
+                lambda x, _, s: self._run_modules(x, s, unusual(layer.eps, self.config)),
+                x,
+                None,
+                layer.slices,
+                layer.width_index,
             )
         attention, mlp = [s.attention for s in layer.slices], [s.mlp for s in layer.slices]
         if any(s.heads for s in attention):
@@ -328,7 +335,7 @@ class Block(nn.Module):
             )  # fmt: skip
         return x
 
-    def _run_modules(self, x: Tensor, s: LayerSlice, eps: float) -> Tensor:
+    def _run_modules(self, x: Tensor, s: LayerSlice, eps: float | None) -> Tensor:
         """Run the block as its modules say, for images of one width."""
         attention, mlp = s
         if attention.heads:
@@ -363,6 +370,11 @@ def _layer_scale(config: HydraViTConfig, **factory) -> nn.Module:
     return nn.Identity() if config.layer_scale is None else LayerScale(config.embed, config.layer_scale, **factory)
 
 
+def unusual(eps: float, config: HydraViTConfig) -> float | None:
+    """Return a subnetwork's epsilon if it is not the config's; None: the norms have their own."""
+    return None if eps == config.norm_eps else eps
+
+
 def call(module: nn.Module, x: Tensor, **slices: Any) -> Tensor:
     """Call a module with its slice. One that takes no slices gets ``x`` alone (``structure.py`` refuses the call where
     it cannot serve the width)."""
@@ -375,8 +387,13 @@ def takes_slices(module: nn.Module) -> bool:
     return own or _takes_keywords(module.forward)
 
 
-_SLICED = (Linear, LayerNorm, Conv2d, LayerScale, PatchEmbed, Attention, Mlp, Classifiers, Block)
-_OWN = {module.forward for module in _SLICED}
+SLICED = (Linear, LayerNorm, Conv2d, LayerScale, PatchEmbed, Attention, Mlp, Classifiers, Block)
+_OWN = {module.forward for module in SLICED}
+
+
+def names_slices(module: nn.Module) -> bool:
+    """Whether a module's forward names a keyword of ``call``, rather than take any."""
+    return not {"s", "rows", "layer"}.isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def _takes_keywords(forward: Any) -> bool:

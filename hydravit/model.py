@@ -32,6 +32,7 @@ from hydravit.layers import (
     embed_of,
     grads_of,
     init_weights,
+    unusual,
 )
 from hydravit.structure import Fused, Structure
 from hydravit.timm_interface import TimmInterface
@@ -324,7 +325,9 @@ class HydraViT(TimmInterface):
             if not isinstance(attn, Attention):
                 raise ValueError(f"attention_maps: blocks.{i} has no attention of ours")
             maps.append(
-                attn.weights(call(cast("Block", block).norm1, x, s=s, eps=selection.eps), s) if s.heads else None
+                attn.weights(call(cast("Block", block).norm1, x, s=s, eps=unusual(selection.eps, self.config)), s)
+                if s.heads
+                else None
             )
             x = self._block(i, x, selection, fused)
         return maps
@@ -367,6 +370,10 @@ class HydraViT(TimmInterface):
         return self._check_batch("images", images, self._image_shape)
 
     def _check_batch(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if isinstance(tensor, torch.fx.Proxy):
+            raise TypeError(
+                "torch.fx cannot trace a model whose way depends on its width: use forward_intermediates or hooks"
+            )
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         found = kernels.sizes(tensor)
@@ -426,6 +433,9 @@ class HydraViT(TimmInterface):
         tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         prefix = [cut(token, 2, embed_of(s)).expand(images.shape[0], -1, -1) for token in tokens]
         patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
+        expected = self.config.grid[0] * self.config.grid[1]
+        if kernels.sizes(patches)[1] != expected:
+            raise ValueError(f"patch_embed makes {patches.shape[1]} patches, the config has {expected}")
         if self.config.no_embed_class:
             x = torch.cat([*prefix, patches + positions], dim=1)
         else:
@@ -454,9 +464,8 @@ class HydraViT(TimmInterface):
         return call(self.blocks[i], x, layer=layer)
 
     def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
-        pool = self.config.pool_range if kernels.sizes(x)[1] == self.config.tokens else (0, x.shape[1])  # these only
         return kernels.head(
-            x, parameters, pool, selection.head, selection.eps, selection.width_index,
+            x, parameters, self._pool_range(x), selection.head, selection.eps, selection.width_index,
             backend=self._ops(), grads=grads_of(self.slice_gradients, parameters),
         )  # fmt: skip
 
@@ -467,11 +476,20 @@ class HydraViT(TimmInterface):
                 x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
             )
         return kernels.per_image(
-            lambda x, _, s: call(self.norm, x, s=s, eps=selection.eps), x, None, selection.head, selection.width_index
+            lambda x, _, s: call(self.norm, x, s=s, eps=unusual(selection.eps, self.config)),
+            x,
+            None,
+            selection.head,
+            selection.width_index,
         )
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool_range(self, x: Tensor) -> tuple[int, int]:
+        """The tokens to pool; blocks may have changed their number, as token merging and prompts do."""
         start, stop = self.config.pool_range
+        return (start, stop) if self.config.pool == "token" else (start, kernels.sizes(x)[1])
+
+    def _pool(self, x: Tensor) -> Tensor:
+        start, stop = self._pool_range(x)
         x = x[:, start:stop]
         match self.config.pool:
             case "":
@@ -488,10 +506,10 @@ class HydraViT(TimmInterface):
         def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
             final_norm = self.config.final_norm
             if final_norm == "norm" and not normed:
-                x = call(self.norm, x, s=s, eps=selection.eps)
+                x = call(self.norm, x, s=s, eps=unusual(selection.eps, self.config))
             x = self._pool(x)
             if final_norm == "fc_norm":
-                x = call(self.get_submodule("fc_norm"), x, s=s, eps=selection.eps)
+                x = call(self.get_submodule("fc_norm"), x, s=s, eps=unusual(selection.eps, self.config))
             if pre_logits:
                 return x
             return call(self.head, x, rows=((s.class_offset, s.classes),), columns=embed_of(s))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hydravit import layers
+from hydravit_kernels import named_specs
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _hooks_of = operator.itemgetter(*_HOOKS)
@@ -47,6 +48,16 @@ _HEAD: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (layers.LayerNorm,),
     "fc_norm": (layers.LayerNorm,),
     "head": (layers.Linear, layers.Classifiers, nn.Identity),
+}
+# What these modules ran when this file was loaded: somebody may patch the class later.
+_KINDS = {kind for table in (_BLOCK, _STEM, _HEAD) for kinds in table.values() for kind in kinds} | {layers.Block}
+_FORWARDS = {kind: kind.forward for kind in _KINDS}
+# Names under which timm's ViT runs a module and this model runs none.
+_NOT_RUN = ("pos_drop", "patch_drop", "head_drop", "norm_pre", "norm", "fc_norm", "attn_pool")
+_NOT_RUN_IN_PARTS = {
+    layers.PatchEmbed: ("norm",),
+    layers.Attention: ("q_norm", "k_norm", "norm", "proj_drop"),
+    layers.Mlp: ("drop1", "norm", "drop2"),
 }
 # Plain layers of torch that somebody put in the place of ours, which compute the same and can be cut.
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -113,6 +124,7 @@ class Structure:
             [*itertools.chain.from_iterable(map(dict.values, self._children))],
             [*map(type, self.parameters())],
             [norm.eps for norm in self._norms],
+            [kind.forward for kind in _FORWARDS],
             self._replaced(),
             _watched(),
         )
@@ -137,6 +149,8 @@ def _watched() -> bool:
 
 def _look(model: Any, replaced: list[str]) -> Fused:
     """Find out what of a model fused ops may stand for."""
+    _refuse_unused(model)
+    _refuse_other_shapes(model)
     config = model.config
     told: dict[str, list[str]] = {}  # part -> what is told to whom
     full_only = ""
@@ -202,8 +216,10 @@ def _stranger(name: str, module: nn.Module, expected: tuple[type[nn.Module], ...
     own = _PLAIN.get(type(module))
     if own in expected and not (isinstance(module, nn.GELU) and module.approximate != "none"):
         module.__class__ = own
-    if not isinstance(module, expected) or not any(type(module).forward is kind.forward for kind in expected):
+    if not isinstance(module, expected) or type(module).__call__ is not nn.Module.__call__:
         return f"{name} is {_article(module)}"
+    if not any(type(module).forward is _FORWARDS[kind] for kind in expected):
+        return f"{name} is {_article(module)} with another forward"
     if isinstance(module, nn.GELU) and module.approximate != "none":
         return f"{name} approximates by {module.approximate}"
     if "forward" in module.__dict__:
@@ -212,6 +228,10 @@ def _stranger(name: str, module: nn.Module, expected: tuple[type[nn.Module], ...
         return f"{name} has a hook"
     if isinstance(module, nn.LayerNorm) and module.eps != eps:
         return f"{name} has eps {module.eps}"
+    if isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
+        return f"{name} has no weight or no bias"
+    if isinstance(module, nn.Conv2d) and not _cuts_patches(module):
+        return f"{name} does not cut images into patches side by side"
     plain = is_parametrized(module) or torch.compiler.is_compiling()  # torch.export has fake parameters
     for parameter in () if plain else module._parameters.values():
         if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
@@ -221,11 +241,46 @@ def _stranger(name: str, module: nn.Module, expected: tuple[type[nn.Module], ...
 
 def _serves_widths(module: nn.Module, expected: tuple[type[nn.Module], ...], config: Any) -> bool:
     """Whether the module in this place can run at a narrower width."""
-    if layers.takes_slices(module) or not any(True for _ in module.parameters()):
+    of_ours = [m for m in module.modules() if isinstance(m, layers.SLICED)]
+    own = {id(p) for m in of_ours for p in m.parameters()}
+    if layers.takes_slices(module):
+        # With **kwargs it hands the slice on to a module of ours, but has no use for it itself.
+        return layers.names_slices(module) or all(id(p) in own for p in module.parameters())
+    if not any(True for _ in module.parameters()):
         return True
     # A wrapper of a block hands on the residual, whose channels tell the block its width if no two have as many.
-    contains_block = expected == (layers.Block,) and any(isinstance(m, layers.Block) for m in module.modules())
-    return contains_block and layers.channels_tell_width(config)
+    wraps_block = expected == (layers.Block,) and any(isinstance(m, layers.Block) for m in of_ours if m is not module)
+    return wraps_block and layers.channels_tell_width(config)
+
+
+def _cuts_patches(conv: nn.Conv2d) -> bool:
+    plain = (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
+    return plain and conv.stride == conv.kernel_size
+
+
+def _refuse_unused(model: Any) -> None:
+    """Raise ``ValueError`` for a module in a place where timm's ViT runs one and this model does not."""
+    ours = {model.config.final_norm, *(["norm_pre"] if model.config.pre_norm else [])}
+    places = [(name, getattr(model, name, None)) for name in _NOT_RUN if name not in ours]
+    for name, module in model.named_modules():
+        for slot in next((slots for kind, slots in _NOT_RUN_IN_PARTS.items() if isinstance(module, kind)), ()):
+            places.append((f"{name}.{slot}", getattr(module, slot, None)))
+    for name, module in places:
+        idle = isinstance(module, nn.Dropout) and module.p == 0
+        if isinstance(module, nn.Module) and not isinstance(module, nn.Identity) and not idle:
+            raise ValueError(
+                f"{name} is {_article(module)}, but this model runs no module there; wrap a neighbour of it"
+            )
+
+
+def _refuse_other_shapes(model: Any) -> None:
+    """Raise ``RuntimeError`` for a parameter that has not the shape that the config demands."""
+    sizes, parameters = model.config.sizes, dict(model.named_parameters())
+    for name, spec, _ in named_specs(sizes.layers, model.config.final_norm):
+        parameter, shape = parameters.get(name), tuple(sizes.axis(axis) for axis in spec.axes)
+        separate = name.startswith("head.") and model.config.separate_classifiers
+        if parameter is not None and not separate and parameter.shape != shape:
+            raise RuntimeError(f"{name}: shape {shape} expected, {tuple(parameter.shape)} given")
 
 
 def _article(module: nn.Module) -> str:

@@ -459,3 +459,128 @@ def test_copies_of_a_hooked_model(backend):
 
 def print_nothing(module, inputs, output):
     return None
+
+
+# ---- Attributes, classes and sizes ----
+
+
+@both
+@at_widths
+def test_a_norm_has_its_own_eps(backend, heads):
+    model, x = make(SMALL, backend), images(SMALL)
+    small, before = narrow(make_like(model), heads), model(x, heads=heads)
+    for each in (model, small):
+        each.blocks[0].norm1.eps, each.norm.eps = 5.0, 2.0
+    assert not torch.allclose(model(x, heads=heads), before)
+    small.blocks[0].norm1.register_forward_hook(print_nothing)  # the modules run by themselves there
+    close(model(x, heads=heads), small(x))
+    wide = nn.LayerNorm(64, eps=1.0)
+    model.blocks[1].norm2, small.blocks[1].norm2 = wide, nn.LayerNorm(16 * heads, eps=1.0)
+    close(model(x, heads=heads), small(x))
+
+
+@both
+@at_widths
+def test_norms_without_weight_or_bias(backend, heads):
+    model, x = make(SMALL, backend), images(SMALL)
+    small = narrow(make_like(model), heads)
+    for each, channels in ((model, 64), (small, 16 * heads)):
+        each.blocks[0].norm1 = nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+        each.norm = nn.LayerNorm(channels, eps=1e-6, bias=False)
+    close(model(x, heads=heads), small(x))
+
+
+@both
+@at_widths
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_blocks_may_change_the_number_of_tokens(backend, heads, pool):
+    """As token merging and prompts do: the pooled tokens are the class token, or all after it."""
+    model, x = make(SMALL, backend, pool=pool), images(SMALL)
+    for change in (lambda block, inputs, y: y[:, :9], lambda block, inputs, y: torch.cat([y, y[:, 3:5]], 1)):
+        tokens = change(None, None, model.blocks[0](model._stem(x, model.select(heads, 2), model.structure().fused)))
+        tokens = model.blocks[1](tokens)
+        pooled = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)
+        norm = model.get_submodule(model.config.final_norm)
+        s = model.subnetwork(heads).head
+        expected = model.head(norm(pooled, s=s), columns=((0, 16 * heads),))
+        handle = model.blocks[0].register_forward_hook(change)
+        close(model(x, heads=heads), expected)
+        handle.remove()
+
+
+@both
+@at_widths
+def test_patched_classes(backend, heads, monkeypatch):
+    model, x = make(SMALL, backend), images(SMALL)
+    expected = model(x, heads=heads)
+    own = hydravit.layers.Mlp.forward
+    monkeypatch.setattr(hydravit.layers.Mlp, "forward", lambda self, x, **slices: 0 * own(self, x, **slices))
+    assert not torch.allclose(model(x, heads=heads), expected)
+    monkeypatch.undo()
+    assert torch.equal(model(x, heads=heads), expected)
+
+    class Logged(hydravit.layers.Attention):
+        def __call__(self, *arguments, **keywords):
+            calls.append(1)
+            return super().__call__(*arguments, **keywords)
+
+    calls = []
+    model.blocks[0].attn.__class__ = Logged
+    close(model(x, heads=heads), expected)
+    assert calls == [1]
+
+
+class Pruned(hydravit.layers.Block):
+    def forward(self, x):
+        return x + self.attn(self.norm1(x))
+
+
+@both
+def test_what_serves_no_narrower_width_is_refused_by_name(backend):
+    class KeywordLoRA(LoRA):
+        def forward(self, x, *arguments, **keywords):
+            return self.base(x, *arguments, **keywords) + self.up(self.down(x))
+
+    for change in (
+        lambda model: setattr(model.blocks[0].attn, "qkv", KeywordLoRA(model.blocks[0].attn.qkv)),
+        lambda model: setattr(model.blocks[0], "__class__", Pruned),
+    ):
+        model, x = make(SMALL, backend), images(SMALL)
+        change(model)
+        assert model(x).shape == (2, 10)
+        with pytest.raises(ValueError, match=r"only the full width is possible, because blocks\.0"):
+            model(x, heads=2)
+
+
+@both
+def test_what_cannot_run_is_refused_by_name(backend):
+    for change, message in {
+        lambda m: setattr(
+            m, "head_drop", nn.Dropout(0.9)
+        ): "head_drop is a Dropout, but this model runs no module there",
+        lambda m: setattr(m.blocks[0].attn, "q_norm", nn.LayerNorm(16)): r"blocks\.0\.attn\.q_norm is a LayerNorm, but",
+        lambda m: setattr(
+            m.blocks[1].mlp, "fc1", nn.Linear(64, 512)
+        ): r"blocks\.1\.mlp\.fc1\.weight: shape .256, 64. exp",
+        lambda m: setattr(m.patch_embed.proj, "padding", (4, 4)): "patch_embed makes 25 patches, the config has 16",
+    }.items():
+        model, x = make(SMALL, backend), images(SMALL)
+        change(model)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            model(x)
+    model = make(SMALL, backend)
+    model.head_drop = nn.Dropout(0.0)
+    model(x)
+    with pytest.raises(ValueError, match="x has 32 channels, the norm 64: pass the slice"):
+        model.norm(torch.randn(2, 32))
+    with pytest.raises(TypeError, match=r"torch\.fx cannot trace .* forward_intermediates"):
+        torch.fx.symbolic_trace(model)
+
+
+@both
+def test_other_patch_convolutions(backend):
+    model, x = make(SMALL, backend), images(SMALL)
+    conv = nn.Conv2d(3, 64, 16, 8, padding=4)
+    with pytest.raises(RuntimeError, match=r"patch_embed\.proj\.weight: shape .* expected"):
+        model.patch_embed.proj = conv
+        model(x)
