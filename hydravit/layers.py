@@ -105,7 +105,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, s: Any = None, eps: float | None = None) -> Tensor:
         channels = self.normalized_shape[0] if s is None else s.embed
-        if input.shape[-1] != channels:
+        if kernels.sizes(input)[-1] != channels:
             raise ValueError(f"x has {input.shape[-1]} channels, the norm {channels}: pass the slice of the width as s")
         weight, bias = (cut(p, 0, embed_of(s)) for p in (self.weight, self.bias))
         return F.layer_norm(input, (channels,), weight, bias, self.eps if eps is None else eps)
