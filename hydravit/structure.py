@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hydravit import layers
-from hydravit_kernels import named_specs
-from hydravit_kernels import sizes as sizes_of
+from hydravit_kernels import exporting, named_specs
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _hooks_of = operator.itemgetter(*_HOOKS)
@@ -151,7 +150,8 @@ def _watched() -> bool:
 def _look(model: Any, replaced: list[str]) -> Fused:
     """Find out what of a model fused ops may stand for."""
     _refuse_unused(model)
-    _refuse_other_shapes(model)
+    if not exporting():  # the question would be recorded
+        _refuse_other_shapes(model)
     config = model.config
     told: dict[str, list[str]] = {}  # part -> what is told to whom
     full_only = ""
@@ -280,7 +280,7 @@ def _refuse_other_shapes(model: Any) -> None:
     for name, spec, _ in named_specs(sizes.layers, model.config.final_norm):
         parameter, shape = parameters.get(name), tuple(sizes.axis(axis) for axis in spec.axes)
         separate = name.startswith("head.") and model.config.separate_classifiers
-        if parameter is not None and not separate and sizes_of(parameter) != shape:
+        if parameter is not None and not separate and parameter.shape != shape:
             raise RuntimeError(f"{name}: shape {shape} expected, {tuple(parameter.shape)} given")
 
 
