@@ -22,7 +22,7 @@ VisionTransformer = timm.models.vision_transformer.VisionTransformer
 REASONS = (
     "rotary positions", "relative positions", "a convolutional network before the blocks", "attention pooling",
     "final_norm=False", "distilled DeiT", "SwiGLU", "in parallel", "differential attention",
-    "norms after the branches", "multiples of patch_size",
+    "norms after the branches", "multiples of patch_size", "is a RmsNorm",
 )  # fmt: skip
 
 
