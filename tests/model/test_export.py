@@ -136,6 +136,7 @@ def test_export_variants(variant):
 # ---- Other tools ----
 
 
+@pytest.mark.long
 @at_widths
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.filterwarnings("ignore")
@@ -155,6 +156,7 @@ def test_onnx(tmp_path, heads, dynamo):
     check(lambda x: session.run(None, {name: x.numpy()})[0], x, expected)
 
 
+@pytest.mark.long
 @at_widths
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.filterwarnings("ignore")

@@ -153,6 +153,7 @@ def test_results_of_an_evaluation_are_json(backend):
     assert [row["heads"] for row in json.loads(json.dumps(results))["widths"]] == [1, 3]
 
 
+@pytest.mark.long
 @native
 @pytest.mark.parametrize("kind", [np.int64, torch.tensor])
 def test_compiled_models(kind):

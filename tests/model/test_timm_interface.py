@@ -187,6 +187,7 @@ def test_grad_checkpointing_runs_the_blocks_anew():
     assert len(seen) == 3
 
 
+@pytest.mark.long
 @both
 def test_grad_checkpointing_compiled(backend):
     model, x = make(backend=backend).train(), images(SMALL)
