@@ -383,8 +383,10 @@ def call(module: nn.Module, x: Tensor, **slices: Any) -> Tensor:
 
 def takes_slices(module: nn.Module) -> bool:
     """Whether a module's forward takes the keywords that the module in its place gets from ``call``."""
-    own = "forward" not in module.__dict__ and type(module).forward in _OWN
-    return own or _takes_keywords(module.forward)
+    if "forward" not in module.__dict__ and type(module).forward in _OWN:
+        return True
+    parameters = inspect.signature(module.forward).parameters.values()
+    return names_slices(module) or any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 SLICED = (Linear, LayerNorm, Conv2d, LayerScale, PatchEmbed, Attention, Mlp, Classifiers, Block)
@@ -394,11 +396,6 @@ _OWN = {module.forward for module in SLICED}
 def names_slices(module: nn.Module) -> bool:
     """Whether a module's forward names a keyword of ``call``, rather than take any."""
     return not {"s", "rows", "layer"}.isdisjoint(inspect.signature(module.forward).parameters)
-
-
-def _takes_keywords(forward: Any) -> bool:
-    parameters = inspect.signature(forward).parameters
-    return any(name in ("s", "rows", "layer") or p.kind is p.VAR_KEYWORD for name, p in parameters.items())
 
 
 def init_weights(model: nn.Module) -> None:

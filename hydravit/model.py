@@ -226,11 +226,6 @@ class HydraViT(TimmInterface):
         finally:
             self.weights_changed()  # meanwhile another thread may have packed the old weights
 
-    def _load_from_state_dict(self, *arguments, **keywords):
-        if torch.__future__.get_swap_module_params_on_conversion():  # torch swaps no tensor with a weak reference to it
-            self.weights_changed()
-        super()._load_from_state_dict(*arguments, **keywords)
-
     def weights_changed(self) -> None:
         """Declare packed weights stale, after writes to few elements that torch cannot see, as through a NumPy view.
 
@@ -475,12 +470,13 @@ class HydraViT(TimmInterface):
             return kernels.layer_norm(
                 x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
             )
+        return self._run_norm(x, selection)
+
+    def _run_norm(self, x: Tensor, selection: Selection) -> Tensor:
+        """Run the module of the norm before pooling, on all tokens."""
+        eps = unusual(selection.eps, self.config)
         return kernels.per_image(
-            lambda x, _, s: call(self.norm, x, s=s, eps=unusual(selection.eps, self.config)),
-            x,
-            None,
-            selection.head,
-            selection.width_index,
+            lambda x, _, s: call(self.norm, x, s=s, eps=eps), x, None, selection.head, selection.width_index
         )
 
     def _pool_range(self, x: Tensor) -> tuple[int, int]:
@@ -503,12 +499,12 @@ class HydraViT(TimmInterface):
     def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Tensor:
         """Run pooling, norm and classifier as their modules say; as in timm, ``norm`` sees all tokens."""
 
+        if self.config.final_norm == "norm" and not normed:
+            x = self._run_norm(x, selection)
+
         def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
-            final_norm = self.config.final_norm
-            if final_norm == "norm" and not normed:
-                x = call(self.norm, x, s=s, eps=unusual(selection.eps, self.config))
             x = self._pool(x)
-            if final_norm == "fc_norm":
+            if self.config.final_norm == "fc_norm":
                 x = call(self.get_submodule("fc_norm"), x, s=s, eps=unusual(selection.eps, self.config))
             if pre_logits:
                 return x
