@@ -23,7 +23,7 @@ ORDER = {
         "atomic", "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation",
         "recipes", "training", "cli", "__main__",
     ],
-    "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "run"],
+    "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "run"],
 }  # fmt: skip
 
 
