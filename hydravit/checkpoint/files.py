@@ -1,37 +1,26 @@
-"""Checkpoint files, ``.safetensors`` and torch's. Reading unpickles tensors and plain containers only."""
+"""Checkpoint files, ``.safetensors`` and torch's: the weights of a model and what else a user of them needs."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
-import pathlib
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from hydravit.atomic import atomic_write
+from hydravit.checkpoint.formats import METADATA, read_file, write_torch
+from hydravit.checkpoint.integrity import write_safetensors
 from hydravit.checkpoint.names import named_tensors
 from hydravit.config import HydraViTConfig
 from hydravit.integers import plain_int
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
-
-_METADATA = "hydravit"  # our entry in a torch file, or in the header of a safetensors file
-# Plain values that training scripts store beside the weights: their arguments, and numbers of NumPy.
-_SCALAR: Any = np.float64(0).__reduce__()[0]  # the function that makes a scalar; NumPy 1 and 2 have it elsewhere
-_PLAIN: list[Any] = [argparse.Namespace, pathlib.PosixPath, np.dtype]
-_PLAIN += {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-_PLAIN += [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | os.PathLike | IO[bytes], *, prefer_ema: bool = True, part: str | None = None
+    path: str | os.PathLike | IO[bytes], *, prefer_ema: bool = True, part: str | None = None, verify: bool = True
 ) -> Checkpoint:
     """Read a ``.safetensors`` file or a torch file (any other extension), or one of both that is open or in memory.
 
@@ -64,6 +53,7 @@ def read_checkpoint(
     Args:
         part: which model, where the file has several: the name under which its weights lie, such as ``"teacher"``, or
             a word of the prefix before its names.
+        verify: whether to check the file's checksums, which reads it twice.
     Returns:
         Checkpoint: tensors on the CPU, in the dtypes of the file. For files of HydraViT's authors it has the trained
         widths and the preprocessing that their script's arguments tell.
@@ -72,67 +62,13 @@ def read_checkpoint(
         ValueError: the file is damaged or no checkpoint, has several models, or its metadata is wrong. The message
             names the file.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        data = path.read()
-        return _parse(lambda: _load_bytes(data), None, prefer_ema, part)
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"checkpoint {path} is a directory, not a file")
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    open(path, "rb").close()  # raises if the file cannot be read: torch raises OSError for a torn file too
-    load = _load_safetensors if path.suffix == ".safetensors" else _load_torch
-    return _parse(lambda: load(path), path, prefer_ema, part)
-
-
-def _parse(load: Callable[[], tuple[object, object]], path: Path | None, prefer_ema: bool, part) -> Checkpoint:
-    """Make a checkpoint of the content and the metadata that ``load`` returns; errors name the file."""
-    name = "checkpoint in memory" if path is None else f"checkpoint {path}"
-    try:
-        content, metadata = load()
-    except Exception as error:  # pickle, zip and safetensors each raise their own kinds
-        raise ValueError(f"{name} cannot be read; {_why(error, path)}") from error
+    content, metadata = read_file(path, verify=verify)
+    named = Path(path) if isinstance(path, (str, os.PathLike)) else None
     try:
         fields = _parse_metadata(metadata) if metadata else _fields_of_the_authors(content)
-        return Checkpoint(named_tensors(content, prefer_ema, part), **fields, path=path)
+        return Checkpoint(named_tensors(content, prefer_ema, part), **fields, path=named)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _load_safetensors(path: Path) -> tuple[object, object]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        content = {name: file.get_tensor(name) for name in file.keys()}
-        return content, json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-
-
-def _load_torch(path: Path | IO[bytes]) -> tuple[object, object]:
-    with torch.serialization.safe_globals(_PLAIN):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return content, content.get(_METADATA, {}) if isinstance(content, Mapping) else {}
-
-
-def _load_bytes(data: bytes) -> tuple[object, object]:
-    header = int.from_bytes(data[:8], "little")
-    if data[8:9] != b"{":
-        return _load_torch(io.BytesIO(data))
-    content = safetensors.torch.load(data)
-    return content, json.loads(json.loads(data[8 : 8 + header]).get("__metadata__", {}).get(_METADATA, "{}"))
-
-
-def _why(error: Exception, path: Path | None) -> str:
-    """Say in one line why torch or safetensors cannot read a file, without torch's advice to run its code."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    found = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:class|global|type) `?([\w.]+)`? was not", text)
-    if found:
-        return (
-            f"it holds a {found[1]}, which only running the file's code would load, where tensors and plain values "
-            "are expected; write model.state_dict() instead of the object"
-        )
-    expected = "a whole safetensors file" if path and path.suffix == ".safetensors" else "a whole torch file of tensors"
-    first = text.strip().split("\n")[0]
-    if "weights_only" in text or "Weights only" in text:
-        first = "it is no file of tensors"
-    return f"expected {expected} ({first or type(error).__name__})"
+        raise ValueError(f"checkpoint {named or 'in memory'}: {error}") from error
 
 
 def _fields_of_the_authors(content: object) -> dict:
@@ -192,10 +128,11 @@ def save_checkpoint(
     _parse_metadata(metadata)
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if path.suffix == ".safetensors":
-        header = {_METADATA: json.dumps(metadata), "format": "pt"}
-        atomic_write(path, lambda file: safetensors.torch.save_file(state_dict, file, header))
+        header = {METADATA: json.dumps(metadata), "format": "pt"}
+        atomic_write(path, lambda file: write_safetensors(file, state_dict, header))
     elif path.suffix in (".pt", ".pth"):
-        atomic_write(path, lambda file: torch.save({"state_dict": state_dict, _METADATA: metadata}, file))
+        content = {"state_dict": state_dict, METADATA: metadata}
+        atomic_write(path, lambda file: write_torch(content, file))
     else:
         raise ValueError(f"path must end in .safetensors, .pt or .pth, not {path.name!r}")
 
@@ -203,7 +140,7 @@ def save_checkpoint(
 def _parse_metadata(metadata: object) -> dict:
     """Return the fields of a ``Checkpoint``; raise ``ValueError`` or ``TypeError`` for anything unexpected."""
     if not isinstance(metadata, dict):
-        raise ValueError(f"metadata {_METADATA!r} must be a dict, not {type(metadata).__name__}")
+        raise ValueError(f"metadata {METADATA!r} must be a dict, not {type(metadata).__name__}")
     config, heads, preprocessing, names = (
         metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names")
     )

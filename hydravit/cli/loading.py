@@ -30,6 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> Non
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says how a checkpoint of another project is to be read."""
     parser.add_argument("--part", metavar="NAME", help="which model of a checkpoint that has several, such as teacher")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the file's checksums")
     parser.add_argument("--no-strict", dest="strict", action="store_false", help="also if names are missing or left")
     parser.add_argument("--timm", metavar="NAME", help="timm's name of the model, which tells what weights do not")
     parser.add_argument(
@@ -53,7 +54,7 @@ def read_weights(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Any]]:
             fields[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             fields[name] = text
-    return read_checkpoint(args.checkpoint, part=args.part), fields
+    return read_checkpoint(args.checkpoint, part=args.part, verify=args.verify), fields
 
 
 def positive(text: str) -> int:

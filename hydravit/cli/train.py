@@ -42,6 +42,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
     parser.add_argument("--part", metavar="NAME", help="which model of a checkpoint that has several, such as teacher")
     parser.add_argument("--no-strict", dest="strict", action="store_false", help="also if names are missing or left")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the files' checksums")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
     )
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     model = fused_model(config=config, backend=args.backend, device=device)
     if args.checkpoint:
-        load_weights(model, read_checkpoint(args.checkpoint, part=args.part), strict=args.strict)
+        load_weights(model, read_checkpoint(args.checkpoint, part=args.part, verify=args.verify), strict=args.strict)
     mix = None
     if recipe.rand_augment or recipe.color_jitter or recipe.random_erasing or recipe.mixup or recipe.cutmix:
         from hydravit.recipes import photos
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     if resume is not None:
-        trainer.resume(resume)
+        trainer.resume(resume, verify=args.verify)
     if main:
         widths = ", ".join(map(str, recipe.trained_heads))
         print(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from hydravit.atomic import atomic_write
+from hydravit.checkpoint.formats import read_file, write_torch
 
 _FORMAT = 1
 
@@ -26,23 +24,20 @@ def save_state(path: str | os.PathLike, state: dict, identity: dict) -> None:
         OSError: the file could not be written; an older file at ``path`` is then unchanged.
     """
     content = {"format": _FORMAT, "identity": identity, "state": state}
-    atomic_write(path, lambda file: torch.save(content, file))
+    atomic_write(path, lambda file: write_torch(content, file))
 
 
-def load_state(path: str | os.PathLike, identity: dict) -> dict:
+def load_state(path: str | os.PathLike, identity: dict, *, verify: bool = True) -> dict:
     """Read the state in ``path``, on the CPU. Only tensors and plain values are read, never code.
 
+    Args:
+        verify: whether to check the file's checksums.
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
         ValueError: the file is damaged or no training state, or it belongs to another run; the message names the first
             field of ``identity`` that differs.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint to resume from")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
-        raise ValueError(f"{path}: damaged, or no training checkpoint ({type(error).__name__}: {error})") from error
+    content, _ = read_file(path, verify=verify)
     if not isinstance(content, dict) or content.get("format") != _FORMAT or "state" not in content:
         raise ValueError(f"{path}: no training checkpoint of this version")
     difference = _first_difference(content["identity"], identity)

@@ -317,13 +317,13 @@ class Trainer:
             save_state(path, state, self._identity())
         return path
 
-    def resume(self, path: str | Path) -> None:
+    def resume(self, path: str | Path, *, verify: bool = True) -> None:
         """Resume from a checkpoint. The weights at the end are exactly those of a run that was never interrupted.
 
         Raises:
             FileNotFoundError, ValueError: those of ``load_state``; nothing is changed then.
         """
-        state = load_state(path, self._identity())
+        state = load_state(path, self._identity(), verify=verify)
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

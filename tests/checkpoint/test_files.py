@@ -281,6 +281,64 @@ def test_truncated_files_are_refused(tmp_path, suffix, part):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_flipped_bits_never_load_other_weights(tmp_path, suffix):
+    path, model = tmp_path / f"model{suffix}", make(depth=1, num_classes=2)
+    save_checkpoint(path, model, trained_heads=(2, 4))
+    whole, expected = path.read_bytes(), read_checkpoint(path)
+    draws = torch.randint(8 * len(whole), (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    refused = 0
+    for bit in [*range(8 * 8), *draws]:  # the first bytes are the header's length, or zip's mark
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        # What no record holds, such as times and padding of zip, changes nothing.
+        assert found.config == expected.config and found.trained_heads == expected.trained_heads
+        assert all(torch.equal(found.state_dict[name], value) for name, value in expected.state_dict.items())
+    assert refused > 250
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for file in (path, io.BytesIO(flipped)):
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="not what its checksum says, so it is damaged"):
+            read_checkpoint(file)
+    assert read_checkpoint(path, verify=False).config == expected.config
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    model = make()
+    save_file(model.state_dict(), tmp_path / "theirs.safetensors")
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model.state_dict(), tmp_path / "fast.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("theirs.safetensors", "old.pt", "fast.pt"):
+        found = read_checkpoint(tmp_path / name).state_dict
+        assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_equal_models_are_equal_files(tmp_path, suffix):
+    names = ["a", "\u00e9\n", '"']
+    for i in range(6):  # safetensors puts the entries of metadata into a random order
+        save_checkpoint(tmp_path / f"{i}{suffix}", make_seeded(), trained_heads=(1, 4), class_names=names)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_checkpoint(tmp_path / f"0{suffix}").class_names == tuple(names)
+
+
+def make_seeded():
+    torch.manual_seed(0)
+    return make(num_classes=3)
+
+
 def test_bad_safetensors_metadata(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(1)}, path, {"hydravit": "{"})

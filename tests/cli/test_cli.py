@@ -169,6 +169,16 @@ def test_checkpoints_of_others_are_read_as_the_command_line_says(tmp_path, capsy
     assert "expected NAME=VALUE" in fails(capsys, *info, "--field", "head_dim")
 
 
+def test_a_damaged_file_is_loaded_only_by_name_of_the_flag(folder, tmp_path, capsys):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(content)
+    predict = ("predict", folder / "pictures", "--checkpoint", tmp_path / "flipped.safetensors")
+    line = fails(capsys, *predict)
+    assert "flipped.safetensors cannot be read" in line and "--no-verify loads it" in line
+    assert hydravit(*predict, "--no-verify") == 0
+
+
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
     model = ("--checkpoint", folder / "model.safetensors")
     (tmp_path / "bad.safetensors").write_text("no")

@@ -293,6 +293,15 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, stop_at, per_image, opti
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_checkpoint_that_holds_code_is_refused_without_bad_advice(tmp_path):
+    torch.save({"format": 1, "identity": {}, "state": make_model()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt cannot be read; it holds a hydravit\.model\.HydraViT"
+    ) as caught:
+        train(tmp_path, resume=True)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_resume_refuses_another_run(tmp_path):
     train(tmp_path, RECIPE.replace(epochs=1, warmup_epochs=0.0, ema=0.0))
     with pytest.raises(ValueError, match=r"recipe\.ema was 0\.0 .* 0\.5"):
@@ -302,7 +311,7 @@ def test_resume_refuses_another_run(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "nothing.pt", {})
     (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:500])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read; expected a whole torch file"):
         train(tmp_path, resume=True)
 
 
@@ -311,8 +320,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     before = (tmp_path / "checkpoint.pt").read_bytes()
 
     def full(content, file):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
