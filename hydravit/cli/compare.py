@@ -56,12 +56,11 @@ def run(args: argparse.Namespace) -> None:
         changed.set = args.set + shlex.split(setting)
         recipes[setting] = make_recipe(changed)
     results = _Results(Path(args.out))
+    validation = CrossValidation(args.folds)
     for setting, recipe in recipes.items():
-        options = {"skip_corrupt": args.skip_corrupt, "split_seed": args.split_seed}
-        validation = CrossValidation(recipe.data, args.folds, **options)
         found = []
         for fold in range(args.folds):
-            identity = {"recipe": recipe.to_dict(), "data": options, "folds": args.folds, "fold": fold}
+            identity = {"recipe": recipe.to_dict(), "folds": args.folds, "fold": fold}
             top1 = results.find(identity)
             if top1 is None:
                 top1 = validation.fold(recipe, fold, backend=args.backend, progress=sys.stderr.isatty())

@@ -15,7 +15,7 @@ import torch
 from hydravit.cli import parse_heads
 from hydravit.cli.loading import usable_device
 from hydravit.config import HydraViTConfig, resolve_config
-from hydravit.recipes import RECIPES, Recipe, get_recipe
+from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
 _EXAMPLES = """examples:
   hydravit train --recipe demo --out runs/demo
@@ -25,8 +25,6 @@ _EXAMPLES = """examples:
   hydravit train --recipe demo --set depth=6 --set clip_norm=0.5 --out runs/deep
   torchrun --nproc-per-node 2 --no-python hydravit train --recipe hydravit-imagenet --data imagenet/ --out runs/in1k
 """
-
-_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_parser(subparsers) -> None:
@@ -39,9 +37,6 @@ def add_parser(subparsers) -> None:
     )
     add_recipe_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is written")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
-    parser.add_argument("--part", metavar="NAME", help="which model of a checkpoint that has several, such as teacher")
-    parser.add_argument("--no-strict", dest="strict", action="store_false", help="also if names are missing or left")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the files' checksums")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
@@ -49,7 +44,6 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
-    parser.add_argument("--amp", default="none", choices=_AMP, help="mixed precision (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument(
         "--validate-every",
@@ -74,6 +68,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heads", metavar="LIST", help="widths to train: 3,6,12 or 3-12 or all (default: the recipe's)"
     )
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from: timm's, DeiT's or our own")
+    parser.add_argument("--part", metavar="NAME", help="which model of a checkpoint that has several, such as teacher")
+    parser.add_argument(
+        "--no-strict", dest="strict", action="store_const", const=False, help="also if names are missing or left"
+    )
+    parser.add_argument(
+        "--skip-corrupt", action="store_const", const=True, help="leave unreadable image files out and count them"
+    )
+    parser.add_argument("--split-seed", type=int, metavar="N", help="of a folder that has no test folder")
+    parser.add_argument("--amp", choices=AMP, help="mixed precision (default: the recipe's)")
     for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
     parser.add_argument(
@@ -84,16 +88,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="replaces any field of the recipe or the model",
     )
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
 
 
 def run(args: argparse.Namespace) -> None:
-    from hydravit.checkpoint import load_weights, read_checkpoint, save_checkpoint
+    from hydravit.checkpoint import save_checkpoint
     from hydravit.data import load_dataset
     from hydravit.evaluation.picture import check_plotting
-    from hydravit.factory import fused_model
-    from hydravit.training import Interrupted, Trainer
+    from hydravit.training import Interrupted, Trainer, make_model
     from hydravit.training.trainer import CHECKPOINT
 
     if not args.no_evaluate:
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     resume = None if args.resume is None else Path(args.resume or out / CHECKPOINT)
     if resume is None and (out / CHECKPOINT).exists() and main:
         raise ValueError(f"{out / CHECKPOINT} exists: go on with --resume, or choose another --out")
-    data: dict[str, Any] = {"seed": args.split_seed, "skip_corrupt": args.skip_corrupt}
+    data: dict[str, Any] = {"seed": recipe.split_seed, "skip_corrupt": recipe.skip_corrupt}
     size = recipe.config.image_size
     dataset = load_dataset(recipe.data, split="train", image_size=size, augment=recipe.augment, **data)
     preprocessing, class_names = dataset.preprocessing, dataset.class_names
@@ -113,13 +114,8 @@ def run(args: argparse.Namespace) -> None:
         data.update(preprocessing=preprocessing, class_names=class_names)
         evaluation = load_dataset(recipe.data, split="test", **data)
 
-    config = dataclasses.replace(
-        recipe.config, image_size=dataset.image_size, in_channels=dataset.in_channels, num_classes=len(class_names)
-    )
-    torch.manual_seed(recipe.seed)
-    model = fused_model(config=config, backend=args.backend, device=device)
-    if args.checkpoint:
-        load_weights(model, read_checkpoint(args.checkpoint, part=args.part, verify=args.verify), strict=args.strict)
+    start = resume is None  # where a run goes on, the weights that it began with do not matter
+    model = make_model(recipe, dataset, backend=args.backend, device=device, start=start, verify=args.verify)
     mix = None
     if recipe.rand_augment or recipe.color_jitter or recipe.random_erasing or recipe.mixup or recipe.cutmix:
         from hydravit.recipes import photos
@@ -133,7 +129,6 @@ def run(args: argparse.Namespace) -> None:
         out=out,
         validation=evaluation,
         validate_every=args.validate_every,
-        amp=_AMP[args.amp],
         mix=mix,
         checkpoint_every=args.checkpoint_every,
         checkpoint_steps=args.checkpoint_steps,
@@ -184,10 +179,11 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
     recipe = get_recipe(args.recipe)
     config = recipe.config if args.config is None else resolve_config(args.config)
-    changes = {name: getattr(args, name) for name in ("data", "epochs", "batch_size", "lr", "seed")}
-    changes = {name: value for name, value in changes.items() if value is not None}
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}
+    # An argument that has the name of a field replaces it; widths are text that the model's size explains.
+    given = {name: getattr(args, name, None) for name in recipe_fields - {"heads"}}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config_changes: dict[str, Any] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.integers import plain_int
 
+AMP = ("none", "bf16", "fp16")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -15,7 +17,9 @@ class Recipe:
 
     Args:
         config: the full model; the data's image size, channels and classes replace its own.
-        data: the ``source`` of ``hydravit.data.load_dataset``.
+        data, split_seed, skip_corrupt: ``source``, ``seed`` and ``skip_corrupt`` of ``hydravit.data.load_dataset``.
+        checkpoint, part: the file whose weights training starts from, and which model in it; "": random weights.
+        strict: whether names that the checkpoint lacks or has too many are an error.
         heads: widths to train; empty: all.
         weights: how often each of ``heads`` is drawn, relative to the others; empty: equally often.
         per_image: every image of a batch draws its own width, instead of one for the batch.
@@ -37,11 +41,17 @@ class Recipe:
         ema: decay of the average of the weights, which is then evaluated and saved; 0: none.
         augment: whether the data set augments lightly.
         rand_augment, color_jitter, random_erasing: timm's heavy augmentation, for folders of photos; "" and 0: none.
+        amp: "bf16" or "fp16" for mixed precision, or "none".
         seed: the seed of initial weights, order of the data, augmentation and widths.
     """
 
     config: HydraViTConfig = field(default_factory=HydraViTConfig)
     data: str = "digits"
+    split_seed: int = 0
+    skip_corrupt: bool = False
+    checkpoint: str = ""
+    part: str = ""
+    strict: bool = True
     heads: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     per_image: bool = False
@@ -68,6 +78,7 @@ class Recipe:
     rand_augment: str = ""
     color_jitter: float = 0.0
     random_erasing: float = 0.0
+    amp: str = "none"
     seed: int = 42
 
     def __post_init__(self):
@@ -84,6 +95,7 @@ class Recipe:
         for name in ("smoothing", "ema", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("cooldown_epochs", 0 <= self.cooldown_epochs < self.epochs, "at least 0 and less than epochs")
+        self._check("amp", self.amp in AMP, f"one of {', '.join(map(repr, AMP))}")
         self._check("optimizer", self.optimizer in ("dense", "active"), "'dense' or 'active'")
         largest = self.config.max_heads
         for heads in self.heads:

@@ -3,6 +3,7 @@
 from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
 from hydravit.training.gradients import LiveSlices, SliceGradients
+from hydravit.training.model import make_model
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
 from hydravit.training.resuming import load_state, save_state
 from hydravit.training.sampler import WidthSampler
@@ -18,6 +19,7 @@ __all__ = [
     "WidthSampler",
     "load_state",
     "make_average",
+    "make_model",
     "make_optimizer",
     "make_scheduler",
     "save_state",

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import numpy as np
-import torch
 from torch.utils.data import Subset
 
 from hydravit.data import load_dataset
 from hydravit.data.dataset import Dataset, folds
 from hydravit.evaluation import accuracy
-from hydravit.factory import fused_model
 from hydravit.recipes import Recipe
+from hydravit.training.model import make_model
 from hydravit.training.trainer import Trainer
 
 
@@ -24,36 +20,33 @@ class CrossValidation:
     by one lucky seed.
 
     Args:
-        data: the ``source`` of ``hydravit.data.load_dataset``.
         count: number of folds.
-        skip_corrupt, split_seed: ``skip_corrupt`` and ``seed`` of ``load_dataset``.
     """
 
-    def __init__(self, data: str, count: int = 3, *, skip_corrupt: bool = False, split_seed: int = 0):
-        self.data, self.count = data, count
-        self._options: dict[str, Any] = {"split": "train", "seed": split_seed, "skip_corrupt": skip_corrupt}
+    def __init__(self, count: int = 3):
+        self.count = count
 
     def fold(self, recipe: Recipe, fold: int, *, backend: str = "auto", progress: bool = False) -> dict[int, float]:
         """Return top-1 in percent of every width that the recipe trains, on one fold that took no part in training."""
-        training = self._load(recipe, recipe.augment)
-        validation = self._load(recipe, False)
+        training, validation = _load(recipe, recipe.augment), _load(recipe, False)
         chosen = folds(training.labels.tolist(), self.count, seed=0) == fold
-        config = dataclasses.replace(
-            recipe.config,
-            image_size=training.image_size,
-            in_channels=training.in_channels,
-            num_classes=len(training.class_names),
-        )
         recipe = recipe.replace(seed=recipe.seed + fold)
-        torch.manual_seed(recipe.seed)
-        model = fused_model(config=config, backend=backend)
+        model = make_model(recipe, training, backend=backend)
         trainer = Trainer(model, recipe, _subset(training, ~chosen), progress=progress)
         trained = trainer.run().eval()
         found = accuracy(trained, _subset(validation, chosen), recipe.trained_heads)
         return {heads: top1 for heads, (top1, _) in found.items()}
 
-    def _load(self, recipe: Recipe, augment: bool) -> Dataset:
-        return load_dataset(self.data, image_size=recipe.config.image_size, augment=augment, **self._options)
+
+def _load(recipe: Recipe, augment: bool) -> Dataset:
+    return load_dataset(
+        recipe.data,
+        split="train",
+        image_size=recipe.config.image_size,
+        augment=augment,
+        skip_corrupt=recipe.skip_corrupt,
+        seed=recipe.split_seed,
+    )
 
 
 def _subset(dataset: Dataset, chosen: np.ndarray) -> Subset:

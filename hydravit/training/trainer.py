@@ -26,6 +26,7 @@ from hydravit.training.optimization import make_average, make_optimizer, make_sc
 from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
 
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 
@@ -53,7 +54,6 @@ class Trainer:
             tensor ``(classes,)`` of probabilities.
         out: folder for ``checkpoint.pt`` and ``log.jsonl`` (a line per epoch: losses, images/s), or None.
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
-        amp: torch.bfloat16 or torch.float16 for autocast; None for none.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
         checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: none.
         workers: processes that load the data.
@@ -68,14 +68,14 @@ class Trainer:
         out: str | Path | None = None,
         validation: SizedDataset | None = None,
         validate_every: int = 10,
-        amp: torch.dtype | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         checkpoint_every: int = 1,
         checkpoint_steps: int = 0,
         workers: int = 0,
         progress: bool = True,
     ):
-        self.model, self.recipe, self.amp, self.mix = model, recipe, amp, mix
+        self.model, self.recipe, self.mix = model, recipe, mix
+        self.amp = AUTOCAST[recipe.amp]
         self.out = None if out is None else Path(out)
         self.validation, self.validate_every = validation, validate_every
         self.checkpoint_every, self.checkpoint_steps = checkpoint_every, checkpoint_steps
@@ -106,7 +106,7 @@ class Trainer:
         self.average = make_average(model, recipe)
         self.optimizer = make_optimizer(model, recipe, self.world, self.average)
         self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
-        self.scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16 and self.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler("cuda", enabled=recipe.amp == "fp16" and self.device.type == "cuda")
         self.gradients: SliceGradients | None = None
         self._network: nn.Module = model
         self.epoch = self.batch = self.step = 0  # `batch` is the next one of the epoch, `step` counts those done
@@ -289,7 +289,6 @@ class Trainer:
             "config": self.model.config.to_dict(),
             "images": len(self.batches.dataset),
             "ranks": self.world,
-            "amp": str(self.amp),
             "trainable": [name for name, p in self.model.named_parameters() if p.requires_grad],
         }
 

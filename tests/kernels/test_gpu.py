@@ -18,7 +18,7 @@ from bench.measuring.timer import Effort, Timer
 from bench.measuring.workloads import Workload
 from bench.peers import eager, ours
 from hydravit.evaluation.latency import with_backend
-from hydravit.recipes import Recipe
+from hydravit.recipes import AMP, Recipe
 from hydravit.training import Trainer
 from hydravit_kernels import backends
 
@@ -126,16 +126,16 @@ def test_auto_falls_back_and_says_so(monkeypatch):
     assert model.backend == "reference"
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize("optimizer", ["dense", "active"])
 def test_training(model, amp, optimizer):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     images, labels = small.images(model.config, batch=8), torch.arange(8)
     recipe = Recipe(
         config=model.config, heads=(1, 4), epochs=2, batch_size=4, lr=1e-3, warmup_epochs=0, clip_norm=1.0,
-        optimizer=optimizer, ema=0.99, seed=3,  # draws 1, 4, 4, 4: a scaler may skip the first steps
+        optimizer=optimizer, ema=0.99, amp=amp, seed=3,  # draws 1, 4, 4, 4: a scaler may skip the first steps
     )  # fmt: skip
-    Trainer(model, recipe, TensorDataset(images, labels), amp=amp, progress=False).run()
+    Trainer(model, recipe, TensorDataset(images, labels), progress=False).run()
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all(), name
         assert not torch.equal(parameter, before[name]), name
