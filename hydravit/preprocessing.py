@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+_ORIENTATION = 0x0112  # EXIF's tag
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Preprocessing:
 
         Raises:
             TypeError: the image is neither of the two.
-            ValueError: it has another number of channels (a Pillow image is converted to grey or colour as needed).
+            ValueError: a tensor has another number of channels; ``convert`` cannot convert the Pillow image.
         """
         bands = [self._resize_and_crop(band) for band in self._bands(image)]
         pixels = torch.from_numpy(np.concatenate(bands, axis=2)).permute(2, 0, 1).contiguous().float().div_(255)
@@ -94,6 +95,27 @@ class Preprocessing:
             torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1) for values in (self.mean, self.std)
         )
         return pixels.sub_(mean).div_(std)
+
+    def convert(self, image: Image) -> Image:
+        """Turn a Pillow image upright, as its EXIF orientation says, and to 8 bits of grey or colour.
+
+        Raises:
+            ValueError: no 8 bits follow from its mode, or the model has neither 1 nor 3 channels.
+        """
+        with extra("images", "converting images"):
+            from PIL import Image, ImageOps
+
+        channels = len(self.mean)
+        if channels not in (1, 3):
+            raise ValueError(f"a Pillow image gives 1 or 3 channels, the model has {channels}: pass a uint8 tensor")
+        if _is_turned(image):
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 where it should scale
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"image has mode {image.mode!r}, whose range is unknown: convert it to 8 bits first")
+        mode = "L" if channels == 1 else "RGB"
+        return image if image.mode == mode else image.convert(mode)
 
     def _bands(self, image: Image | Tensor) -> list[Image]:
         """Return Pillow images that together have all channels: a single one, or one per channel of a tensor."""
@@ -109,13 +131,7 @@ class Preprocessing:
             return [Image.fromarray(band) for band in image.cpu().numpy()]
         if not isinstance(image, Image.Image):
             raise TypeError(f"image must be a Pillow image or a uint8 tensor, not {type(image).__name__}")
-        if channels not in (1, 3):
-            raise ValueError(f"a Pillow image gives 1 or 3 channels, the model has {channels}: pass a uint8 tensor")
-        if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8 where it should scale
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"image has mode {image.mode!r}, whose range is unknown: convert it to 8 bits first")
-        return [image.convert("L" if channels == 1 else "RGB")]
+        return [self.convert(image)]
 
     def _resize_and_crop(self, image: Image) -> np.ndarray:
         """Return uint8 ``(*image_size, channels)``; sizes are rounded down, offsets to nearest, as in torchvision."""
@@ -134,3 +150,11 @@ class Preprocessing:
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         pixels = np.array(image.crop((left, top, left + width, top + height)))
         return pixels.reshape(height, width, -1)
+
+
+def _is_turned(image: Image) -> bool:
+    """Whether a camera held another way made the image, and said so."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) != 1
+    except SyntaxError:  # a damaged EXIF block; the pixels may be whole
+        return False

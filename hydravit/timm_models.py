@@ -40,9 +40,20 @@ def _declare_torchvision_operators() -> None:
 _declare_torchvision_operators()
 
 import timm.data  # noqa: E402
+from timm.data import auto_augment  # noqa: E402
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
 __all__ = ["config_of", "timm"]  # timm adds every model it registers
+
+
+def _posterize(image, bits_to_keep: int, **options):
+    """Keep that many bits of every pixel. RandAugment asks for none too, which is black; Pillow 13 refuses it."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else image.point(lambda pixel: 0)
+
+
+for _name, _operation in auto_augment.NAME_TO_OP.items():
+    if _operation is auto_augment.posterize:
+        auto_augment.NAME_TO_OP[_name] = _posterize
 
 # timm's names of our fields. Fields of the same name, such as depth, need no entry.
 FIELDS = {

@@ -62,7 +62,7 @@ def _batches(files, preprocessing, size: int, skip_corrupt: bool) -> Iterator[tu
         read = {}
         for file in files[start : start + size]:
             try:
-                read[file] = read_image(file, preprocessing)
+                read[file] = preprocessing(read_image(file, preprocessing))
             except ValueError:
                 if not skip_corrupt:
                     raise

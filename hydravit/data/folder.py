@@ -31,14 +31,25 @@ class FolderDataset(Dataset):
         self.skipped = tuple(skipped)
 
     def image(self, index: int) -> Tensor:
-        return read_image(self.files[index], self.transform)
+        image = read_image(self.files[index], self.preprocessing)
+        try:
+            return self.transform(image)
+        except Exception as error:  # the file is good: this is a fault of the transform
+            name = type(error).__name__
+            raise RuntimeError(
+                f"{self.files[index]}: the augmentation of this image failed ({name}: {error})"
+            ) from error
 
 
-def read_image(path: Path, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Read the image ``(C, H, W)`` float32 in ``path``; ``ValueError`` names a file that cannot be read."""
+def read_image(path: Path, preprocessing: Preprocessing) -> Image.Image:
+    """Read the image in ``path``, upright and in the preprocessing's channels.
+
+    Raises ``ValueError``, which names the file, if it cannot be read or converted.
+    """
     try:
         with Image.open(path) as image:
-            return transform(image)
+            image.load()
+            return preprocessing.convert(image)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: cannot be read as an image ({_reason(error)})") from None
 
@@ -146,7 +157,8 @@ def _unreadable(files: list[Path], preprocessing: Preprocessing | None) -> list[
                 return "empty file"
             with Image.open(path) as image:
                 if preprocessing is not None:
-                    preprocessing(image)
+                    image.load()
+                    preprocessing.convert(image)
         except _UNREADABLE as error:
             return _reason(error)
         return ""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hydravit.data.folder import FolderDataset
 from hydravit.extras import extra
+from hydravit.preprocessing import Preprocessing
 from hydravit.recipes import Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def _import_timm_data():
@@ -22,7 +28,8 @@ def _import_timm_data():
 def mix(recipe: Recipe, num_classes: int):
     """Make the recipe's mixup and cutmix: ``(images, labels (B,)) -> (images, targets (B, classes))``, or None.
 
-    timm draws from numpy's generator, which is seeded from torch's, so that training resumes exactly.
+    timm draws from numpy's generator, which is seeded from torch's, so that training resumes exactly. It mixes pairs,
+    so the last image of an odd batch stays as it is.
     """
     if not recipe.mixup and not recipe.cutmix:
         return None
@@ -37,7 +44,11 @@ def mix(recipe: Recipe, num_classes: int):
 
     def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         np.random.seed(int(torch.randint(2**32, (), dtype=torch.int64, device="cpu")))
-        return mixup(images, labels)
+        targets = F.one_hot(labels, num_classes).float()
+        paired = len(images) // 2 * 2
+        if paired:
+            images[:paired], targets[:paired] = mixup(images[:paired], labels[:paired])
+        return images, targets
 
     return mixed
 
@@ -53,25 +64,32 @@ def augment(dataset, recipe: Recipe) -> None:
         raise ValueError(
             "rand_augment, color_jitter and random_erasing are for a folder of photos; set them to '' and 0"
         )
-    values = dataset.preprocessing
-    transform = _import_timm_data().create_transform(
-        values.image_size,
-        is_training=True,
-        auto_augment=recipe.rand_augment or None,
-        color_jitter=recipe.color_jitter or None,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-        interpolation="bicubic",
-        mean=values.mean,
-        std=values.std,
-    )
-    mode = "L" if len(values.mean) == 1 else "RGB"
+    dataset.transform = _Augmentation(recipe, dataset.preprocessing)
 
-    def transformed(image) -> Tensor:
+
+class _Augmentation:
+    """timm's random transform, from a Pillow image to the model's input."""
+
+    def __init__(self, recipe: Recipe, preprocessing: Preprocessing):
+        self._arguments = (recipe, preprocessing)
+        self._transform = _import_timm_data().create_transform(
+            preprocessing.image_size,
+            is_training=True,
+            auto_augment=recipe.rand_augment or None,
+            color_jitter=recipe.color_jitter or None,
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+            interpolation="bicubic",
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+
+    def __reduce__(self):
+        return type(self), self._arguments  # a worker that is not a fork imports timm as this process did
+
+    def __call__(self, image: Image) -> Tensor:
         # It draws from Python's and numpy's generators too, so torch's, which is seeded per batch, seeds them.
         seed = int(torch.randint(2**32, (), dtype=torch.int64, device="cpu"))
         random.seed(seed)
         np.random.seed(seed)
-        return transform(image.convert(mode))
-
-    dataset.transform = transformed
+        return self._transform(image)

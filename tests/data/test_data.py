@@ -1,17 +1,19 @@
 """Data sets: the three sources, their splits and augmentation, and every kind of bad input."""
 
 import gzip
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hydravit.data import load_dataset
 from hydravit.data.augment import Affine
 from hydravit.data.idx import read_idx
+from hydravit.data.loading import load_batches
 from hydravit.preprocessing import Preprocessing
 
 
@@ -23,8 +25,13 @@ def write_idx(path: Path, array: np.ndarray, *, magic: bytes | None = None, cut:
 
 
 def write_image(path: Path, color=(200, 30, 60), size=(20, 14), mode="RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(path.parent)
     Image.new("RGB", size, color).convert(mode).save(path)
+
+
+def write_folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @pytest.fixture
@@ -237,6 +244,67 @@ def test_bad_images_are_named_or_skipped_and_counted(photos, kind):
     with pytest.warns(UserWarning, match=f"skipped 1 unreadable .*{path.name}"):
         data = load_photos(photos, skip_corrupt=True)
     assert len(list(data)) == 12 and [name for name, _ in data.skipped] == [str(path)]
+
+
+def test_a_fault_of_the_augmentation_is_not_one_of_the_image(photos):
+    data = load_photos(photos)
+
+    def fails(image):
+        raise ValueError("bits must be between 1 and 8")
+
+    data.transform = fails
+    message = re.escape("0.png: the augmentation of this image failed (ValueError: bits must be between 1 and 8)")
+    with pytest.raises(RuntimeError, match=message):
+        data[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_are_the_same_line_with_workers(photos, workers):
+    (photos / "dog" / "0.png").write_bytes((photos / "dog" / "0.png").read_bytes()[:60])
+    data = load_photos(photos)
+    for dataset in (data, torch.utils.data.Subset(data, range(12)), Items(data)):
+        with pytest.raises(ValueError) as raised:
+            list(load_batches(dataset, batch_size=4, num_workers=workers))
+        assert re.fullmatch(r".*/dog/0.png: cannot be read as an image \(.*\)", str(raised.value))
+
+
+class Items(torch.utils.data.Dataset):
+    """A data set that gives single items only."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright_as_their_exif_data_say(tmp_path, orientation, channels):
+    """A camera stores the pixels as its sensor lay; viewers turn them, and so does every command."""
+    upright = Image.fromarray((torch.rand(16, 16, 3) * 255).byte().numpy())
+    turned = upright.copy()
+    turned.getexif()[0x0112] = {6: 8, 8: 6}.get(orientation, orientation)  # the turn that a viewer undoes
+    turned = ImageOps.exif_transpose(turned)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned.save(write_folder(tmp_path / "cat") / "1.png", exif=exif)
+    half = (0.5,) * channels
+    data = load_dataset(tmp_path, split="all", preprocessing=Preprocessing(16, mean=half, std=half, crop=1.0))
+    assert torch.equal(data[0][0], data.preprocessing(upright))
+    assert torch.equal(data.preprocessing(Image.open(data.files[0])), data.preprocessing(upright))
+
+
+def test_damaged_exif_data_leave_the_pixels_alone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.effect_noise((16, 16), 60).convert("RGB")
+    image.save(write_folder(tmp_path / "cat") / "1.webp", lossless=True, exif=exif.tobytes().replace(b"MM", b"XX"))
+    data = load_dataset(tmp_path, split="all", preprocessing=Preprocessing(16, crop=1.0))
+    assert torch.equal(data[0][0], data.preprocessing(image))
 
 
 def test_an_image_that_goes_away_later_is_named(photos):
