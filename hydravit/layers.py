@@ -210,7 +210,7 @@ class Attention(nn.Module):
         """Let the tokens ``x (B, N, Dk)`` attend to each other; the result has the same shape."""
         s = self.full if s is None else s
         query, key, value = self._query_key_value(x, s)
-        weights = self.attn_drop((query @ key.transpose(-2, -1) * s.scale).softmax(-1))
+        weights = call(self.attn_drop, (query @ key.transpose(-2, -1) * s.scale).softmax(-1), s=s)
         attended = (weights @ value).transpose(1, 2).flatten(2)
         return call(self.proj, attended, rows=embed_of(s), columns=s.proj_columns)
 
@@ -236,7 +236,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, s: MlpSlice | None = None) -> Tensor:
         hidden = None if s is None else ((s.hidden_offset, s.hidden),)
-        x = self.act(call(self.fc1, x, rows=hidden, columns=embed_of(s)))
+        x = call(self.act, call(self.fc1, x, rows=hidden, columns=embed_of(s)), s=s)
         return call(self.fc2, x, rows=embed_of(s), columns=hidden)
 
 
@@ -340,10 +340,10 @@ class Block(nn.Module):
         attention, mlp = s
         if attention.heads:
             y = call(self.attn, call(self.norm1, x, s=attention, eps=eps), s=attention)
-            x = x + self.drop_path1(call(self.ls1, y, s=attention))
+            x = x + call(self.drop_path1, call(self.ls1, y, s=attention), s=attention)
         if mlp.hidden:
             y = call(self.mlp, call(self.norm2, x, s=mlp, eps=eps), s=mlp)
-            x = x + self.drop_path2(call(self.ls2, y, s=mlp))
+            x = x + call(self.drop_path2, call(self.ls2, y, s=mlp), s=mlp)
         return x
 
     def _layer_of(self, x: Tensor) -> LayerCall:
@@ -400,6 +400,8 @@ def names_slices(module: nn.Module) -> bool:
 
 def init_weights(model: nn.Module) -> None:
     """Draw weights as timm does: from a truncated normal of deviation 0.02; biases are zero."""
+    if model.get_parameter("pos_embed").is_meta:  # they have no values, and torch would import its compiler
+        return
     for module in model.modules():
         if isinstance(module, (nn.Linear, Classifiers)):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -7,6 +7,7 @@ that ``layers.py`` made. ``Structure`` looks at all modules once, and a call onl
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hydravit import layers
-from hydravit_kernels import exporting, named_specs
+from hydravit_kernels import exporting, named_specs, sizes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _hooks_of = operator.itemgetter(*_HOOKS)
@@ -49,6 +50,7 @@ _HEAD: dict[str, tuple[type[nn.Module], ...]] = {
     "fc_norm": (layers.LayerNorm,),
     "head": (layers.Linear, layers.Classifiers, nn.Identity),
 }
+_WITHOUT_WEIGHTS = {nn.Identity, layers.GELU, layers.DropPath}
 # What these modules ran when this file was loaded: somebody may patch the class later.
 _KINDS = {kind for table in (_BLOCK, _STEM, _HEAD) for kinds in table.values() for kind in kinds} | {layers.Block}
 _FORWARDS = {kind: kind.forward for kind in _KINDS}
@@ -162,9 +164,11 @@ def _look(model: Any, replaced: list[str]) -> Fused:
             told.setdefault(part, []).append(reason)
         if not full_only and not _serves_widths(module, expected, config):
             what = "has a patched forward" if "forward" in module.__dict__ else f"is {_article(module)}"
-            full_only = (
-                f"{name} {what}, which knows nothing of widths; parametrize its weights instead "
-                "(torch.nn.utils.parametrize), or let forward take the keyword arguments that ours takes"
+            full_only = f"{name} {what}, which knows nothing of widths; " + (
+                "give it one parameter for all channels, or let forward take the keyword argument s, the call's slice"
+                if _WITHOUT_WEIGHTS.issuperset(expected)
+                else "parametrize its weights instead (torch.nn.utils.parametrize), or let forward take the keyword "
+                "arguments that ours takes"
             )
     if not config.pooling_is_fused:
         told.setdefault("head", []).append(f"pool={config.pool!r} with {config.final_norm} has no fused op")
@@ -247,8 +251,8 @@ def _serves_widths(module: nn.Module, expected: tuple[type[nn.Module], ...], con
     if layers.takes_slices(module):
         # With **kwargs it hands the slice on to a module of ours, but has no use for it itself.
         return layers.names_slices(module) or all(id(p) in own for p in module.parameters())
-    if not any(True for _ in module.parameters()):
-        return True
+    if all(math.prod(sizes(parameter)) == 1 for parameter in module.parameters()):
+        return True  # there are none, or one for all channels
     # A wrapper of a block hands on the residual, whose channels tell the block its width if no two have as many.
     wraps_block = expected == (layers.Block,) and any(isinstance(m, layers.Block) for m in of_ours if m is not module)
     return wraps_block and layers.channels_tell_width(config)
@@ -276,9 +280,9 @@ def _refuse_unused(model: Any) -> None:
 
 def _refuse_other_shapes(model: Any) -> None:
     """Raise ``RuntimeError`` for a parameter that has not the shape that the config demands."""
-    sizes, parameters = model.config.sizes, dict(model.named_parameters())
-    for name, spec, _ in named_specs(sizes.layers, model.config.final_norm):
-        parameter, shape = parameters.get(name), tuple(sizes.axis(axis) for axis in spec.axes)
+    full, parameters = model.config.sizes, dict(model.named_parameters())
+    for name, spec, _ in named_specs(full.layers, model.config.final_norm):
+        parameter, shape = parameters.get(name), tuple(full.axis(axis) for axis in spec.axes)
         separate = name.startswith("head.") and model.config.separate_classifiers
         if parameter is not None and not separate and parameter.shape != shape:
             raise RuntimeError(f"{name}: shape {shape} expected, {tuple(parameter.shape)} given")

@@ -60,7 +60,9 @@ def select(backend: str = "auto", device: torch.device | str = "cpu", dtype: tor
     if backend != "auto":
         reason = BACKENDS[backend](device, dtype)
         if reason:
-            raise RuntimeError(f"backend {backend!r}: {reason}")
+            others = [name for name in AUTOMATIC if not BACKENDS[name](device, dtype)]
+            way_out = f'; backend={others[0]!r} or "auto" can' if others else ""
+            raise RuntimeError(f"backend {backend!r}: {reason}{way_out}")
         return backend
     reasons: list[str] = []
     for name in AUTOMATIC:

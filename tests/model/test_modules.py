@@ -10,6 +10,7 @@ import torch.nn.utils.parametrize as parametrize
 from small import SMALL, images, make
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 import hydravit
 from hydravit.checkpoint import extract
@@ -410,12 +411,76 @@ def test_computed_weights(backend, heads, how):
         optimizer.step()
 
 
+class Scaled(nn.Module):
+    """An activation with one number per channel, which takes the slice of the call."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x, s=None):
+        scale = self.scale if s is None else self.scale[s.hidden_offset : s.hidden_offset + s.hidden]
+        return (scale * x).relu()
+
+
+@both
+@at_widths
+@pytest.mark.parametrize("kind", [nn.PReLU, lambda: Scaled(256)], ids=["PReLU", "Scaled"])
+def test_activations_with_parameters(backend, heads, kind):
+    """One parameter serves all channels; more serve every width if the module takes the slice."""
+    model, x = make(SMALL, backend), images(SMALL)
+    small = narrow(model, heads)
+    model.blocks[0].mlp.act = kind()
+    (parameter,) = model.blocks[0].mlp.act.parameters()
+    cut = parameter.detach()[: 64 * heads]
+    small.blocks[0].mlp.act = nn.PReLU() if len(cut) == 1 else Scaled(len(cut))
+    with torch.no_grad():
+        next(small.blocks[0].mlp.act.parameters()).copy_(cut)
+    close(model(x, heads=heads), small(x))
+    model(x, heads=heads).square().sum().backward()
+    assert parameter.grad.any()
+
+
+@both
+def test_an_activation_of_full_size_names_the_way_out(backend):
+    model, x = make(SMALL, backend), images(SMALL)
+    model.blocks[0].mlp.act = nn.Sequential(nn.Linear(256, 256), nn.ReLU())
+    model(x)
+    with pytest.raises(
+        ValueError, match=r"mlp\.act is a Sequential, .* give it one parameter for all channels, or let"
+    ):
+        model(x, heads=2)
+
+
 @both
 def test_dynamic_quantization_finds_nothing_to_replace(backend):
     model, x = make(SMALL, backend), images(SMALL)
     quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     for heads in WIDTHS:
         close(quantized(x, heads=heads), model(x, heads=heads))
+
+
+@pytest.mark.needs("native")
+def test_a_function_mode_sees_the_modules_under_a_hook_on_all():
+    class Seen(TorchFunctionMode):
+        def __init__(self):
+            self.functions = set()
+
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            self.functions.add(function)
+            return function(*arguments, **(keywords or {}))
+
+    model, x = make(SMALL, "native"), images(SMALL)
+    with Seen() as alone:
+        model(x, heads=2)
+    assert F.linear not in alone.functions
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with Seen() as hooked:
+            model(x, heads=2)
+    finally:
+        handle.remove()
+    assert {F.linear, F.layer_norm, F.gelu, torch.Tensor.softmax} <= hooked.functions
 
 
 # ---- The head ----
