@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from hydravit.checkpoint.configs import count_blocks, position_layout
 from hydravit.checkpoint.files import Checkpoint
 from hydravit.checkpoint.foreign import checkpoint_of
-from hydravit.checkpoint.names import named_tensors, plain_names, reason, some, without_distillation
+from hydravit.checkpoint.names import (
+    named_tensors,
+    plain_names,
+    reason,
+    refuse_other_libraries,
+    some,
+    without_distillation,
+)
 from hydravit.config import resolve_config
 from hydravit.geometry import hydravit, parameter_slices
 from hydravit.model import HydraViT
@@ -94,6 +101,7 @@ class _Adaptation:
         return self._place()
 
     def _check_tensors(self) -> None:
+        refuse_other_libraries(self.source)
         if not set(self.own) & set(self.source):
             raise ValueError("these are not the weights of a Vision Transformer: expected names as in timm, found "
                              f"{', '.join(sorted(self.source)[:3]) or 'nothing'}")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hydravit.checkpoint.files import Checkpoint
-from hydravit.checkpoint.names import named_tensors, plain_names, reason, without_distillation
+from hydravit.checkpoint.names import named_tensors, plain_names, reason, refuse_other_libraries, without_distillation
 from hydravit.config import HydraViTConfig, check_image_size, resolve_config
 
 # Channels of a head in every published ViT of a width, under timm's names and with arithmetic that is ours. Other
@@ -78,6 +78,7 @@ def infer_config(
     """
     named = named_tensors(state_dict)
     tensors, _ = plain_names(named)
+    refuse_other_libraries(tensors)
     if strict and (words := reason(tensors)):
         raise ValueError(f"the weights are of a model with {words}, which this package does not compute")
     tensors, _ = without_distillation(tensors)

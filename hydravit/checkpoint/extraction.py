@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hydravit.checkpoint.own import described
 from hydravit.geometry import parameter_slices
 from hydravit.model import HydraViT
 from hydravit_kernels import Intervals, Subnetwork
@@ -20,18 +21,19 @@ def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
         heads: a width, or any subnetwork that is a plain ViT: the same slices in every layer, no branch skipped, and
             heads that together have as many channels as the residual.
     Returns:
-        Contiguous copies in the model's dtype, on its device. An attention scale other than ``head_dim ** -0.5`` is
-        folded into the query rows of ``qkv``. They load strictly into a ``VisionTransformer(**extract_config(...))``.
+        Contiguous copies in the model's dtype, on its device; of a parametrized weight, what it computes. An attention
+        scale other than ``head_dim ** -0.5`` is folded into the query rows of ``qkv``. They load strictly into a
+        ``VisionTransformer(**extract_config(...))``.
     Raises:
         ValueError: no plain ViT computes the same; the message says why.
     """
-    subnetwork = _plain(model, heads)
+    subnetwork, (_, weights) = _plain(model, heads), described(model)
     slices = parameter_slices(model.config, subnetwork)
     attention = subnetwork.attention[0]
     queries = attention.heads * attention.head_dim
     fold = attention.scale / attention.head_dim**-0.5
     result = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if name not in slices:  # it would come out in full size
             raise ValueError(f"parameter {name} is no part of a plain Vision Transformer")
         tensor = take(tensor, slices[name]).clone(memory_format=torch.contiguous_format)
@@ -52,7 +54,9 @@ def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
 
 def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
     """Return the keyword arguments of timm's ``VisionTransformer`` for the result of ``extract``; raise as it does."""
-    subnetwork, config = _plain(model, heads), model.config
+    subnetwork, (config, _) = _plain(model, heads), described(model)
+    # A subnetwork's own epsilon counts where it is not the usual one.
+    eps = config.norm_eps if subnetwork.eps == model.config.norm_eps else subnetwork.eps
     width, hidden = subnetwork.embed.embed, subnetwork.mlp[0].hidden
     ratio = hidden / width
     return {
@@ -75,7 +79,7 @@ def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
         "class_token": config.class_token,
         "reg_tokens": config.register_tokens,
         "no_embed_class": config.no_embed_class,
-        "norm_layer": partial(nn.LayerNorm, eps=subnetwork.eps),
+        "norm_layer": partial(nn.LayerNorm, eps=eps),
     }
 
 

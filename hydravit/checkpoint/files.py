@@ -17,6 +17,7 @@ from hydravit.atomic import atomic_write
 from hydravit.checkpoint.formats import METADATA, read_file, write_torch
 from hydravit.checkpoint.integrity import write_safetensors
 from hydravit.checkpoint.names import named_tensors
+from hydravit.checkpoint.own import described
 from hydravit.config import HydraViTConfig
 from hydravit.integers import plain_int
 from hydravit.model import HydraViT
@@ -108,7 +109,7 @@ def save_checkpoint(
         trained_heads: the widths that were trained; None: those of the model.
     Raises:
         TypeError: ``model`` is no ``HydraViT``.
-        ValueError: unknown extension, or values that do not fit the model.
+        ValueError: unknown extension, values that do not fit the model, or a module that its config does not describe.
         OSError: the file cannot be written; an older file at ``path`` is then unchanged.
     """
     path = Path(path)
@@ -118,15 +119,16 @@ def save_checkpoint(
             raise TypeError(f"model must be a HydraViT, not {type(model).__name__}")
         model = inner
     trained: Any = model.trained_heads if trained_heads is None else trained_heads
+    config, weights = described(model)
     metadata = {
-        "config": model.config.to_dict(),
+        "config": config.to_dict(),
         "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
     }
     metadata = json.loads(json.dumps(metadata))  # both formats hold the same plain values
     _parse_metadata(metadata)
-    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
         header = {METADATA: json.dumps(metadata), "format": "pt"}
         atomic_write(path, lambda file: write_safetensors(file, state_dict, header))

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from hydravit.checkpoint.files import Checkpoint
+from hydravit.checkpoint.own import described
 from hydravit.config import POOLS, HydraViTConfig
 from hydravit.model import HydraViT
 from hydravit.preprocessing import INTERPOLATIONS, Preprocessing
@@ -158,7 +159,7 @@ def config_of(model: nn.Module) -> HydraViTConfig:
     """
     model = _unwrapped(model)
     if isinstance(model, HydraViT):
-        return model.config
+        return described(model)[0]
     reason = _difference(model)
     if reason:
         raise ValueError(f"{type(model).__name__} computes what this package does not: {reason}")
@@ -194,11 +195,16 @@ def config_of(model: nn.Module) -> HydraViTConfig:
 
 def checkpoint_of(model: nn.Module) -> Checkpoint:
     """Return weights, config and preprocessing of a model; raise as ``config_of`` does."""
-    model, config = _unwrapped(model), config_of(model)
-    state = dict(model.state_dict())
+    model = _unwrapped(model)
     if isinstance(model, HydraViT):
-        return Checkpoint(state, config, model.trained_heads)
-    return Checkpoint(state, config, preprocessing=_preprocessing(config, getattr(model, "pretrained_cfg", None) or {}))
+        config, weights = described(model)
+        return Checkpoint(weights, config, model.trained_heads)
+    config = config_of(model)
+    return Checkpoint(
+        dict(model.state_dict()),
+        config,
+        preprocessing=_preprocessing(config, getattr(model, "pretrained_cfg", None) or {}),
+    )
 
 
 def _preprocessing(config: HydraViTConfig, values: dict) -> Preprocessing | None:

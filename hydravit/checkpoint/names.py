@@ -33,6 +33,26 @@ _FOREIGN = {
     r"(dist_token$|head_dist\.)": "a distilled DeiT",
 }
 
+# Names that tell whose Vision Transformer it is, where it is not timm's.
+_LIBRARIES = {
+    r"(^|\.)vision_model\.": "CLIP or SigLIP of Hugging Face's transformers",
+    r"(^|\.)embeddings\.(cls_token|patch_embeddings|position_embeddings)": "a ViT of Hugging Face's transformers",
+    r"(^|\.)encoder\.layer\.\d+\.attention\.": "a ViT of Hugging Face's transformers",
+    r"(^|\.)visual\.(class_embedding|transformer\.resblocks\.)": "CLIP of OpenAI or OpenCLIP",
+    r"(^|\.)encoder\.layers\.encoder_layer_\d+\.": "torchvision's VisionTransformer",
+}
+
+
+def refuse_other_libraries(names: Iterable[str]) -> None:
+    """Raise ``ValueError`` if one of the names tells that they are of another library than timm."""
+    for name in names:
+        for pattern, words in _LIBRARIES.items():
+            if re.search(pattern, name):
+                raise ValueError(
+                    f"these are weights of {words} ({name}, ...), expected names as in timm: take the same model from "
+                    "timm, checkpoint=timm.create_model(NAME, pretrained=True), or rename the weights"
+                )
+
 
 def reason(names: Iterable[str]) -> str:
     """Say which arithmetic, unlike the model's, the first telling one of these names belongs to; "" if none tells."""
@@ -60,9 +80,14 @@ def named_tensors(content: object, prefer_ema: bool = True, part: str | None = N
             raise ValueError(
                 f"entry {name!r} is a {type(value).__name__}, not a tensor (weights may lie in {wrappers})"
             )
-        _add(result, _WRAPPERS.sub("", str(name)), value)
+        _add(result, without_wrappers(str(name)), value)
     result.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     return _without_prefix(result, part)
+
+
+def without_wrappers(name: str) -> str:
+    """Return the name of a tensor or a module without those of DDP, torch.compile, FSDP and checkpointing."""
+    return _WRAPPERS.sub("", f"{name}.").removesuffix(".")
 
 
 def _unwrapped(content: object, prefer_ema: bool, part: str | None) -> tuple[object, str | None]:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -388,3 +389,25 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, suffix):
     assert done.stdout.startswith("refused") and str(path) in done.stdout
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+OTHERS = {
+    "vit.embeddings.cls_token": "a ViT of Hugging Face's transformers",
+    "encoder.layer.0.attention.attention.query.weight": "a ViT of Hugging Face's transformers",
+    "dinov2.embeddings.patch_embeddings.projection.weight": "a ViT of Hugging Face's transformers",
+    "vision_model.encoder.layers.0.self_attn.k_proj.weight": "CLIP or SigLIP of Hugging Face's transformers",
+    "visual.transformer.resblocks.0.attn.in_proj_weight": "CLIP of OpenAI or OpenCLIP",
+    "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "torchvision's VisionTransformer",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_libraries_are_named(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(4, 4), "classifier.weight": torch.zeros(2, 4)}, path)
+    for load in (fused_model, partial(fused_model, config="tiny", strict=False)):
+        with pytest.raises(ValueError) as caught:
+            load(checkpoint=path)
+        text = str(caught.value)
+        assert f"these are weights of {OTHERS[name]} ({name}, ...)" in text and "timm.create_model(NAME" in text
+        assert str(path) in text and "\n" not in text
