@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hydravit.data.folder import image_files
+    from hydravit.data.layout import image_files
 
     model, checkpoint, preprocessing = load_model(args)
     if not model.num_classes:

@@ -35,8 +35,8 @@ def load_dataset(
         source: ``"digits"`` (scikit-learn's scans), ``"fashion-mnist"`` (where Debian's package installs it),
             ``"fashion-mnist:FOLDER"`` (its four IDX files, gzipped or not), or a folder of class folders.
         split: ``"train"``, ``"test"`` or ``"all"``. The test part is held out: no choice in training may look at it. A
-            folder's own ``train`` and ``test`` (or ``val``) folders are used if present, else a third of every class,
-            drawn by ``seed``, is the test part. The digits' third never changes.
+            folder's own ``train`` and ``test`` folders (or ``val``, ``valid``, ``validation``, ``eval``) are used if
+            present, else a third of every class, drawn by ``seed``, is the test part. The digits' third never changes.
         image_size: pixels of a side, or (height, width); None: 8 for digits, 28 for Fashion-MNIST, 224 for a folder.
         augment: light random changes: small shifts, turns and zooms of digits, random crops and flips of photos. See
             ``Dataset`` on what makes them repeatable.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
 from hydravit.data.dataset import Dataset, agreed_classes, held_out
+from hydravit.data.layout import class_folders, dangling, files_below, split_folders
 from hydravit.extras import extra
 from hydravit.preprocessing import Preprocessing
 
@@ -18,7 +19,6 @@ with extra("images", "reading image files"):
 
 # Pillow and the preprocessing raise these for damaged, huge or unsuitable images.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 
 
 class FolderDataset(Dataset):
@@ -51,21 +51,19 @@ def read_image(path: Path, preprocessing: Preprocessing) -> Image.Image:
             image.load()
             return preprocessing.convert(image)
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: cannot be read as an image ({_reason(error)})") from None
+        raise ValueError(f"{path}: cannot be read as an image ({_reason(path, error)})") from None
 
 
 def load_folder(
     root: Path, split: str, preprocessing, class_names, augmentation, skip_corrupt: bool, split_seed: int
 ) -> FolderDataset:
     """Load the part ``split`` of ``root``; arguments and errors are those of ``load_dataset``."""
-    all_folders, chosen_folders = _split_folders(root, split)
-    # Classes are those of all splits, so that a class without test images does not move the others' labels.
-    names = sorted({name for folder in all_folders for name in _class_folders(folder)})
-    label = agreed_classes(names, class_names, str(root))
+    chosen_folders, train_folder = split_folders(root, split)
+    label = _labels(chosen_folders, train_folder, class_names)
     files, labels, skipped = [], [], []
     for chosen_folder in chosen_folders:
-        for name, folder in sorted(_class_folders(chosen_folder).items()):
-            found = _image_files(folder)
+        for name, folder in class_folders(chosen_folder).items():
+            found = files_below(folder)
             bad = dict(_unreadable(found, preprocessing if skip_corrupt else None))
             if bad and not skip_corrupt:
                 path, reason = next(iter(bad.items()))
@@ -89,63 +87,18 @@ def load_folder(
     return FolderDataset(files, list(label), labels, preprocessing, augmentation, skipped)
 
 
-def image_files(path: Path) -> list[Path]:
-    """Return ``path`` itself if it is a file, else all image files below it, sorted. Raise ``ValueError`` for none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
-    files = _image_files(path)
-    if not files:
-        raise ValueError(f"{path}: folder without images")
-    return files
-
-
-def _split_folders(root: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """Return the folders that hold classes: all, and those of ``split``. Both are ``[root]`` if there is no split."""
-    names = {folder.name for folder in _visible_folders(root)}
-    splits = sorted(names & {"train", "test", "val"})
-    # A class may be called "train": split folders stand alone, or are a train folder with its counterpart.
-    if not splits or not (len(splits) == len(names) or ("train" in splits and len(splits) > 1)):
-        return [root], [root]
-    every = [root / name for name in splits]
-    if split == "all":
-        return every, every
-    for name in SPLIT_FOLDERS[split]:
-        if name in splits:
-            return every, [root / name]
-    raise ValueError(f"{root}: has no {' or '.join(SPLIT_FOLDERS[split])} folder for split {split!r}")
-
-
-def _visible_folders(root: Path) -> list[Path]:
-    try:
-        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except NotADirectoryError:
-        raise ValueError(f"{root}: is a file, not a folder of class folders") from None
-    except FileNotFoundError:
-        raise ValueError(f"{root}: no such folder") from None
-    except OSError as error:
-        raise ValueError(f"{root}: cannot be read ({error.strerror})") from None
-
-
-def _class_folders(folder: Path) -> dict[str, Path]:
-    classes = {entry.name: entry for entry in _visible_folders(folder)}
-    if not classes:
-        idx = any(folder.glob("*-ubyte*"))
-        hint = f"; it holds IDX files: name it 'fashion-mnist:{folder}'" if idx else ""
-        raise ValueError(f"{folder}: no class folders (expected one folder of images per class){hint}")
-    return classes
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Return the files below ``folder`` whose extension Pillow can open; others, such as notes, are no images."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    _visible_folders(folder)  # raises for a folder that may not be read, which rglob passes over
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
+def _labels(chosen_folders: list[Path], train_folder: Path | None, class_names: Sequence[str] | None) -> dict[str, int]:
+    """Return the label of every class: of the model's classes, else of those that there are images to train on."""
+    if class_names is not None:
+        found = sorted({name for folder in chosen_folders for name in class_folders(folder)})
+        return agreed_classes(found, class_names, ", ".join(map(str, chosen_folders)))
+    known = class_folders(train_folder) if train_folder else {}
+    for folder in chosen_folders:
+        for name, class_folder in class_folders(folder).items():
+            if train_folder and name not in known:
+                raise ValueError(f"{class_folder}: a class that {train_folder} has no folder for")
+            known.setdefault(name, class_folder)
+    return {name: label for label, name in enumerate(sorted(known))}
 
 
 def _unreadable(files: list[Path], preprocessing: Preprocessing | None) -> list[tuple[Path, str]]:
@@ -160,13 +113,15 @@ def _unreadable(files: list[Path], preprocessing: Preprocessing | None) -> list[
                     image.load()
                     preprocessing.convert(image)
         except _UNREADABLE as error:
-            return _reason(error)
+            return _reason(path, error)
         return ""
 
     with ThreadPoolExecutor() as pool:  # Pillow and the disk work outside the interpreter's lock
         return [(path, reason) for path, reason in zip(files, pool.map(check, files), strict=True) if reason]
 
 
-def _reason(error: Exception) -> str:
-    # Pillow's message repeats the path, which our own messages give already.
-    return "no image format Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+def _reason(path: Path, error: Exception) -> str:
+    # Messages of Pillow and of the system repeat the path, which our own messages give already.
+    if isinstance(error, UnidentifiedImageError):
+        return "no image format Pillow knows"
+    return dangling(path) or (isinstance(error, OSError) and error.strerror) or str(error)

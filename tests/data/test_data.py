@@ -196,20 +196,77 @@ def test_a_folder_is_split_the_same_way_every_time(photos):
     assert any(load_photos(photos, "test", seed=seed).files != test.files for seed in range(1, 9))
 
 
-@pytest.mark.parametrize("name", ["test", "val"])
-def test_split_folders_are_used_and_share_their_labels(tmp_path, name):
-    for split, label in (("train", "b"), ("train", "a"), (name, "b")):
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation", "Test", "eval", "testing"])
+@pytest.mark.parametrize("train", ["train", "Train", "training"])
+def test_split_folders_are_used_and_share_their_labels(tmp_path, train, name):
+    for split, label in ((train, "b"), (train, "a"), (name, "b")):
         write_image(tmp_path / split / label / "1.png")
-    train, test = (load_photos(tmp_path, split) for split in ("train", "test"))
-    assert train.class_names == test.class_names == ("a", "b")
-    assert train.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
+    data = {split: load_photos(tmp_path, split) for split in ("train", "test")}
+    assert data["train"].class_names == data["test"].class_names == ("a", "b")
+    assert data["train"].labels.tolist() == [0, 1] and data["test"].labels.tolist() == [1]
     assert len(load_photos(tmp_path, "all")) == 3
+
+
+def test_of_two_folders_to_test_with_the_one_called_test_is_used(tmp_path):
+    for split in ("train", "val", "test"):
+        write_image(tmp_path / split / "a" / f"{split}.png")
+    assert [file.name for file in load_photos(tmp_path, "test").files] == ["test.png"]
 
 
 def test_a_class_may_be_called_train(tmp_path):
     for label in ("train", "tram"):
         write_image(tmp_path / label / "1.png")
     assert load_photos(tmp_path).class_names == ("train", "tram")
+
+
+def test_folders_beside_splits_are_no_classes(tmp_path):
+    for folder in ("train/a", "train/b", "dev/a"):
+        write_image(tmp_path / folder / "1.png")
+    with pytest.warns(UserWarning, match="left out dev beside train"):
+        assert load_photos(tmp_path, "train").class_names == ("a", "b")
+        with pytest.raises(ValueError, match="has no folder test or .* for split 'test'; .*/train by itself is split"):
+            load_photos(tmp_path, "test")
+
+
+def test_a_class_without_images_to_train_on_is_named(tmp_path):
+    for folder in ("train/a", "val/a", "val/b"):
+        write_image(tmp_path / folder / "1.png")
+    assert load_photos(tmp_path, "train").class_names == ("a",)
+    for split in ("test", "all"):
+        with pytest.raises(ValueError, match="val/b: a class that .*/train has no folder for"):
+            load_photos(tmp_path, split)
+    assert load_photos(tmp_path, "test", class_names=["b", "a"]).labels.tolist() == [1, 0]
+
+
+def test_what_is_hidden_does_not_count(photos):
+    write_image(photos / ".thumbnails" / "1.png")
+    write_image(photos / "cat" / ".thumbnails" / "1.png")
+    write_image(photos / "cat" / ".1.png")
+    write_image(photos / "__MACOSX" / "cat" / "1.png")
+    data = load_photos(photos)
+    assert len(data) == 12 and data.class_names == ("cat", "dog")
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_named(photos, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write_image(elsewhere / "more" / "1.png")
+    (photos / "cat" / "more").symlink_to(elsewhere / "more")
+    (photos / "bird").symlink_to(elsewhere / "more")
+    assert len(load_photos(photos)) == 14
+    for target in ("nowhere.png", "lost.png"):
+        (photos / "cat" / "lost.png").symlink_to(target)
+        with pytest.raises(ValueError, match=rf"lost.png: cannot .* \(a link to {target}, which leads nowhere\)"):
+            load_photos(photos)
+        with pytest.warns(UserWarning, match="skipped 1 unreadable .*lost.png"):
+            assert len(load_photos(photos, skip_corrupt=True)) == 14
+        (photos / "cat" / "lost.png").unlink()
+    (photos / "fish").symlink_to("fish")
+    with pytest.raises(ValueError, match="fish: a link to fish, which leads nowhere"):
+        load_photos(photos)
+    (photos / "fish").unlink()
+    (photos / "cat" / "again").symlink_to("..")
+    with pytest.raises(ValueError, match=r"cat/again: a link to \.\., a folder that it lies in"):
+        load_photos(photos)
 
 
 def test_labels_follow_the_models_classes(photos):
@@ -332,7 +389,7 @@ def test_bad_folders(tmp_path, photos):
     assert len(data) == 12 and data.class_names == ("cat", "dog", "empty")
     only = tmp_path / "only"
     write_image(only / "test" / "cat" / "1.png")
-    fails("only: has no train folder", only, split="train")
+    fails("only: has no folder train or training for split 'train'", only, split="train")
     nothing = tmp_path / "nothing"
     (nothing / "cat").mkdir(parents=True)
     fails("nothing: no readable images", nothing, skip_corrupt=True)
