@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hydravit_kernels as kernels
 from hydravit.config import HydraViTConfig
+from hydravit.ends import Ends, make_head
 from hydravit.geometry import GEOMETRIES, Selection, every_width, position
 from hydravit.inference import Engine, PackedInference
 from hydravit.integers import plain_int
@@ -24,25 +25,19 @@ from hydravit.layers import (
     LayerCall,
     LayerNorm,
     LayerSlice,
-    Linear,
     PatchEmbed,
     call,
-    classifier_rows,
-    cut,
-    embed_of,
-    grads_of,
     init_weights,
     unusual,
 )
 from hydravit.structure import Fused, Structure
-from hydravit.timm_interface import TimmInterface
-from hydravit_kernels import EmbedSlice, NetworkSizes, Subnetwork
+from hydravit_kernels import NetworkSizes, Subnetwork
 
 # Calls name the same few subnetworks again and again: validating one takes longer than looking it up.
 _validate = functools.lru_cache(maxsize=256)(NetworkSizes.validate)
 
 
-class HydraViT(TimmInterface):
+class HydraViT(Ends):
     """A Vision Transformer whose first ``k`` heads are a complete smaller one, for every ``k`` (arXiv 2409.17978).
 
     Args:
@@ -55,7 +50,6 @@ class HydraViT(TimmInterface):
     """
 
     head: Any  # Linear, Classifiers where the config has separate ones, or nn.Identity where it has no classes
-    norm: LayerNorm  # called fc_norm where it follows pooling
 
     def __init__(
         self,
@@ -83,7 +77,7 @@ class HydraViT(TimmInterface):
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.Sequential(*(Block(config, rate, **factory) for rate in rates))
         self.add_module(config.final_norm, LayerNorm(config.embed, config.norm_eps, **factory))
-        self.head = _make_head(config, **factory)
+        self.head = make_head(config, **factory)
         init_weights(self)
 
         self.declared_changes = 0  # how often `weights_changed` was called
@@ -100,26 +94,6 @@ class HydraViT(TimmInterface):
         self.trained_heads = None if trained_heads is None else tuple(sorted(set(trained_heads)))
         self.allow_untrained = False
         self.heads = max(self.allowed_heads) if heads is None else heads
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by one for ``num_classes`` with new random weights.
-
-        Args:
-            num_classes: 0: the model has none then, and its logits are the pooled features.
-            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is.
-        """
-        factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        pooling: dict[str, Any] = {}
-        if global_pool is not None:
-            pooling = {"pool": global_pool, "fc_norm": self.config.final_norm == "fc_norm"}
-        self.config = dataclasses.replace(self.config, num_classes=num_classes, **pooling)
-        self.head = _make_head(self.config, **factory)
-        if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take a new ``head`` as timm's users assign it: the config has as many classes as a linear layer has rows."""
@@ -283,26 +257,6 @@ class HydraViT(TimmInterface):
         x = self._trunk(images, selection, fused)
         return self._normed(x, selection, fused)
 
-    def forward_head(
-        self, features: Tensor, heads: int | Tensor | Subnetwork | None = None, *, pre_logits: bool = False
-    ) -> Tensor:
-        """Compute the logits, or with ``pre_logits`` the pooled features, of what ``forward_features`` returned.
-
-        ``heads`` must be the same as there.
-        """
-        if self.dynamic_img_size and (model := self._of_tokens(features)) is not self:
-            return model.forward_head(features, heads, pre_logits=pre_logits)
-        selection = self.select(heads, kernels.sizes(features)[0])
-        features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
-        if not self._fused().head:
-            return self._run_head(features, selection, normed=self.config.final_norm == "norm", pre_logits=pre_logits)
-        parameters = self.head_parameters()
-        if self.config.final_norm == "norm":  # the features are normalised already
-            parameters = parameters._replace(norm_weight=None, norm_bias=None)
-        if pre_logits:
-            parameters = parameters._replace(weight=None, bias=None)
-        return self._head(features, parameters, selection)
-
     def attention_maps(self, images: Tensor, heads: int | Subnetwork | None = None) -> list[Tensor | None]:
         """Compute the attention weights of every layer, ``(B, heads, queries, keys)``; None for a skipped attention.
 
@@ -384,20 +338,6 @@ class HydraViT(TimmInterface):
             tensor = tensor.to(dtype)
         return tensor
 
-    def stem_parameters(self) -> kernels.StemParameters:
-        return kernels.StemParameters(
-            weight=self.patch_embed.proj.weight,
-            bias=self.patch_embed.proj.bias,
-            cls_token=getattr(self, "cls_token", None),
-            reg_token=getattr(self, "reg_token", None),
-            pos_embed=self.pos_embed,
-        )
-
-    def head_parameters(self) -> kernels.HeadParameters:
-        norm = getattr(self, self.config.final_norm)
-        weight, bias = classifier_rows(self.head)
-        return kernels.HeadParameters(norm_weight=norm.weight, norm_bias=norm.bias, weight=weight, bias=bias)
-
     def network_parameters(self) -> kernels.NetworkParameters:
         """Return all parameters as kernels take them: separate classifiers are rows of one."""
         return kernels.NetworkParameters(
@@ -413,29 +353,6 @@ class HydraViT(TimmInterface):
     def _ops(self) -> str:
         """The backend whose ops this call takes."""
         return "reference" if kernels.exporting() else self.backend
-
-    def _stem(self, images: Tensor, selection: Selection, fused: Fused) -> Tensor:
-        if not fused.stem:
-            return kernels.per_image(self._run_stem, images, None, selection.embed, selection.width_index)
-        parameters = self.stem_parameters()
-        grads = grads_of(self.slice_gradients, parameters)
-        return kernels.stem(
-            images, parameters, selection.embed, selection.width_index, backend=self._ops(), grads=grads
-        )
-
-    def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
-        """Run the stem as its modules say, for images of one width."""
-        tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
-        prefix = [cut(token, 2, embed_of(s)).expand(images.shape[0], -1, -1) for token in tokens]
-        patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
-        expected = self.config.grid[0] * self.config.grid[1]
-        if kernels.sizes(patches)[1] != expected:
-            raise ValueError(f"patch_embed makes {patches.shape[1]} patches, the config has {expected}")
-        if self.config.no_embed_class:
-            x = torch.cat([*prefix, patches + positions], dim=1)
-        else:
-            x = torch.cat([*prefix, patches], dim=1) + positions
-        return call(self.norm_pre, x, s=s) if self.config.pre_norm else x
 
     def _trunk(self, images: Tensor, selection: Selection, fused: Fused, pooled_only: bool = False) -> Tensor:
         """Run stem and blocks; with ``pooled_only`` the last block returns only the tokens that the head pools.
@@ -458,61 +375,6 @@ class HydraViT(TimmInterface):
             return cast("Tensor", checkpoint(call, self.blocks[i], x, layer=layer, use_reentrant=False))
         return call(self.blocks[i], x, layer=layer)
 
-    def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
-        return kernels.head(
-            x, parameters, self._pool_range(x), selection.head, selection.eps, selection.width_index,
-            backend=self._ops(), grads=grads_of(self.slice_gradients, parameters),
-        )  # fmt: skip
-
-    def _final_norm(self, x: Tensor, selection: Selection, fused: Fused) -> Tensor:
-        """Apply the final norm to all tokens."""
-        if fused.head:
-            return kernels.layer_norm(
-                x, self.norm.weight, self.norm.bias, selection.embed, selection.eps, selection.width_index
-            )
-        return self._run_norm(x, selection)
-
-    def _run_norm(self, x: Tensor, selection: Selection) -> Tensor:
-        """Run the module of the norm before pooling, on all tokens."""
-        eps = unusual(selection.eps, self.config)
-        return kernels.per_image(
-            lambda x, _, s: call(self.norm, x, s=s, eps=eps), x, None, selection.head, selection.width_index
-        )
-
-    def _pool_range(self, x: Tensor) -> tuple[int, int]:
-        """The tokens to pool; blocks may have changed their number, as token merging and prompts do."""
-        start, stop = self.config.pool_range
-        return (start, stop) if self.config.pool == "token" else (start, kernels.sizes(x)[1])
-
-    def _pool(self, x: Tensor) -> Tensor:
-        start, stop = self._pool_range(x)
-        x = x[:, start:stop]
-        match self.config.pool:
-            case "":
-                return x
-            case "max":
-                return x.amax(dim=1)
-            case "avgmax":
-                return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
-        return x.mean(dim=1)
-
-    def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Tensor:
-        """Run pooling, norm and classifier as their modules say; as in timm, ``norm`` sees all tokens."""
-
-        if self.config.final_norm == "norm" and not normed:
-            x = self._run_norm(x, selection)
-
-        def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
-            x = self._pool(x)
-            if self.config.final_norm == "fc_norm":
-                x = call(self.get_submodule("fc_norm"), x, s=s, eps=unusual(selection.eps, self.config))
-            if pre_logits:
-                return x
-            return call(self.head, x, rows=((s.class_offset, s.classes),), columns=embed_of(s))
-
-        pad = pre_logits or isinstance(self.head, nn.Identity)
-        return kernels.per_image(single, x, None, selection.head, selection.width_index, pad=pad)
-
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: the graph is for the modules as they
 # are while it is made. As with any module, it does not notice hooks that come later.
@@ -520,11 +382,3 @@ HydraViT._fused_when_compiling._dynamo_marked_constant = True  # type: ignore[at
 
 # In whose place `forward` may run fused ops.
 _METHODS = {name: getattr(HydraViT, name) for name in ("forward_features", "forward_head")}
-
-
-def _make_head(config: HydraViTConfig, **factory) -> nn.Module:
-    if not config.num_classes:
-        return nn.Identity()
-    if config.separate_classifiers:
-        return Classifiers(config, **factory)
-    return Linear(config.embed, config.num_classes, **factory)

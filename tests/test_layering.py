@@ -19,8 +19,8 @@ ORDER = {
         "functional", "triton", "_native", "_triton", "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
-        "integers", "config", "extras", "geometry", "layers", "structure", "inference", "timm_interface", "model",
-        "atomic", "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation",
+        "integers", "config", "extras", "geometry", "layers", "structure", "inference", "timm_interface", "ends",
+        "model", "atomic", "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation",
         "recipes", "training", "cli", "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "run"],
