@@ -75,4 +75,5 @@ CXX_FILES = $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name 
 # Has all that the demo needs, which then has nothing to do.
 .venv/test: .venv/torch $(NATIVE)
 	$(INSTALL) --no-build-isolation -e '.[test]'
+	.venv/bin/python -m hydravit.torchvision_operators  # lets timm be imported beside a torch for CPUs
 	touch .venv/demo $@

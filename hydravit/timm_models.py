@@ -5,8 +5,6 @@ No other module imports timm. The rest of the package needs neither timm nor tor
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +14,9 @@ from hydravit import checkpoint
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.model import HydraViT
 from hydravit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from hydravit.torchvision_operators import declare
 
-
-def _declare_torchvision_operators() -> None:
-    """Declare the operators without which ``import torchvision``, and so ``import timm``, fails.
-
-    torchvision from the registry is built for a CUDA torch. Beside a CPU torch its library does not load, but its
-    Python part still refers to the library's operators. It needs their schemas only; nothing here ever calls them.
-    """
-    spec = find_spec("torchvision")
-    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
-        return
-    for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
-        try:
-            torch.ops.load_library(str(library))  # as torchvision does; loading it twice has no effect
-            return
-        except OSError:
-            pass
-    for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_declare_torchvision_operators()
+declare()  # without it timm may not import
 
 import timm.data  # noqa: E402
 from timm.data import auto_augment  # noqa: E402

@@ -1,8 +1,13 @@
 """Against timm: the same names, the same numbers at every width, its registry and its transforms."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +30,10 @@ from hydravit.data import load_dataset
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 from hydravit.recipes import get_recipe, photos
+from hydravit.torchvision_operators import _DECLARATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[2]
 TINY = HydraViTConfig(max_heads=3, depth=2)  # the width of ViT-Ti at full image size
 
 
@@ -173,3 +180,26 @@ def test_mixing_labels():
     assert torch.equal(mixed, again) and not torch.equal(mixed, images)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert photos.mix(get_recipe("demo"), 10) is None
+
+
+@pytest.mark.long
+def test_a_mended_torchvision_lets_timm_be_imported_first(tmp_path):
+    """One whose library does not load, as that of the registry beside a torch for CPUs, in processes of its own."""
+    source = Path(find_spec("torchvision").origin).parent
+    copy = shutil.copytree(source, tmp_path / "torchvision", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    extension = copy / "extension.py"
+    extension.write_text(extension.read_text().replace(_DECLARATION, ""))
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def python(*arguments):
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+    assert "torchvision::nms does not exist" in python("-c", "import timm").stderr
+    for said in (True, False):  # mending twice is mending once
+        mended = python("-m", "hydravit.torchvision_operators")
+        assert mended.returncode == 0 and (str(extension) in mended.stdout) == said
+    assert extension.read_text().count(_DECLARATION) == 1
+    for first in ("timm", "hydravit.timm_models, timm"):
+        done = python("-c", f"import {first}; import torchvision; print(torchvision.__file__)")
+        assert done.stdout.strip() == str(copy / "__init__.py"), done.stderr
