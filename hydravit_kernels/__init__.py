@@ -1,5 +1,6 @@
 """Kernels of a nested Vision Transformer, which read a subnetwork's slice of the full weights in place."""
 
+from hydravit_kernels import forking  # noqa: F401  (its import is its effect)
 from hydravit_kernels.adamw import AdamWStep, adamw, rectangles_of
 from hydravit_kernels.backends import available_backends, check_backend, select
 from hydravit_kernels.export import exporting, sizes

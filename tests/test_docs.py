@@ -18,6 +18,7 @@ import hydravit_kernels as kernels
 from hydravit import cli
 from hydravit.cli.train import make_recipe
 from hydravit.geometry import GEOMETRIES
+from hydravit.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
@@ -124,6 +125,8 @@ def check_hydravit(arguments):
     args = parse(arguments)
     if arguments[0] == "train":
         make_recipe(args)
+    if arguments[0] in ("evaluate", "predict") and args.heads is not None:  # readers try these on the demo's model
+        cli.parse_heads(args.heads, get_recipe("demo").config.max_heads)
     if arguments[0] == "info" and "--checkpoint" not in arguments:
         assert cli.main(arguments) == 0
 

@@ -15,13 +15,13 @@ CSRC = ROOT / "csrc"
 # A package or module may import what stands before it, and itself.
 ORDER = {
     "hydravit_kernels": [
-        "subnetwork", "parameters", "ranges", "export", "ops", "flops", "adamw", "sample", "transforms", "reference",
-        "functional", "triton", "_native", "_triton", "backends", "networks", "__init__", "__main__",
+        "forking", "subnetwork", "parameters", "ranges", "export", "ops", "flops", "adamw", "sample", "transforms",
+        "reference", "functional", "triton", "_native", "_triton", "backends", "networks", "__init__", "__main__",
     ],
     "hydravit": [
         "integers", "config", "extras", "geometry", "layers", "structure", "inference", "timm_interface", "ends",
-        "model", "atomic", "preprocessing", "checkpoint", "factory", "__init__", "data", "timm_models", "evaluation",
-        "recipes", "training", "cli", "__main__",
+        "model", "atomic", "preprocessing", "checkpoint", "factory", "api", "__init__", "data",
+        "torchvision_operators", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "run"],
 }  # fmt: skip

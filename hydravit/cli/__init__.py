@@ -13,6 +13,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from hydravit import __version__
+from hydravit.cli.threads import let_waiting_threads_sleep, set_threads
+
 COMMANDS = ("demo", "train", "compare", "evaluate", "predict", "info", "extract", "benchmark")
 
 _EXAMPLES = """examples:
@@ -48,10 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ESCAPED)
-    args = parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] != ["benchmark"]:  # its numbers are those of OpenMP as it is
+        let_waiting_threads_sleep()
+    args = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"hydravit: warning: {message}", file=sys.stderr)
+            if hasattr(args, "threads"):
+                set_threads(args.threads)
             args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe; writing, even at exit, would raise again
@@ -78,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in COMMANDS:
         import_module(f"hydravit.cli.{command}").add_parser(subparsers)
@@ -100,6 +109,6 @@ def parse_heads(text: str, max_heads: int) -> tuple[int, ...]:
         if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
             raise ValueError(f"heads {text!r}: expected all, or numbers and ranges such as 3,6,12 or 3-12")
         if int(first) < 1 or int(last) > max_heads:
-            raise ValueError(f"heads {text!r}: must be in 1..{max_heads}")
+            raise ValueError(f"heads {text!r}: the model has the widths 1..{max_heads}; all names every one")
         heads.update(range(int(first), int(last) + 1))
     return tuple(sorted(heads))

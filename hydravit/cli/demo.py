@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from hydravit.cli.loading import add_threads_argument
 from hydravit.config import CONFIGS
 from hydravit.recipes import Recipe
 
@@ -34,6 +35,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--config", default="base", choices=CONFIGS, help="the supernet to time (default: %(default)s)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of the training (default: the recipe's)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per width and way (default: %(default)s)")
+    add_threads_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

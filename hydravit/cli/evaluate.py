@@ -9,7 +9,7 @@ from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model
 
 _EXAMPLES = """examples:
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
-  hydravit evaluate --checkpoint model.safetensors --data photos/ --heads 3,6,12 --out runs/photos
+  hydravit evaluate --checkpoint model.safetensors --data photos/ --heads 1,3-6 --out runs/photos
   hydravit evaluate --checkpoint model.safetensors --data imagenet/ --heads 3-12 --accuracy-only --workers 8
 """
 

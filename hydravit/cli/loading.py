@@ -25,6 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> Non
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    add_threads_argument(parser)
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,16 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timm", metavar="NAME", help="timm's name of the model, which tells what weights do not")
     parser.add_argument(
         "--field", action="append", default=[], metavar="NAME=VALUE", help="a field of the config, such as head_dim=80"
+    )
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads``, which ``hydravit.cli.main`` obeys."""
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="that compute on the CPU (default: OMP_NUM_THREADS, or one for each core that this process may use)",
     )
 
 

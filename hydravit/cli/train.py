@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hydravit.cli import parse_heads
-from hydravit.cli.loading import usable_device
+from hydravit.cli.loading import add_threads_argument, usable_device
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
@@ -88,6 +88,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="replaces any field of the recipe or the model",
     )
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
+    add_threads_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

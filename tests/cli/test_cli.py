@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hydravit import HydraViT, HydraViTConfig, fused_model
+from hydravit import HydraViT, HydraViTConfig, __version__, fused_model
 from hydravit.checkpoint import read_checkpoint, save_checkpoint
 from hydravit.cli import main, parse_heads
 from hydravit.data import load_dataset
@@ -188,7 +188,9 @@ def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
     assert "unknown config 'huge'" in fails(capsys, "info", "--config", "huge")
     assert "neither digits, fashion-mnist nor a folder" in fails(capsys, *evaluate, "cifar10")
     assert "classes are unknown to the model" in fails(capsys, *evaluate, "digits")
-    assert "heads '4': must be in 1..3" in fails(capsys, *evaluate, "digits", "--heads", 4)
+    assert "heads '4': the model has the widths 1..3; all names every one" in fails(
+        capsys, *evaluate, "digits", "--heads", 4
+    )
     assert "[2] were not trained; trained: [1, 3]" in fails(capsys, *evaluate, "digits", "--heads", "1-2")
     assert "device string: toaster" in fails(capsys, *evaluate, "digits", "--device", "toaster")
     assert "no such file or folder" in fails(capsys, "predict", tmp_path / "x.png", *model)
@@ -217,6 +219,12 @@ def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and f"hydravit {command}" in capsys.readouterr().out.partition("examples:")[2]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"hydravit {__version__}\n"
 
 
 def test_debugging_shows_the_traceback(monkeypatch):
