@@ -134,7 +134,6 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
         checkpoint_steps=args.checkpoint_steps,
         workers=args.workers,
-        progress=sys.stderr.isatty(),
     )
     if resume is not None:
         trainer.resume(resume, verify=args.verify)

@@ -8,13 +8,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import hydravit_kernels as kernels
 from hydravit.evaluation.accuracy import SizedDataset, accuracy
@@ -23,6 +22,7 @@ from hydravit.recipes import Recipe
 from hydravit.training.batches import Batches
 from hydravit.training.gradients import SliceGradients
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
+from hydravit.training.progress import Progress
 from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
 
@@ -57,6 +57,7 @@ class Trainer:
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
         checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: none.
         workers: processes that load the data.
+        progress: whether rank 0 shows how far it is, on standard error: see ``Progress``.
     """
 
     def __init__(
@@ -137,10 +138,10 @@ class Trainer:
         self.model.train()
         try:
             steps = self.recipe.epochs * len(self.batches)
-            shown = tqdm(total=steps, initial=self.step, unit="step", disable=not self.progress, leave=False)
-            with Interrupt() as interrupt, shown as bar:
+            shown = Progress(self.recipe.epochs, steps, self.step, shown=self.progress)
+            with Interrupt() as interrupt, shown as progress:
                 while self.epoch < self.recipe.epochs:
-                    self._run_epoch(interrupt, bar)
+                    self._run_epoch(interrupt, progress)
         finally:
             if self.gradients is not None:
                 self.gradients.close()
@@ -157,21 +158,20 @@ class Trainer:
                     dist.broadcast(sent, 0)
                     tensor.copy_(sent)
 
-    def _run_epoch(self, interrupt: Interrupt, bar: tqdm) -> None:
+    def _run_epoch(self, interrupt: Interrupt, progress: Progress) -> None:
         start, done = time.perf_counter(), 0
-        bar.set_description(f"epoch {self.epoch + 1}/{self.recipe.epochs}", refresh=False)
         for images, labels in self.batches.epoch(self.epoch, self.batch):
             heads = self.sampler.draw(len(images))
             loss = self._step(images, labels, heads)
             self.batch += 1
             self.step += 1
             done += len(images)
-            bar.set_postfix(loss=f"{loss:.3f}", k=heads if isinstance(heads, int) else "mixed", refresh=False)
-            bar.update()
+            progress.step(self.epoch + 1, loss, heads)
             self._stop_if_asked(interrupt)
             if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self.save()
-        self._log(done / (time.perf_counter() - start))
+        if not self.rank:
+            progress.epoch(self._log(done / (time.perf_counter() - start)))
         self.epoch, self.batch = self.epoch + 1, 0
         self._losses.clear()
         last = self.epoch == self.recipe.epochs
@@ -240,11 +240,9 @@ class Trainer:
             entry[1] += len(chosen)
         return mean
 
-    def _log(self, images_per_second: float) -> None:
-        """Log one line for the epoch, with rank 0's loss, and the validation if it is due."""
-        if self.rank:
-            return
-        entry = {
+    def _log(self, images_per_second: float) -> dict:
+        """Log one line for the epoch, with rank 0's loss, and the validation if it is due; return what it says."""
+        entry: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "lr": self.scheduler.get_last_lr()[0],
@@ -261,13 +259,10 @@ class Trainer:
                 found = accuracy(self.trained, self.validation, ends)
             self.trained.train(training)
             entry["validation_top1"] = {k: top1 for k, (top1, _) in found.items()}
-            if self.progress:
-                tqdm.write(
-                    f"epoch {self.epoch + 1}: " + ", ".join(f"top-1 at k={k} {v[0]:.2f} %" for k, v in found.items())
-                )
         if self.out is not None:
             with open(self.out / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+        return entry
 
     def _stop_if_asked(self, interrupt: Interrupt) -> None:
         asked = interrupt.signal is not None

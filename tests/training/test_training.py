@@ -348,6 +348,13 @@ def test_loss_decreases_and_is_logged(tmp_path):
     assert log[-1]["lr"] == pytest.approx(recipe.min_lr, rel=0.5)
 
 
+def test_epochs_are_shown(capsys):
+    Trainer(make_model(), RECIPE, Images()).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert all(line.endswith(" left") and line.isprintable() for line in lines)
+
+
 def test_accumulation_and_soft_targets():
     recipe = RECIPE.replace(epochs=1, warmup_epochs=0.0, smoothing=0.1, clip_norm=0.0)
     models = [make_model() for _ in range(2)]  # without drop-path, whose draws depend on the parts
