@@ -153,6 +153,26 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
     )
 
 
+def uniform_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
+    """All heads, each cut to its first channels, so that they are as wide as ``heads`` whole ones, rounded down.
+
+    The hidden channels are cut to the same share, and the residual is whole: SKD (arXiv 2511.11683) with the same
+    lengths in every layer.
+    """
+    return _uniform(
+        config,
+        heads,
+        _narrow_attention(config, config.max_heads, config.head_dim * heads // config.max_heads),
+        MlpSlice(0, config.embed, 0, config.hidden_of(heads)),
+    )
+
+
+def _narrow_attention(config: HydraViTConfig, heads: int, channels: int) -> AttentionSlice:
+    """The first channels of each of the heads, from the whole residual."""
+    full, pitch = config.embed, config.head_dim
+    return AttentionSlice(0, full, 0, full, 2 * full, 0, heads, channels, channels, pitch, pitch**-0.5)
+
+
 def _per_role_attention(config: HydraViTConfig, embed: int, heads: int, head_dim: int) -> AttentionSlice:
     """The first heads of Q, K and V, each in its own third of the fused weight, from the first ``embed`` channels."""
     full = config.embed
@@ -170,6 +190,7 @@ GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "sortednet": sortednet,
     "dynabert": dynabert,
     "matformer": matformer,
+    "skd": uniform_skd,
 }
 
 
@@ -210,9 +231,5 @@ def skd(config: HydraViTConfig, lengths: Sequence[tuple[int, int]]) -> Subnetwor
 
     SKD, arXiv 2511.11683. The residual and the number of heads stay whole. A 0 skips the layer's branch with its bias.
     """
-    full, pitch = config.embed, config.head_dim
-    attention = [
-        AttentionSlice(0, full, 0, full, 2 * full, 0, config.max_heads if r else 0, r, r, pitch, pitch**-0.5)
-        for r, _ in lengths
-    ]
-    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, full, 0, m) for _, m in lengths])
+    attention = [_narrow_attention(config, config.max_heads if r else 0, r) for r, _ in lengths]
+    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, config.embed, 0, m) for _, m in lengths])

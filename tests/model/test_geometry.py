@@ -54,6 +54,18 @@ def test_skd_segments_inside_heads():
     assert slices["blocks.11.attn.proj.bias"] == ((),) and slices["blocks.11.norm2.weight"] == ((),)
 
 
+def test_skd_by_a_number_of_heads():
+    """Every head is as wide as its share of so many whole ones; a width without a channel per head does not exist."""
+    config = dataclasses.replace(DEIT_S, geometry="skd")
+    widths = geometry.every_width(config)
+    assert [(s.heads, s.attention[0].head_dim, s.mlp[0].hidden) for s in widths.values()] == [
+        (1, 10, 256), (2, 21, 512), (3, 32, 768), (4, 42, 1024), (5, 53, 1280), (6, 64, 1536)
+    ]  # fmt: skip
+    lengths = geometry.skd(config, [(32, 768)] * 12)
+    assert widths[3] == lengths._replace(heads=3)
+    assert list(geometry.every_width(dataclasses.replace(config, head_dim=4))) == [2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("name", geometry.GEOMETRIES)
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_parameter_slices_are_what_gradients_touch(name, heads):
