@@ -193,12 +193,24 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         target, owner = (changes, recipe) if name in recipe_fields else (config_changes, config)
         target[name] = _parse(setting, value, getattr(owner, name))
     config = dataclasses.replace(config, **config_changes)
+    changes = _schedule(recipe, changes.get("epochs", recipe.epochs)) | changes
     # A recipe's widths are those of its own model, so another model does not take them.
     if config.max_heads != recipe.config.max_heads or args.heads is not None:
         changes = {"heads": (), "weights": (), **changes}
     if args.heads is not None:
         changes["heads"] = parse_heads(args.heads, config.max_heads)
     return recipe.replace(config=config, **changes)
+
+
+def _schedule(recipe: Recipe, epochs: int) -> dict[str, Any]:
+    """Return the recipe's warm-up and cool-down, in proportion where so few epochs have no room for them."""
+    if recipe.warmup_epochs + recipe.cooldown_epochs < epochs:
+        return {}
+    share = epochs / recipe.epochs
+    return {
+        "warmup_epochs": recipe.warmup_epochs * share,
+        "cooldown_epochs": int(recipe.cooldown_epochs * share),
+    }
 
 
 def _parse(setting: str, text: str, default: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from hydravit.config import HydraViTConfig, resolve_config
@@ -86,15 +87,24 @@ class Recipe:
             object.__setattr__(self, name, tuple(map(plain_int, getattr(self, name))))
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, plain_int(getattr(self, each.name)))
+            values = getattr(self, each.name)
+            numbers = [v for v in (values if isinstance(values, tuple) else (values,)) if isinstance(v, float)]
+            self._check(each.name, all(map(math.isfinite, numbers)), "finite")
         for name in ("epochs", "batch_size", "accumulate"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("lr", "eps"):
             self._check(name, getattr(self, name) > 0, "positive")
-        for name in "min_lr warmup_lr warmup_epochs weight_decay mixup cutmix clip_norm lr_batch".split():
+        for name in "min_lr warmup_lr warmup_epochs weight_decay mixup cutmix clip_norm color_jitter lr_batch".split():
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("smoothing", "ema", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("cooldown_epochs", 0 <= self.cooldown_epochs < self.epochs, "at least 0 and less than epochs")
+        falling = self.epochs - self.cooldown_epochs
+        self._check("warmup_epochs", self.warmup_epochs < falling, f"less than epochs - cooldown_epochs, {falling}")
+        for name in ("min_lr", "warmup_lr"):
+            self._check(name, getattr(self, name) <= self.lr, f"at most lr, {self.lr}")
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        self._check("betas", good, "two numbers in [0, 1)")
         self._check("amp", self.amp in AMP, f"one of {', '.join(map(repr, AMP))}")
         self._check("optimizer", self.optimizer in ("dense", "active"), "'dense' or 'active'")
         largest = self.config.max_heads

@@ -72,17 +72,24 @@ class _Augmentation:
 
     def __init__(self, recipe: Recipe, preprocessing: Preprocessing):
         self._arguments = (recipe, preprocessing)
-        self._transform = _import_timm_data().create_transform(
-            preprocessing.image_size,
-            is_training=True,
-            auto_augment=recipe.rand_augment or None,
-            color_jitter=recipe.color_jitter or None,
-            re_prob=recipe.random_erasing,
-            re_mode="pixel",
-            interpolation="bicubic",
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-        )
+        data = _import_timm_data()
+        try:
+            self._transform = data.create_transform(
+                preprocessing.image_size,
+                is_training=True,
+                auto_augment=recipe.rand_augment or None,
+                color_jitter=recipe.color_jitter or None,
+                re_prob=recipe.random_erasing,
+                re_mode="pixel",
+                interpolation="bicubic",
+                mean=preprocessing.mean,
+                std=preprocessing.std,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"recipe: rand_augment must be of timm's form, such as 'rand-m9-mstd0.5-inc1', not "
+                f"{recipe.rand_augment!r} ({type(error).__name__}: {error})"
+            ) from error
 
     def __reduce__(self):
         return type(self), self._arguments  # a worker that is not a fork imports timm as this process did

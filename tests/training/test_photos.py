@@ -72,6 +72,12 @@ def test_the_augmentation_repeats_by_torchs_seed_in_any_process():
     assert not torch.equal(results[0], transform(image))
 
 
+@pytest.mark.parametrize("text", ["rand-m9-what3", "rank-m9", "rand-m9-w7", "nothing"])
+def test_augmentation_that_timm_does_not_know(text):
+    with pytest.raises(ValueError, match=f"rand_augment must be of timm's form, .*, not '{text}'"):
+        augmentation(COLOUR, rand_augment=text)
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 @pytest.mark.parametrize("changes", [{}, {"mixup": 0.0}, {"cutmix": 0.0}], ids=["both", "cutmix", "mixup"])
 def test_batches_of_any_size_are_mixed(count, changes):
