@@ -22,7 +22,7 @@ import timm.data  # noqa: E402
 from timm.data import auto_augment  # noqa: E402
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model  # noqa: E402
 
-__all__ = ["config_of", "timm"]  # timm adds every model it registers
+__all__ = ["checkpoint_of", "config_of", "timm"]  # timm adds every model it registers
 
 
 def _posterize(image, bits_to_keep: int, **options):
@@ -74,10 +74,19 @@ def config_of(model: str | nn.Module, **arguments) -> HydraViTConfig:
     Args:
         arguments: of ``timm.create_model``, such as ``num_classes``; for a name only.
     """
-    if isinstance(model, str):
-        with torch.device("meta"):
-            model = timm.create_model(model, **arguments)
-    return checkpoint.config_of(model)
+    return checkpoint.config_of(_without_weights(model, **arguments))
+
+
+def checkpoint_of(name: str) -> checkpoint.Checkpoint:
+    """Return what timm's registry tells of a name: config and preprocessing; the weights hold no values."""
+    return checkpoint.checkpoint_of(_without_weights(name))
+
+
+def _without_weights(model: str | nn.Module, **arguments) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    with torch.device("meta"):
+        return timm.create_model(model, **arguments)
 
 
 def _build(config: str, heads=None, backend="auto", device=None, dtype=None, **arguments) -> HydraViT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from hydravit.cli.images import check_order_of_classes
 from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model
 
 _EXAMPLES = """examples:
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         preprocessing=preprocessing,
         class_names=checkpoint.class_names,
     )
+    check_order_of_classes(checkpoint, args.data, dataset.class_names, model.num_classes)
     results = evaluate(
         model,
         dataset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from hydravit.cli.images import add_image_arguments, with_images
 from hydravit.cli.loading import add_reading_arguments, read_weights
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
@@ -24,6 +25,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
     add_reading_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument("--heads", required=True, type=int, metavar="K", help="the width")
     parser.add_argument("--allow-untrained", action="store_true", help="also a width the checkpoint was not trained at")
     parser.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .pt or .pth")
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         strict=args.strict,
         **fields,
     )
+    checkpoint = with_images(checkpoint, model.config, args, assume=False)
     weights, subnetwork = extract(model, args.heads), model.subnetwork(args.heads)
     heads, width = subnetwork.attention[0].heads, subnetwork.embed.embed
     config = resolve_config(

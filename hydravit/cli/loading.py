@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 from typing import Any
 
 import torch
 
 from hydravit.checkpoint import Checkpoint, read_checkpoint
 from hydravit.cli import parse_heads
+from hydravit.cli.images import add_image_arguments, with_images
 from hydravit.extras import extra
 from hydravit.factory import fused_model
 from hydravit.model import HydraViT
@@ -19,6 +21,7 @@ from hydravit.preprocessing import Preprocessing
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
     add_reading_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument("--heads", default=None, metavar="LIST", help=f"3,6,12 or 3-12 or all ({heads_help})")
     parser.add_argument("--allow-untrained", action="store_true", help="also widths the checkpoint was not trained at")
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
@@ -52,11 +55,13 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
 def read_weights(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Any]]:
     """Return the checkpoint, and the fields of its config that the command line gives or a model of timm tells."""
     fields: dict[str, Any] = {}
+    told: Checkpoint | None = None
     if args.timm is not None:
         with extra("recipes", "--timm"):
-            from hydravit.timm_models import config_of
-        config = config_of(args.timm)
-        fields = {name: getattr(config, name) for name in ("head_dim", "norm_eps", "pool")}
+            from hydravit.timm_models import checkpoint_of
+        told = checkpoint_of(args.timm)
+        assert told.config is not None  # timm's model always tells it
+        fields = {name: getattr(told.config, name) for name in ("head_dim", "norm_eps", "pool")}
     for setting in args.field:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -65,7 +70,10 @@ def read_weights(args: argparse.Namespace) -> tuple[Checkpoint, dict[str, Any]]:
             fields[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             fields[name] = text
-    return read_checkpoint(args.checkpoint, part=args.part, verify=args.verify), fields
+    checkpoint = read_checkpoint(args.checkpoint, part=args.part, verify=args.verify)
+    if checkpoint.preprocessing is None and told is not None:
+        checkpoint = dataclasses.replace(checkpoint, preprocessing=told.preprocessing)
+    return checkpoint, fields
 
 
 def positive(text: str) -> int:
@@ -76,7 +84,7 @@ def positive(text: str) -> int:
 
 
 def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preprocessing]:
-    """Return the model, ready for inference, its checkpoint, and the preprocessing of its images."""
+    """Return the model, ready for inference, its checkpoint with all that arguments add, and its preprocessing."""
     checkpoint, fields = read_weights(args)
     model = fused_model(
         checkpoint=checkpoint,
@@ -86,7 +94,10 @@ def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preproce
         allow_untrained=args.allow_untrained,
         **fields,
     )
-    return model.eval(), checkpoint, checkpoint.preprocessing or Preprocessing.for_model(model.config)
+    checkpoint = with_images(checkpoint, model.config, args, assume=True)
+    assert checkpoint.preprocessing is not None
+    size = model.config.image_size  # where a field of the config or timm's model says another one than the file
+    return model.eval(), checkpoint, dataclasses.replace(checkpoint.preprocessing, image_size=size)
 
 
 def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:

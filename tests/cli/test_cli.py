@@ -179,6 +179,88 @@ def test_a_damaged_file_is_loaded_only_by_name_of_the_flag(folder, tmp_path, cap
     assert hydravit(*predict, "--no-verify") == 0
 
 
+@pytest.fixture
+def foreign(folder, tmp_path):
+    """The weights of the digits' model as another project would write them, and folders of photos with its classes."""
+    torch.save(fused_model(checkpoint=folder / "digits.pt").state_dict(), tmp_path / "foreign.pt")
+    for digit in range(10):
+        (tmp_path / "photos" / f"{digit}").mkdir(parents=True)
+        for i in range(3):
+            Image.effect_noise((20, 16), 60).save(tmp_path / "photos" / f"{digit}" / f"{i}.png")
+    fields = ("--field", "head_dim=4", "--field", "image_size=8")
+    return ("--checkpoint", tmp_path / "foreign.pt", *fields), tmp_path / "photos"
+
+
+def test_what_a_foreign_checkpoint_does_not_tell_of_images_is_said_and_can_be_given(foreign, folder, capsys):
+    model, photos = foreign
+    predict = ("predict", photos, *model, "--json")
+    assert hydravit(*predict) == 0
+    out, err = capsys.readouterr()
+    assumed = json.loads(out)
+    text = "does not tell how images were prepared; assumed: mean 0.5, std 0.5, crop 1.0, interpolation bicubic ("
+    assert f"foreign.pt: {text}--mean, --std, --crop, --interpolation or --timm)" in err
+    known = read_checkpoint(folder / "digits.pt").preprocessing
+    assert hydravit(*predict, "--mean", known.mean[0], "--std", known.std[0]) == 0
+    out, err = capsys.readouterr()
+    assert "assumed: crop 1.0, interpolation bicubic (--crop, --interpolation or --timm)" in err
+    assert hydravit("predict", photos, "--checkpoint", folder / "digits.pt", "--json") == 0
+    ours, err = capsys.readouterr()
+    assert ours == out and json.loads(out) != assumed and "prepared" not in err
+    extract = ("extract", *model, "--heads", 1, "--out", photos / "vit.pt")
+    assert hydravit(*extract) == 0
+    assert read_checkpoint(photos / "vit.pt").preprocessing is None
+    assert hydravit(*extract, "--mean", "0.25", "--std", "0.5", "--crop", "0.75", "--interpolation", "bilinear") == 0
+    found = read_checkpoint(photos / "vit.pt").preprocessing
+    assert (found.mean, found.std, found.crop, found.interpolation) == ((0.25,), (0.5,), 0.75, "bilinear")
+    assert "one per channel, not 3" in fails(capsys, *predict, "--mean", "0.1,0.2,0.3", "--std", "1,1,1")
+
+
+def test_classes_are_matched_by_name_or_it_is_said(foreign, folder, tmp_path, capsys):
+    model, photos = foreign
+    evaluate = ("evaluate", *model, "--data", photos, "--split", "all", "--accuracy-only")
+
+    def top1(*arguments):
+        assert hydravit(*evaluate, *arguments) == 0
+        out, err = capsys.readouterr()
+        return out.splitlines()[1:3], "names no classes: its outputs are taken for" in err
+
+    by_position, said = top1()
+    assert said
+    names = [str(digit) for digit in range(10)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    assert top1("--classes", tmp_path / "names.txt") == (by_position, False)
+    (tmp_path / "names.json").write_text(json.dumps(dict(enumerate(names))))
+    assert top1("--classes", tmp_path / "names.json") == (by_position, False)
+    for digit in range(10):  # other folders for the same images, in another order
+        (photos / f"{digit}").rename(photos / f"{'zyxwvutsrq'[digit]} {digit}")
+    (tmp_path / "renamed.json").write_text(json.dumps([f"{'zyxwvutsrq'[digit]} {digit}" for digit in range(10)]))
+    assert top1("--classes", tmp_path / "renamed.json") == (by_position, False)
+    assert "10 of its 10 classes are unknown to the model" in fails(
+        capsys, *evaluate, "--classes", tmp_path / "names.txt"
+    )
+    (tmp_path / "few.txt").write_text("a\nb\na")
+    message = fails(capsys, *evaluate, "--classes", tmp_path / "few.txt")
+    assert "few.txt: expected 10 different names, one for each output, not 2 different ones in 3" in message
+    (photos / "z 0").rename(tmp_path / "z 0")
+    message = fails(capsys, *evaluate)
+    assert "names no classes and has 10 outputs, where" in message and "has 9 classes ('q 9', 'r 8', 's 7'" in message
+
+
+@pytest.mark.needs("package timm")
+def test_timm_tells_how_images_are_prepared(tmp_path, capsys):
+    from hydravit.timm_models import timm
+
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=2).state_dict(), tmp_path / "vit.pt")
+    Image.effect_noise((20, 16), 60).save(tmp_path / "1.png")
+    predict = ("predict", tmp_path / "1.png", "--checkpoint", tmp_path / "vit.pt", "--json")
+    assert hydravit(*predict, "--timm", "vit_tiny_patch16_224") == 0
+    told, err = capsys.readouterr()
+    assert "prepared" not in err
+    assert hydravit(*predict, "--mean", "0.5", "--std", "0.5", "--crop", "0.9", "--interpolation", "bicubic") == 0
+    out, err = capsys.readouterr()
+    assert out == told and "prepared" not in err
+
+
 def test_wrong_input_is_one_line_and_exit_code_2(folder, tmp_path, capsys):
     model = ("--checkpoint", folder / "model.safetensors")
     (tmp_path / "bad.safetensors").write_text("no")
