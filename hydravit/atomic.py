@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], object]) -> N
         OSError: the file could not be written; the message names ``path``. Other exceptions of ``writer`` pass.
     """
     path = Path(os.path.realpath(path))  # a link keeps pointing to its file
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # as in `remove_temporary_files`
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -44,3 +45,10 @@ def atomic_write(path: str | os.PathLike, writer: Callable[[Path], object]) -> N
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes left of files that they wrote in this folder. No other process may write there."""
+    for file in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", file.name):
+            file.unlink(missing_ok=True)

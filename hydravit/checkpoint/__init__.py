@@ -12,7 +12,7 @@ Example:
 from hydravit.checkpoint.adaptation import load_weights
 from hydravit.checkpoint.configs import infer_config, model_config
 from hydravit.checkpoint.extraction import extract, extract_config, take
-from hydravit.checkpoint.files import Checkpoint, read_checkpoint, save_checkpoint
+from hydravit.checkpoint.files import Checkpoint, model_metadata, read_checkpoint, save_checkpoint
 from hydravit.checkpoint.foreign import checkpoint_of, config_of
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "infer_config",
     "load_weights",
     "model_config",
+    "model_metadata",
     "read_checkpoint",
     "save_checkpoint",
     "take",

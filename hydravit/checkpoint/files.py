@@ -118,16 +118,13 @@ def save_checkpoint(
         if inner is None:
             raise TypeError(f"model must be a HydraViT, not {type(model).__name__}")
         model = inner
-    trained: Any = model.trained_heads if trained_heads is None else trained_heads
     config, weights = described(model)
-    metadata = {
-        "config": config.to_dict(),
-        "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
-        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "class_names": None if class_names is None else list(class_names),
-    }
-    metadata = json.loads(json.dumps(metadata))  # both formats hold the same plain values
-    _parse_metadata(metadata)
+    metadata = model_metadata(
+        config,
+        trained_heads=model.trained_heads if trained_heads is None else trained_heads,
+        preprocessing=preprocessing,
+        class_names=class_names,
+    )
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
         header = {METADATA: json.dumps(metadata), "format": "pt"}
@@ -137,6 +134,26 @@ def save_checkpoint(
         atomic_write(path, lambda file: write_torch(content, file))
     else:
         raise ValueError(f"path must end in .safetensors, .pt or .pth, not {path.name!r}")
+
+
+def model_metadata(
+    config: HydraViTConfig,
+    *,
+    trained_heads: Iterable[int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: Iterable[str] | None = None,
+) -> dict:
+    """Return what our files hold beside the weights, as plain values; arguments are those of ``save_checkpoint``."""
+    trained: Any = trained_heads  # may be anything: what is wrong is named below
+    metadata = {
+        "config": config.to_dict(),
+        "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "class_names": None if class_names is None else list(class_names),
+    }
+    metadata = json.loads(json.dumps(metadata))  # both formats hold the same plain values
+    _parse_metadata(metadata)
+    return metadata
 
 
 def _parse_metadata(metadata: object) -> dict:

@@ -96,11 +96,14 @@ def _train(training: argparse.Namespace, out: Path) -> dict:
     from hydravit.data import load_dataset
     from hydravit.evaluation import evaluate
     from hydravit.factory import fused_model
-    from hydravit.training.trainer import CHECKPOINT
+    from hydravit.training.folder import RunFolder
 
-    if (out / CHECKPOINT).exists():
+    folder = RunFolder(out)
+    if folder.checkpoint.exists() and not folder.model.exists():
         training.resume = ""
-        _say(f"   Going on from {out / CHECKPOINT}.")
+        _say(f"   Going on from {folder.checkpoint}.")
+    else:
+        training.overwrite = True
     train.run(training)
     recipe, checkpoint = _recipe(training), read_checkpoint(out / MODEL)
     dataset = load_dataset(recipe.data, split="test", preprocessing=checkpoint.preprocessing)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,9 +18,14 @@ from hydravit.cli.loading import add_threads_argument, usable_device
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
+if TYPE_CHECKING:
+    from hydravit.training.folder import RunFolder
+
 _EXAMPLES = """examples:
   hydravit train --recipe demo --out runs/demo
-  hydravit train --recipe demo --out runs/demo --resume          # goes on where an interrupted run stopped
+  hydravit train --out runs/demo --resume                        # goes on where an interrupted run stopped
+  hydravit train --out runs/demo --resume --epochs 200           # trains a finished run for longer
+  hydravit train --recipe runs/demo/recipe.json --out runs/same  # the same run once more
   hydravit train --data photos/ --config tiny --heads 1-3 --epochs 100 --batch-size 128 --out runs/photos
   hydravit train --data photos/ --config base --checkpoint deit_tiny.pth --amp bf16 --out runs/base
   hydravit train --recipe demo --set depth=6 --set clip_norm=0.5 --out runs/deep
@@ -31,7 +37,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train all widths of a model at once",
-        description="Train by a recipe. Writes model.safetensors, log.jsonl and results; until then checkpoint.pt.",
+        description="Train by a recipe. Writes recipe.json, log.jsonl, checkpoint.pt, model.safetensors and results.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,6 +47,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
@@ -52,7 +59,7 @@ def add_parser(subparsers) -> None:
         metavar="N",
         help="epochs between looks at the test part (default: never)",
     )
-    parser.add_argument("--checkpoint-every", type=int, default=10, metavar="N", help="epochs (default: %(default)s)")
+    parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs (default: %(default)s)")
     parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="steps; also within an epoch")
     parser.add_argument("--no-evaluate", action="store_true", help="do not evaluate every width at the end")
     parser.add_argument("--accuracy-only", action="store_true", help="evaluate without latency and memory")
@@ -60,7 +67,9 @@ def add_parser(subparsers) -> None:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that make a recipe and its data, for every command that trains."""
-    parser.add_argument("--recipe", default="demo", help=f"{', '.join(RECIPES)} (default: %(default)s)")
+    parser.add_argument(
+        "--recipe", help=f"{', '.join(RECIPES)}, or a run's recipe.json (default: that of the resumed run, else demo)"
+    )
     parser.add_argument(
         "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
     )
@@ -92,20 +101,26 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hydravit.checkpoint import save_checkpoint
-    from hydravit.data import load_dataset
     from hydravit.evaluation.picture import check_plotting
-    from hydravit.training import Interrupted, Trainer, make_model
-    from hydravit.training.trainer import CHECKPOINT
+    from hydravit.training.folder import RunFolder
 
     if not args.no_evaluate:
         check_plotting()
-    recipe = make_recipe(args)
     device, main = _start_ranks(args.device)
-    out = Path(args.out)
-    resume = None if args.resume is None else Path(args.resume or out / CHECKPOINT)
-    if resume is None and (out / CHECKPOINT).exists() and main:
-        raise ValueError(f"{out / CHECKPOINT} exists: go on with --resume, or choose another --out")
+    folder = RunFolder(args.out)
+    with folder.lock() if main else contextlib.nullcontext():
+        _train(args, device, main, folder)
+
+
+def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: RunFolder) -> None:
+    from hydravit.checkpoint import save_checkpoint
+    from hydravit.data import load_dataset
+    from hydravit.training import Interrupted, Trainer, make_model
+
+    resume = _checkpoint_to_resume(args, folder, main)
+    if args.recipe is None and resume is not None and (resume.parent / folder.description.name).exists():
+        args.recipe = str(resume.parent / folder.description.name)
+    recipe = make_recipe(args)
     data: dict[str, Any] = {"seed": recipe.split_seed, "skip_corrupt": recipe.skip_corrupt}
     size = recipe.config.image_size
     dataset = load_dataset(recipe.data, split="train", image_size=size, augment=recipe.augment, **data)
@@ -127,7 +142,9 @@ def run(args: argparse.Namespace) -> None:
         model,
         recipe,
         dataset,
-        out=out,
+        out=folder,
+        preprocessing=preprocessing,
+        class_names=class_names,
         validation=evaluation,
         validate_every=args.validate_every,
         mix=mix,
@@ -135,14 +152,19 @@ def run(args: argparse.Namespace) -> None:
         checkpoint_steps=args.checkpoint_steps,
         workers=args.workers,
     )
-    if resume is not None:
-        trainer.resume(resume, verify=args.verify)
+    changed = {} if resume is None else trainer.resume(resume, verify=args.verify)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # every rank has seen what the folder held
     if main:
         widths = ", ".join(map(str, recipe.trained_heads))
         print(
             f"training heads {widths} on {len(dataset)} images, {recipe.epochs} epochs, backend {model.backend}",
             flush=True,
         )
+        for name, (before, now) in changed.items():
+            print(f"after step {trainer.step}, {name} is {now!r}; it was {before!r}", flush=True)
+        if resume is None:
+            folder.clear()
     try:
         trained = trainer.run()
         if torch.distributed.is_initialized():
@@ -150,18 +172,40 @@ def run(args: argparse.Namespace) -> None:
     except Interrupted as stopped:
         print(f"hydravit: {stopped}; hydravit train --resume goes on from it", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+    except (RuntimeError, ValueError, OSError) as error:
+        if trainer.saved_step is None:
+            raise
+        saved = f"{folder.checkpoint} holds the state after step {trainer.saved_step}: --resume goes on from it"
+        raise RuntimeError(f"{error}; {saved}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if not main:
         return
     trained.trained_heads = recipe.trained_heads
-    path = out / "model.safetensors"
-    save_checkpoint(path, trained, preprocessing=preprocessing, class_names=class_names)
-    (out / CHECKPOINT).unlink(missing_ok=True)  # the training is complete
-    print("wrote", path)
+    save_checkpoint(folder.model, trained, preprocessing=preprocessing, class_names=class_names)
+    print("wrote", folder.model)
     if not args.no_evaluate:
-        _evaluate(trained, evaluation, args, recipe, path)
+        _evaluate(trained, evaluation, args, recipe, folder.model)
+
+
+def _checkpoint_to_resume(args: argparse.Namespace, folder: RunFolder, main: bool) -> Path | None:
+    """Return the checkpoint that ``--resume`` names, or None; refuse to replace a run that nobody said to replace."""
+    if args.resume is None:
+        finished = folder.model.exists()
+        if main and not args.overwrite and (finished or folder.checkpoint.exists()):
+            raise ValueError(
+                f"{folder} holds {'a finished' if finished else 'an interrupted'} run: --resume goes on with it "
+                f"{'(for more --epochs) ' if finished else ''}and --overwrite replaces it, or choose another --out"
+            )
+        return None
+    checkpoint = Path(args.resume or folder.checkpoint)
+    if not args.resume and not checkpoint.exists() and folder.description.exists():
+        args.recipe = args.recipe or str(folder.description)
+        if main:
+            print(f"{checkpoint} was not written yet: the run starts anew", flush=True)
+        return None
+    return checkpoint
 
 
 def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Path) -> None:
@@ -177,7 +221,7 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
-    recipe = get_recipe(args.recipe)
+    recipe = get_recipe(args.recipe or "demo")
     config = recipe.config if args.config is None else resolve_config(args.config)
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}

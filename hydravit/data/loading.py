@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from hydravit.data.signals import obey_parent, signals_held_back
+
 
 def load_batches(dataset: Any, *, num_workers: int = 0, **options) -> Iterator:
     """Iterate over a data set's batches; ``options`` are those of ``DataLoader``.
@@ -17,8 +19,8 @@ def load_batches(dataset: Any, *, num_workers: int = 0, **options) -> Iterator:
     worker's traceback into the message of the error that it raises; here the error of a worker is the data set's own.
     """
     if num_workers:
-        dataset = _Reporting(dataset)
-    with torch.device("cpu"):
+        dataset, options["worker_init_fn"] = _Reporting(dataset), obey_parent
+    with torch.device("cpu"), signals_held_back():
         loader = iter(DataLoader(dataset, num_workers=num_workers, collate_fn=_collate, **options))
     for batch in loader:
         if isinstance(batch, _Failure):

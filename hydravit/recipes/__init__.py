@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.integers import plain_int
@@ -182,7 +184,19 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe of that name. Raise ``ValueError``, which names the known ones, for another name."""
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    return RECIPES[name]
+    """Return the recipe of that name, or the one in the file ``recipe.json`` of a run's folder.
+
+    Raises:
+        ValueError: an unknown name, or a file that holds no recipe; the message says which names are known.
+        OSError: the file cannot be read.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if path.suffix != ".json":
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}, and recipe.json of a run's folder")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        return Recipe().replace(**{**fields, "config": HydraViTConfig.from_dict(fields["config"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no recipe of a run ({type(error).__name__}: {error})") from error

@@ -49,8 +49,11 @@ def make_optimizer(
     return SliceAdamW(decays, model, average=weights, ema_decay=average_decay(recipe), **options)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> LambdaLR:
-    """Make a schedule of linear warm-up, cosine to ``min_lr``, and cool-down there; it steps with the optimizer."""
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, done: int = 0) -> LambdaLR:
+    """Make a schedule of linear warm-up, cosine to ``min_lr``, and cool-down there; it steps with the optimizer.
+
+    The rate depends on the step alone, so that a resumed run needs nothing but the number of steps ``done``.
+    """
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     end = (recipe.epochs - recipe.cooldown_epochs) * steps_per_epoch
     first, last = recipe.warmup_lr / recipe.lr, recipe.min_lr / recipe.lr
@@ -62,7 +65,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
             return last
         return last + (1.0 - last) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (end - warmup)))
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 def average_decay(recipe: Recipe) -> Callable[[int], float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hydravit_kernels as kernels
+from hydravit import __version__
+from hydravit.checkpoint import model_metadata
 from hydravit.evaluation.accuracy import SizedDataset, accuracy
+from hydravit.evaluation.evaluate import environment
 from hydravit.model import HydraViT
+from hydravit.preprocessing import Preprocessing
 from hydravit.recipes import Recipe
 from hydravit.training.batches import Batches
+from hydravit.training.folder import RunFolder
 from hydravit.training.gradients import SliceGradients
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
 from hydravit.training.progress import Progress
@@ -27,7 +32,6 @@ from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 
 class Interrupted(RuntimeError):
@@ -52,10 +56,13 @@ class Trainer:
         model: trained on the device where it is. Frozen parameters stay as they are.
         dataset: items ``(image (C, H, W), target)``; uint8 images are divided by 255; a target is a class or a float
             tensor ``(classes,)`` of probabilities.
-        out: folder for ``checkpoint.pt`` and ``log.jsonl`` (a line per epoch: losses, images/s), or None.
+        out: folder for ``checkpoint.pt``, ``recipe.json`` and ``log.jsonl`` (a line per epoch: losses, images/s), or
+            None.
+        preprocessing, class_names: of the data, for those who use the checkpoint.
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
-        checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: none.
+        checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: only the last. Each is written
+            during the next step, when its loss is known to be finite, so that one can go on from every checkpoint.
         workers: processes that load the data.
         progress: whether rank 0 shows how far it is, on standard error: see ``Progress``.
     """
@@ -66,7 +73,9 @@ class Trainer:
         recipe: Recipe,
         dataset: SizedDataset,
         *,
-        out: str | Path | None = None,
+        out: RunFolder | str | Path | None = None,
+        preprocessing: Preprocessing | None = None,
+        class_names: Sequence[str] | None = None,
         validation: SizedDataset | None = None,
         validate_every: int = 10,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -77,7 +86,8 @@ class Trainer:
     ):
         self.model, self.recipe, self.mix = model, recipe, mix
         self.amp = AUTOCAST[recipe.amp]
-        self.out = None if out is None else Path(out)
+        self.folder = out if out is None or isinstance(out, RunFolder) else RunFolder(out)
+        self.preprocessing, self.class_names = preprocessing, class_names
         self.validation, self.validate_every = validation, validate_every
         self.checkpoint_every, self.checkpoint_steps = checkpoint_every, checkpoint_steps
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -112,6 +122,10 @@ class Trainer:
         self._network: nn.Module = model
         self.epoch = self.batch = self.step = 0  # `batch` is the next one of the epoch, `step` counts those done
         self._losses: dict[int, list[float]] = {}  # per width, sum and number of images in this epoch
+        self._due = bool(checkpoint_every or checkpoint_steps)  # whether the next step writes a checkpoint
+        self._before: dict = {}  # the random state before this step
+        self._changed: dict[str, list] = {}  # what the recipe says now and said in the checkpoint that is resumed from
+        self.saved_step: int | None = None  # the number of steps done in the last checkpoint
 
     @property
     def trained(self) -> HydraViT:
@@ -126,9 +140,14 @@ class Trainer:
             RuntimeError: the loss is not finite; the message names step and width.
             OSError: a checkpoint could not be written.
         """
-        if self.out is not None and self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._forget_log(self.out / LOG)
+        locked = contextlib.nullcontext() if self.folder is None or self.rank else self.folder.lock()
+        with locked:
+            return self._run()
+
+    def _run(self) -> HydraViT:
+        if self.folder is not None and self.rank == 0:
+            self.folder.rewind_log(self.epoch)
+            self._describe(self.folder)
         if self._in_place:
             self._share_weights()
             self.gradients = SliceGradients(self.model)
@@ -142,6 +161,7 @@ class Trainer:
             with Interrupt() as interrupt, shown as progress:
                 while self.epoch < self.recipe.epochs:
                     self._run_epoch(interrupt, progress)
+            self.save()
         finally:
             if self.gradients is not None:
                 self.gradients.close()
@@ -160,7 +180,8 @@ class Trainer:
 
     def _run_epoch(self, interrupt: Interrupt, progress: Progress) -> None:
         start, done = time.perf_counter(), 0
-        for images, labels in self.batches.epoch(self.epoch, self.batch):
+        for images, labels in self._loaded():
+            self._before = self._random_state() if self._due else {}
             heads = self.sampler.draw(len(images))
             loss = self._step(images, labels, heads)
             self.batch += 1
@@ -169,14 +190,22 @@ class Trainer:
             progress.step(self.epoch + 1, loss, heads)
             self._stop_if_asked(interrupt)
             if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
-                self.save()
+                self._due = True
         if not self.rank:
             progress.epoch(self._log(done / (time.perf_counter() - start)))
         self.epoch, self.batch = self.epoch + 1, 0
         self._losses.clear()
-        last = self.epoch == self.recipe.epochs
-        if self.checkpoint_every and (last or self.epoch % self.checkpoint_every == 0):
-            self.save()
+        if self.checkpoint_every and self.epoch % self.checkpoint_every == 0:
+            self._due = True
+
+    def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the rest of the epoch's batches. If they cannot be loaded, what was trained is saved first."""
+        try:
+            yield from self.batches.epoch(self.epoch, self.batch)
+        except (RuntimeError, ValueError, OSError):
+            if self.world == 1:  # other ranks would not take part
+                self.save()
+            raise
 
     def _step(self, images: Tensor, labels: Tensor, heads: int | Tensor) -> float:
         """Do one optimizer step; return the batch's mean loss."""
@@ -195,9 +224,13 @@ class Trainer:
             )
             self.scaler.scale(loss.sum() / len(images)).backward()
             losses.append(loss.detach())
-        mean = self._track(torch.cat(losses), widths)
+        image_losses = torch.cat(losses).double().cpu()
+        self._check(image_losses, widths)
+        if self._due:
+            self.save(self._before)
+        self._track(image_losses, widths)
         self._update()
-        return mean
+        return float(image_losses.mean())
 
     def _zero_gradients(self) -> None:
         if self.gradients is not None:
@@ -222,23 +255,23 @@ class Trainer:
         if self.average is not None and self.recipe.optimizer == "dense":
             self.average.update_parameters(self.model)
 
-    def _track(self, losses: Tensor, widths: Tensor) -> float:
-        """Add the images' losses ``(B,)`` to their widths'; return the mean, which must be finite."""
-        losses = losses.double().cpu()
-        mean = float(losses.mean())
-        if not math.isfinite(mean):
+    def _check(self, losses: Tensor, widths: Tensor) -> None:
+        """Raise ``RuntimeError`` if the images' losses ``(B,)`` are not all finite."""
+        if not losses.isfinite().all():
             bad = sorted(set(widths[~losses.isfinite()].tolist()))
             raise RuntimeError(
-                f"the loss is {mean} in step {self.step} (epoch {self.epoch + 1}, batch {self.batch + 1}) at "
-                f"heads={', '.join(map(str, bad))}; the weights are those before this step. "
-                "A lower lr, clip_norm or amp=bf16 in place of fp16 may help"
+                f"the loss is {float(losses.mean())} in step {self.step} (epoch {self.epoch + 1}, batch "
+                f"{self.batch + 1}) at heads={', '.join(map(str, bad))}: "
+                "a lower lr, clip_norm or amp=bf16 in place of fp16 may help"
             )
+
+    def _track(self, losses: Tensor, widths: Tensor) -> None:
+        """Add the images' losses ``(B,)`` to their widths'."""
         for heads in set(widths.tolist()):
             chosen = losses[widths == heads]
             entry = self._losses.setdefault(heads, [0.0, 0])
             entry[0] += float(chosen.sum())
             entry[1] += len(chosen)
-        return mean
 
     def _log(self, images_per_second: float) -> dict:
         """Log one line for the epoch, with rank 0's loss, and the validation if it is due; return what it says."""
@@ -259,9 +292,8 @@ class Trainer:
                 found = accuracy(self.trained, self.validation, ends)
             self.trained.train(training)
             entry["validation_top1"] = {k: top1 for k, (top1, _) in found.items()}
-        if self.out is not None:
-            with open(self.out / LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+        if self.folder is not None:
+            self.folder.log_line(entry)
         return entry
 
     def _stop_if_asked(self, interrupt: Interrupt) -> None:
@@ -279,62 +311,99 @@ class Trainer:
     def _identity(self) -> dict:
         recipe = self.recipe.to_dict()
         del recipe["config"]  # the model has the one that counts
-        return {
+        identity = {
             "recipe": recipe,
             "config": self.model.config.to_dict(),
             "images": len(self.batches.dataset),
             "ranks": self.world,
             "trainable": [name for name, p in self.model.named_parameters() if p.requires_grad],
         }
+        return json.loads(json.dumps(identity))  # equal values are equal bytes, whatever objects they were
 
-    def save(self) -> Path | None:
-        """Write ``checkpoint.pt``; return its path, or None without an output folder. Every rank must call it."""
-        if self.out is None:
-            return None
+    def _describe(self, folder: RunFolder) -> None:
+        """Write what this run is to its folder."""
+        recipe = self.recipe.replace(config=self.model.config)
+        about = {"recipe": recipe.to_dict(), "images": len(self.batches.dataset), "ranks": self.world}
+        changed = {"changed": self._changed} if self._changed else {}
+        folder.describe(about, {"step": self.step, **changed, "hydravit": __version__, **environment(self.model)})
+
+    def _random_state(self) -> dict:
+        """Return the states of this rank's random generators."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        own = {"sampler": self.sampler.state_dict(), "torch": torch.get_rng_state(), "cuda": cuda}
+        return {"sampler": self.sampler.state_dict(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+    def save(self, random: dict | None = None) -> Path | None:
+        """Write ``checkpoint.pt``; return its path, or None without an output folder. Every rank must call it.
+
+        Args:
+            random: the state of the random generators where the next step begins; None: that of now.
+        Raises:
+            RuntimeError: weights are not finite; an older checkpoint stays.
+            OSError: the file could not be written; an older checkpoint stays.
+        """
+        if self.folder is None:
+            return None
+        for name, weight in self.model.named_parameters():
+            if not weight.isfinite().all():
+                raise RuntimeError(f"{name} is not finite after step {self.step}: a lower lr or clip_norm may help")
+        own = self._random_state() if random is None else random
         ranks = [own] * self.world
         if self.world > 1:
             dist.all_gather_object(ranks, own)
-        path = self.out / CHECKPOINT
         if self.rank == 0:
             state = {
                 "model": self.model.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
+                "model_ema": None if self.average is None else self.average.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "ranks": ranks,
                 "position": [self.epoch, self.batch, self.step],
                 "losses": self._losses,
             }
-            save_state(path, state, self._identity())
-        return path
+            metadata = model_metadata(
+                self.model.config,
+                trained_heads=self.heads,
+                preprocessing=self.preprocessing,
+                class_names=self.class_names,
+            )
+            save_state(self.folder.checkpoint, state, self._identity(), metadata)
+        self.saved_step, self._due = self.step, False
+        return self.folder.checkpoint
 
-    def resume(self, path: str | Path, *, verify: bool = True) -> None:
+    def resume(self, path: str | Path, *, verify: bool = True) -> dict[str, list]:
         """Resume from a checkpoint. The weights at the end are exactly those of a run that was never interrupted.
 
+        The recipe may have other ``epochs``, learning rates and the like than the interrupted run's (``CHANGEABLE`` in
+        ``resuming.py``). The learning rate goes on as if the whole run had had the new ones.
+
+        Args:
+            verify: whether to check the file's checksums.
+        Returns:
+            What differs: names of fields, and their values in the interrupted run and now.
         Raises:
-            FileNotFoundError, ValueError: those of ``load_state``; nothing is changed then.
+            OSError, ValueError: those of ``load_state``, or more epochs are done than the recipe has; nothing is
+                changed then.
         """
-        state = load_state(path, self._identity(), verify=verify)
+        state, self._changed = load_state(path, self._identity(), verify=verify)
+        epoch, batch, step = state["position"]
+        if self.recipe.epochs < epoch + bool(batch):
+            raise ValueError(f"{path}: epochs must be at least {epoch + bool(batch)}, not {self.recipe.epochs}")
         self.model.load_state_dict(state["model"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            self.average.load_state_dict(state["model_ema"])
+        options = [{**group, "params": None} for group in self.optimizer.param_groups]  # this recipe's
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        own = state["ranks"][self.rank]
-        self.sampler.load_state_dict(own["sampler"])
-        torch.set_rng_state(own["torch"])
-        if own["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda"], self.device)
-        self.epoch, self.batch, self.step = state["position"]
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update({**own, "params": group["params"]})
+        self.scheduler = make_scheduler(self.optimizer, self.recipe, len(self.batches), done=step)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        random = state["ranks"][self.rank]
+        self.sampler.load_state_dict(random["sampler"])
+        torch.set_rng_state(random["torch"])
+        if random["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        self.epoch, self.batch, self.step = epoch, batch, step
         self._losses = state["losses"]
-
-    def _forget_log(self, log: Path) -> None:
-        """Drop the lines of epochs that are still to come: the log may be newer than the checkpoint."""
-        if log.is_file():
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["epoch"] <= self.epoch]
-            log.write_text("".join(kept), encoding="utf-8")
+        self.saved_step, self._due = step, False
+        return self._changed

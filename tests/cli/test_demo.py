@@ -57,7 +57,7 @@ def test_it_writes_a_model_a_table_and_a_picture(run, out, trainings, capsys):
     assert [row["heads"] for row in results["supernet"]["widths"]] == [1, 2, 3]
     assert results["environment"]["images"] == 599 and results["recipe"]["epochs"] == 1
     assert read_checkpoint(out / "model.safetensors").trained_heads == tuple(HEADS)
-    assert (out / "results.png").stat().st_size > 10_000 and not (out / "checkpoint.pt").exists()
+    assert (out / "results.png").stat().st_size > 10_000
 
     assert run() == 0 and len(trainings) == 2  # a finished demo starts anew
     del results["supernet"]

@@ -327,7 +327,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         trainer.save()
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoint.pt", "log.jsonl", "recipe.json"]
 
 
 def test_loss_that_is_not_finite_stops(tmp_path):
