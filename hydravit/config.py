@@ -29,7 +29,7 @@ _CHECKS = {
         (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
     ),
     **dict.fromkeys(
-        ("qkv_bias", "proj_bias", "class_token", "no_embed_class", "pre_norm"),
+        ("qkv_bias", "proj_bias", "class_token", "distilled", "no_embed_class", "pre_norm"),
         (lambda value: type(value) is bool, "True or False"),
     ),
     **dict.fromkeys(
@@ -78,7 +78,9 @@ class HydraViTConfig:
             tanh) or ``"quick_gelu"`` (by a sigmoid), for which blocks run their modules.
         pre_norm: whether a norm comes before the blocks; the patch embedding then has no bias.
         class_token: whether a class token is prepended.
-        register_tokens: tokens after the class token that only attention reads (arXiv 2309.16588).
+        distilled: whether a distillation token follows the class token and has a classifier of its own, ``head_dist``;
+            the logits are the mean of both (DeiT, arXiv 2012.12877).
+        register_tokens: tokens after these that only attention reads (arXiv 2309.16588).
         no_embed_class: whether the position embedding covers the patches only, not the class and register tokens.
         pool: ``"token"`` (class token), ``"avg"`` (mean of the patch tokens), ``"max"`` (their maximum), ``"avgmax"``
             (half of both) or ``""`` (no pooling: every token has logits).
@@ -105,6 +107,7 @@ class HydraViTConfig:
     act_layer: str = "gelu"
     pre_norm: bool = False
     class_token: bool = True
+    distilled: bool = False
     register_tokens: int = 0
     no_embed_class: bool = False
     pool: str = "token"
@@ -124,6 +127,13 @@ class HydraViTConfig:
         object.__setattr__(self, "image_size", check_image_size(self.image_size, self.patch_size))
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' needs class_token=True")
+        if self.distilled and (
+            self.pool != "token" or self.register_tokens or self.separate_classifiers or self.fc_norm
+        ):
+            raise ValueError(
+                "distilled=True needs pool='token' with the norm before it, no register tokens and one classifier for "
+                "all widths, as timm's distilled DeiT"
+            )
         if self.fc_norm is (self.pool in ("avg", "avgmax", "max")):
             object.__setattr__(self, "fc_norm", None)  # so that equal models have equal configs
         if self.hidden_of(1) < 1 or abs(self.mlp_ratio * self.embed - self.hidden) > 1e-6:  # a rounded quotient will do
@@ -168,8 +178,8 @@ class HydraViTConfig:
 
     @property
     def prefix_tokens(self) -> int:
-        """Class and register tokens, which come before the patches."""
-        return int(self.class_token) + self.register_tokens
+        """Class, distillation and register tokens, which come before the patches."""
+        return int(self.class_token) + int(self.distilled) + self.register_tokens
 
     @property
     def tokens(self) -> int:
@@ -183,8 +193,10 @@ class HydraViTConfig:
 
     @property
     def pool_range(self) -> tuple[int, int]:
-        """The range ``[start, stop)`` of tokens that are pooled."""
-        return {"token": (0, 1), "": (0, self.tokens)}.get(self.pool, (self.prefix_tokens, self.tokens))
+        """The range ``[start, stop)`` of tokens that are pooled, or of which each has its own classifier."""
+        return {"token": (0, 2 if self.distilled else 1), "": (0, self.tokens)}.get(
+            self.pool, (self.prefix_tokens, self.tokens)
+        )
 
     @property
     def pooling_is_fused(self) -> bool:
@@ -208,7 +220,7 @@ class HydraViTConfig:
             patch_height=self.patch_size,
             patch_width=self.patch_size,
             cls_tokens=int(self.class_token),
-            reg_tokens=self.register_tokens,
+            reg_tokens=self.register_tokens + int(self.distilled),  # ops know the distillation token as a register
             positions=self.pos_tokens,
             classes=self.num_classes * max(len(self.separate_classifiers), 1),
             image_height=self.image_shape[1],

@@ -16,12 +16,15 @@ from hydravit.structure import Fused
 from hydravit.timm_interface import TimmInterface
 from hydravit_kernels import EmbedSlice, Subnetwork
 
+_DISTILLATION = (1, 2)  # the range of tokens that head_dist reads
+
 
 class Ends(TimmInterface):
     """Stem and head of ``HydraViT``."""
 
     norm: LayerNorm  # called fc_norm where it follows pooling
     norm_pre: LayerNorm
+    head_dist: Any  # as head
 
     # Defined in model.py.
     select: Any
@@ -31,25 +34,37 @@ class Ends(TimmInterface):
 
     # Classifier -------------------------------------------------------------------------------------------------------
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
+    distilled_training = False  # whether training has the logits of both classifiers of a distilled model
+
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Let calls in training mode return the logits of ``head`` and ``head_dist`` instead of their mean, as timm."""
+        if not self.config.distilled:
+            raise ValueError("set_distilled_training needs a model with distilled=True")
+        self.distilled_training = enable
+
+    def get_classifier(self) -> Any:
+        """Return ``head``, and of a distilled model ``(head, head_dist)``."""
+        return (self.head, self.head_dist) if self.config.distilled else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by one for ``num_classes`` with new random weights.
+        """Replace the classifier by one for ``num_classes`` with new random weights; both of a distilled model.
 
         Args:
             num_classes: 0: the model has none then, and its logits are the pooled features.
-            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is.
+            global_pool: the config's ``pool`` from now on; as in timm, the final norm stays where it is. A distilled
+                model keeps reading its two tokens.
         """
         factory: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         pooling: dict[str, Any] = {}
-        if global_pool is not None:
+        if global_pool is not None and not (self.config.distilled and global_pool == ""):
             pooling = {"pool": global_pool, "fc_norm": self.config.final_norm == "fc_norm"}
         self.config = dataclasses.replace(self.config, num_classes=num_classes, **pooling)
-        self.head = make_head(self.config, **factory)
-        if num_classes:
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        for name in ("head", "head_dist") if self.config.distilled else ("head",):
+            classifier: Any = make_head(self.config, **factory)
+            if num_classes:
+                nn.init.trunc_normal_(classifier.weight, std=0.02)
+                nn.init.zeros_(classifier.bias)
+            setattr(self, name, classifier)
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +73,7 @@ class Ends(TimmInterface):
             weight=self.patch_embed.proj.weight,
             bias=self.patch_embed.proj.bias,
             cls_token=getattr(self, "cls_token", None),
-            reg_token=getattr(self, "reg_token", None),
+            reg_token=getattr(self, "dist_token" if self.config.distilled else "reg_token", None),
             pos_embed=self.pos_embed,
         )
 
@@ -80,7 +95,7 @@ class Ends(TimmInterface):
 
     def _run_stem(self, images: Tensor, _: None, s: EmbedSlice) -> Tensor:
         """Run the stem as its modules say, for images of one width."""
-        tokens = [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        tokens = [getattr(self, name) for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
         prefix = [cut(token, 2, embed_of(s)).expand(images.shape[0], -1, -1) for token in tokens]
         patches, positions = call(self.patch_embed, images, s=s), cut(self.pos_embed, 2, embed_of(s))
         expected = self.config.grid[0] * self.config.grid[1]
@@ -105,20 +120,41 @@ class Ends(TimmInterface):
             return model.forward_head(features, heads, pre_logits=pre_logits)
         selection = self.select(heads, kernels.sizes(features)[0])
         features = self._check_batch("features", features, (self.config.tokens, kernels.widest(selection.embed)))
-        if not self._fused().head:
-            return self._run_head(features, selection, normed=self.config.final_norm == "norm", pre_logits=pre_logits)
+        run = self._head if self._fused().head else self._run_head
+        return run(features, selection, normed=self.config.final_norm == "norm", pre_logits=pre_logits)
+
+    def _head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Any:
+        """Run pooling, norm and classifier as an op; of a distilled model both classifiers.
+
+        Args:
+            normed: whether ``x`` has passed the final norm.
+        """
         parameters = self.head_parameters()
-        if self.config.final_norm == "norm":  # the features are normalised already
+        if normed:
             parameters = parameters._replace(norm_weight=None, norm_bias=None)
         if pre_logits:
             parameters = parameters._replace(weight=None, bias=None)
-        return self._head(features, parameters, selection)
+        logits = self._classify(x, parameters, self._pool_range(x), selection)
+        if not self.config.distilled:
+            return logits
+        if not pre_logits:
+            weight, bias = classifier_rows(self.head_dist)
+            parameters = parameters._replace(weight=weight, bias=bias)
+        return self._of_both(logits, self._classify(x, parameters, _DISTILLATION, selection), pre_logits)
 
-    def _head(self, x: Tensor, parameters: kernels.HeadParameters, selection: Selection) -> Tensor:
+    def _classify(
+        self, x: Tensor, parameters: kernels.HeadParameters, pool: tuple[int, int], selection: Selection
+    ) -> Tensor:
         return kernels.head(
-            x, parameters, self._pool_range(x), selection.head, selection.eps, selection.width_index,
+            x, parameters, pool, selection.head, selection.eps, selection.width_index,
             backend=self._ops(), grads=grads_of(self.slice_gradients, parameters),
         )  # fmt: skip
+
+    def _of_both(self, logits: Tensor, of_distillation: Tensor, pre_logits: bool) -> Any:
+        """Return the mean of what the two tokens of a distilled model say; in distilled training both."""
+        if self.distilled_training and self.training and not pre_logits:
+            return logits, of_distillation
+        return (logits + of_distillation) / 2
 
     def _final_norm(self, x: Tensor, selection: Selection, fused: Fused) -> Tensor:
         """Apply the final norm to all tokens."""
@@ -136,13 +172,12 @@ class Ends(TimmInterface):
         )
 
     def _pool_range(self, x: Tensor) -> tuple[int, int]:
-        """The tokens to pool; blocks may have changed their number, as token merging and prompts do."""
-        start, stop = self.config.pool_range
-        return (start, stop) if self.config.pool == "token" else (start, kernels.sizes(x)[1])
+        """The tokens to pool for ``head``; blocks may have changed their number, as token merging and prompts do."""
+        start, _ = self.config.pool_range
+        return (start, start + 1) if self.config.pool == "token" else (start, kernels.sizes(x)[1])
 
     def _pool(self, x: Tensor) -> Tensor:
-        start, stop = self._pool_range(x)
-        x = x[:, start:stop]
+        """Pool all of some tokens."""
         match self.config.pool:
             case "":
                 return x
@@ -152,22 +187,27 @@ class Ends(TimmInterface):
                 return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
         return x.mean(dim=1)
 
-    def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Tensor:
-        """Run pooling, norm and classifier as their modules say; as in timm, ``norm`` sees all tokens."""
-
+    def _run_head(self, x: Tensor, selection: Selection, *, normed: bool = False, pre_logits: bool = False) -> Any:
+        """Run what ``_head`` does as the modules say; as in timm, ``norm`` sees all tokens."""
         if self.config.final_norm == "norm" and not normed:
             x = self._run_norm(x, selection)
 
-        def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
-            x = self._pool(x)
-            if self.config.final_norm == "fc_norm":
-                x = call(self.get_submodule("fc_norm"), x, s=s, eps=unusual(selection.eps, self.config))
-            if pre_logits:
-                return x
-            return call(self.head, x, rows=((s.class_offset, s.classes),), columns=embed_of(s))
+        def run(classifier: nn.Module, pool: tuple[int, int]) -> Tensor:
+            def single(x: Tensor, _: None, s: kernels.HeadSlice) -> Tensor:
+                x = self._pool(x[:, slice(*pool)])
+                if self.config.final_norm == "fc_norm":
+                    x = call(self.get_submodule("fc_norm"), x, s=s, eps=unusual(selection.eps, self.config))
+                if pre_logits:
+                    return x
+                return call(classifier, x, rows=((s.class_offset, s.classes),), columns=embed_of(s))
 
-        pad = pre_logits or isinstance(self.head, nn.Identity)
-        return kernels.per_image(single, x, None, selection.head, selection.width_index, pad=pad)
+            pad = pre_logits or isinstance(classifier, nn.Identity)
+            return kernels.per_image(single, x, None, selection.head, selection.width_index, pad=pad)
+
+        logits = run(self.head, self._pool_range(x))
+        return (
+            self._of_both(logits, run(self.head_dist, _DISTILLATION), pre_logits) if self.config.distilled else logits
+        )
 
 
 def make_head(config: HydraViTConfig, **factory) -> nn.Module:

@@ -53,6 +53,9 @@ def parameter_slices(config: HydraViTConfig, subnetwork: Subnetwork) -> dict[str
         slices["norm_pre.weight"] = slices["norm_pre.bias"] = (
             ((subnetwork.embed.embed_offset, subnetwork.embed.embed),),
         )
+    if config.distilled:
+        slices["dist_token"] = slices.pop("reg_token")
+        slices |= {f"head_dist.{kind}": slices[f"head.{kind}"] for kind in ("weight", "bias")}
     if config.separate_classifiers:  # the model keeps them apart along an axis of widths
         width = ((subnetwork.head.class_offset // max(config.num_classes, 1), 1),)
         classes = ((0, config.num_classes),)

@@ -408,6 +408,6 @@ def init_weights(model: nn.Module) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     nn.init.trunc_normal_(model.get_parameter("pos_embed"), std=0.02)
-    for token in ("cls_token", "reg_token"):
+    for token, std in (("cls_token", 1e-6), ("reg_token", 1e-6), ("dist_token", 0.02)):
         if hasattr(model, token):
-            nn.init.normal_(getattr(model, token), std=1e-6)
+            nn.init.normal_(getattr(model, token), std=std)

@@ -69,6 +69,8 @@ class HydraViT(Ends):
         self.patch_embed = PatchEmbed(config, **factory)
         if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed, **factory))
+        if config.distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, config.embed, **factory))
         if config.register_tokens:
             self.reg_token = nn.Parameter(torch.zeros(1, config.register_tokens, config.embed, **factory))
         self.pos_embed = nn.Parameter(torch.empty(1, config.pos_tokens, config.embed, **factory))
@@ -78,6 +80,8 @@ class HydraViT(Ends):
         self.blocks = nn.Sequential(*(Block(config, rate, **factory) for rate in rates))
         self.add_module(config.final_norm, LayerNorm(config.embed, config.norm_eps, **factory))
         self.head = make_head(config, **factory)
+        if config.distilled:
+            self.head_dist = make_head(config, **factory)
         init_weights(self)
 
         self.declared_changes = 0  # how often `weights_changed` was called
@@ -230,6 +234,8 @@ class HydraViT(Ends):
         Args:
             heads: active heads of this call; or an integer tensor ``(B,)``, one width per image; or any ``Subnetwork``.
                 None: ``self.heads``.
+        Returns:
+            While ``set_distilled_training`` is on, in training mode, the logits of both classifiers.
         Raises:
             TypeError, ValueError: images or heads that do not fit the model.
         """
@@ -244,7 +250,7 @@ class HydraViT(Ends):
             width = () if heads is None else (heads,)  # an override may know nothing of widths
             return self.forward_head(self.forward_features(images, *width), *width)
         x = self._trunk(images, selection, fused, pooled_only=fused.head and self.config.pool == "token")
-        return self._head(x, self.head_parameters(), selection) if fused.head else self._run_head(x, selection)
+        return self._head(x, selection) if fused.head else self._run_head(x, selection)
 
     def forward_features(self, images: Tensor, heads: int | Tensor | Subnetwork | None = None) -> Tensor:
         """Compute the tokens ``(B, N, Dk)`` after the blocks and, as in timm, a final norm that precedes pooling.

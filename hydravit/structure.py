@@ -49,6 +49,13 @@ _HEAD: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (layers.LayerNorm,),
     "fc_norm": (layers.LayerNorm,),
     "head": (layers.Linear, layers.Classifiers, nn.Identity),
+    "head_dist": (layers.Linear, nn.Identity),
+}
+# Parameters of a distilled model that are as large as another.
+_OF_DISTILLATION = {
+    "reg_token": "dist_token",
+    "head.weight": "head_dist.weight",
+    "head.bias": "head_dist.bias",
 }
 _WITHOUT_WEIGHTS = {nn.Identity, layers.GELU, layers.DropPath}
 # What these modules ran when this file was loaded: somebody may patch the class later.
@@ -186,6 +193,8 @@ def _look(model: Any, replaced: list[str]) -> Fused:
         unpackable = f"blocks.{hooked[0]} has a hook"
     if not unpackable and replaced:
         unpackable = f"{replaced[0]} is not the model's own"
+    if not unpackable and config.distilled:
+        unpackable = "head_dist is a second classifier, which packed networks do not have"
     if not unpackable and count != config.depth:
         unpackable = f"the model has {count} blocks, its config {config.depth}"
     return Fused("stem" not in told, blocks, "head" not in told, full_only, unpackable, hooked, not replaced)
@@ -282,10 +291,12 @@ def _refuse_other_shapes(model: Any) -> None:
     """Raise ``RuntimeError`` for a parameter that has not the shape that the config demands."""
     full, parameters = model.config.sizes, dict(model.named_parameters())
     for name, spec, _ in named_specs(full.layers, model.config.final_norm):
-        parameter, shape = parameters.get(name), tuple(full.axis(axis) for axis in spec.axes)
+        shape = tuple(full.axis(axis) for axis in spec.axes)
         separate = name.startswith("head.") and model.config.separate_classifiers
-        if parameter is not None and not separate and parameter.shape != shape:
-            raise RuntimeError(f"{name}: shape {shape} expected, {tuple(parameter.shape)} given")
+        for place in (name, _OF_DISTILLATION.get(name)):
+            parameter = parameters.get(place)
+            if parameter is not None and not separate and parameter.shape != shape:
+                raise RuntimeError(f"{place}: shape {shape} expected, {tuple(parameter.shape)} given")
 
 
 def _article(module: nn.Module) -> str:

@@ -83,7 +83,7 @@ class TimmInterface(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens."""
+        """Class, distillation and register tokens."""
         return self.config.prefix_tokens
 
     @property
@@ -127,8 +127,8 @@ class TimmInterface(nn.Module):
         Args:
             x: images ``(B, in_channels, height, width)``.
             indices: the blocks, negative ones from the end; or how many, the last ones; None: all.
-            return_prefix_tokens: whether each intermediate is a pair, whose second part are the class and register
-                tokens ``(B, prefix_tokens, Dk)``.
+            return_prefix_tokens: whether each intermediate is a pair, whose second part are the tokens before the
+                patches, ``(B, prefix_tokens, Dk)``.
             norm: whether intermediates pass the final norm, if the model has it before pooling.
             stop_early: whether the blocks after the last of these do not run.
             output_fmt: ``"NCHW"``: intermediates are ``(B, Dk, rows, columns)`` of patches; ``"NLC"``: ``(B, P, Dk)``.

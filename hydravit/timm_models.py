@@ -110,6 +110,9 @@ def _create(size: str, pretrained: bool, **arguments) -> HydraViT:
         )
     if arguments.get("feature_cls", "getter") != "getter":
         raise ValueError("feature_cls: only 'getter' serves this model, whose blocks are no chain from the images on")
+    if arguments.get("distilled"):  # timm's loading drops classifiers of other classes, and has to know both
+        overlay = arguments.get("pretrained_cfg_overlay") or {}
+        arguments["pretrained_cfg_overlay"] = {"classifier": ("head", "head_dist"), **overlay}
     made: Any = build_model_with_cfg(
         _build, f"hydravit_{size}_patch16_224", pretrained, config=size,
         feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **arguments,

@@ -30,7 +30,8 @@ from hydravit.model import HydraViT
 from hydravit.timm_interface import resample_positions
 from hydravit_kernels import Intervals
 
-_PREFIX = ("cls_token", "reg_token")  # the tokens before the patches, in their order
+_PREFIX = ("cls_token", "dist_token", "reg_token")  # the tokens before the patches, in their order
+_CLASSIFIERS = {"head": "classifier", "head_dist": "classifier of the distillation token"}
 
 
 def load_weights(
@@ -55,8 +56,7 @@ def load_weights(
         weights: a checkpoint, a state dict (wrappers and prefixes as in ``hydravit.checkpoint.read_checkpoint``), or a
             model of timm, of which ``hydravit.config_of`` says whether its arithmetic is the model's.
         strict: whether to raise if the checkpoint lacks a parameter of the model, or has one that the model has not,
-            such as the distillation token of a distilled DeiT. If False, the former keeps its value, and the latter is
-            dropped.
+            such as a distillation token. If False, the former keeps its value, and the latter is dropped.
     Returns:
         One message for every adaptation; each is also a warning.
     Raises:
@@ -154,11 +154,14 @@ class _Adaptation:
                 raise ValueError(f"{name} has shape {shape}; expected (1, tokens, {self.embed})")
 
     def _drop_distillation(self) -> None:
+        if self.config.distilled:
+            return
         source, names = without_distillation(self.source)
         if names and self.strict:
             raise ValueError(
                 f"it is a distilled DeiT ({some(names)}): its logits are the mean of two classifiers on two tokens, "
-                "which this model does not have; strict=False drops the distillation token and its classifier"
+                "which this model does not have: make it with distilled=True, or strict=False drops the distillation "
+                "token and its classifier"
             )
         self.source = source
         if names:
@@ -174,24 +177,28 @@ class _Adaptation:
 
     def _adapt_classifier(self) -> None:
         self._stack_classifiers()
-        names: list[str] = [name for name in ("head.weight", "head.bias") if name in self.source]
-        classifier = {name: self.source.pop(name) for name in names}
+        for place in _CLASSIFIERS if self.config.distilled else ("head",):
+            classifier = {kind: self.source.pop(f"{place}.{kind}", None) for kind in ("weight", "bias")}
+            self._adapt_one(place, {f"{place}.{kind}": t for kind, t in classifier.items() if t is not None})
+
+    def _adapt_one(self, place: str, classifier: dict[str, Tensor]) -> None:
+        """Take what the source has for ``head`` or ``head_dist``, or new values where it does not fit."""
         wanted = self.config.num_classes
         if not wanted:
             if classifier:
-                self.messages.append("the classifier is left out, because the model has num_classes=0")
+                self.messages.append(f"the {_CLASSIFIERS[place]} is left out, because the model has num_classes=0")
             return
         classes = self._count_classes(classifier)
         if classes == wanted:
             self.source |= self._copied_to_every_width(classifier)
             return
         if classifier:
-            problem = f"num_classes is {classes}, the model's is {wanted}: its classifier"
+            problem = f"num_classes is {classes}, the model's is {wanted}: its {_CLASSIFIERS[place]}"
         else:
-            problem = "there is no classifier; the model's"
+            problem = f"there is no {_CLASSIFIERS[place]}; the model's"
         self.messages.append(f"{problem} is initialised anew")
-        self.source["head.weight"] = nn.init.trunc_normal_(self._new("head.weight"), std=0.02)
-        self.source["head.bias"] = self._new("head.bias")
+        self.source[f"{place}.weight"] = nn.init.trunc_normal_(self._new(f"{place}.weight"), std=0.02)
+        self.source[f"{place}.bias"] = self._new(f"{place}.bias")
 
     def _new(self, name: str) -> Tensor:
         return torch.zeros(self.own[name].shape, dtype=torch.float32, device="cpu")
@@ -213,7 +220,7 @@ class _Adaptation:
         """Return the number of classes of one classifier, or of one for each width; None if there is none."""
         widths, classes = self.config.separate_classifiers, {}
         for name, tensor in classifier.items():
-            axes, shape = 2 if name == "head.weight" else 1, tuple(tensor.shape)
+            axes, shape = 2 if name.endswith("weight") else 1, tuple(tensor.shape)
             if len(shape) not in (axes, axes + 1):
                 raise ValueError(f"{name} has shape {shape}; expected {axes} axes, or {axes + 1} for every width's own")
             if len(shape) > axes and shape[0] != len(widths):
@@ -223,9 +230,7 @@ class _Adaptation:
                 )
             classes[name] = shape[-axes]
         if len(set(classes.values())) > 1:
-            raise ValueError(
-                f"head.weight is for {classes['head.weight']} classes, head.bias for {classes['head.bias']}"
-            )
+            raise ValueError(", but ".join(f"{name} is for {count} classes" for name, count in classes.items()))
         return next(iter(classes.values()), None)
 
     def _copied_to_every_width(self, classifier: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,14 +81,16 @@ def infer_config(
     refuse_other_libraries(tensors)
     if strict and (words := reason(tensors)):
         raise ValueError(f"the weights are of a model with {words}, which this package does not compute")
-    tensors, _ = without_distillation(tensors)
+    distilled = known.get("distilled", "dist_token" in tensors)
+    if not distilled:
+        tensors, _ = without_distillation(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     classifier = _check_shapes(shapes, "separate_classifiers" in known)
     embed, in_channels, patch, _ = shapes["patch_embed.proj.weight"]
     class_token, registers = "cls_token" in shapes, shapes.get("reg_token", (1, 0))[1]
     if head_dim is not None and (type(head_dim) is not int or head_dim < 1 or embed % head_dim):
         raise ValueError(f"width {embed} is not a multiple of head_dim {head_dim}; pass the head_dim of these weights")
-    grids, prefix = [], class_token + registers
+    grids, prefix = [], class_token + distilled + registers
     if "image_size" in known:
         height, width = check_image_size(known["image_size"], patch)
         grids = [(height // patch, width // patch)]
@@ -128,6 +130,7 @@ def infer_config(
         "proj_bias": "blocks.0.attn.proj.bias" in shapes,
         "pre_norm": pre_norm,
         "class_token": class_token,
+        "distilled": distilled,
         "register_tokens": registers,
         "no_embed_class": prefix > 0 and covered == 0,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in shapes else None,

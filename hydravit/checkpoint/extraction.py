@@ -23,7 +23,7 @@ def extract(model: HydraViT, heads: int | Subnetwork) -> dict[str, Tensor]:
     Returns:
         Contiguous copies in the model's dtype, on its device; of a parametrized weight, what it computes. An attention
         scale other than ``head_dim ** -0.5`` is folded into the query rows of ``qkv``. They load strictly into a
-        ``VisionTransformer(**extract_config(...))``.
+        ``VisionTransformer(**extract_config(...))``, or a ``VisionTransformerDistilled`` if the model is distilled.
     Raises:
         ValueError: no plain ViT computes the same; the message says why.
     """
@@ -53,7 +53,10 @@ def take(tensor: Tensor, axes: Sequence[Intervals]) -> Tensor:
 
 
 def extract_config(model: HydraViT, heads: int | Subnetwork) -> dict:
-    """Return the keyword arguments of timm's ``VisionTransformer`` for the result of ``extract``; raise as it does."""
+    """Return the keyword arguments of timm's ``VisionTransformer`` for the result of ``extract``; raise as it does.
+
+    They are those of ``VisionTransformerDistilled`` if the model is distilled.
+    """
     subnetwork, (config, _) = _plain(model, heads), described(model)
     # A subnetwork's own epsilon counts where it is not the usual one.
     eps = config.norm_eps if subnetwork.eps == model.config.norm_eps else subnetwork.eps

@@ -24,7 +24,7 @@ _NORM = ("LayerNorm", "LayerNormFp32")
 # The kinds of the modules that timm's ViT may have, by their names; `#` is the number of a block. Dropout and drop-path
 # act in training only.
 _KINDS: dict[str, tuple[str, ...]] = {
-    "": ("VisionTransformer",),
+    "": ("VisionTransformer", "VisionTransformerDistilled"),
     "patch_embed": ("PatchEmbed",),
     "patch_embed.proj": ("Conv2d",),
     "patch_embed.norm": ("Identity",),
@@ -58,13 +58,13 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "fc_norm": (*_NORM, "Identity"),
     "head_drop": ("Dropout", "Identity"),
     "head": ("Linear", "Identity"),
+    "head_dist": ("Linear", "Identity"),
 }
 
 # What a module of another kind, or under another name, means.
 _MEANINGS = {
     "Eva": "rotary positions",
     "VisionTransformerRelPos": "relative positions",
-    "VisionTransformerDistilled": "a distilled DeiT, the mean of two classifiers on two tokens",
     "ResPostBlock": "norms after the branches",
     "ParallelScalingBlock": "attention and MLP in parallel",
     "DiffParallelScalingBlock": "attention and MLP in parallel",
@@ -122,7 +122,9 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "another attention scale": lambda vit: vit.blocks[0].attn.scale != vit.blocks[0].attn.head_dim ** -0.5,
     "one layer scale of two": lambda vit: len({type(getattr(vit.blocks[0], name)) for name in ("ls1", "ls2")}) > 1,
     "biases of one projection of three": lambda vit: 0 < _biases(vit.blocks[0]) < 3,
-    "a classifier without bias": lambda vit: isinstance(vit.head, nn.Linear) and vit.head.bias is None,
+    "a classifier without bias": lambda vit: any(
+        isinstance(head, nn.Linear) and head.bias is None for head in (vit.head, getattr(vit, "head_dist", None))
+    ),
     "attention pooling": lambda vit: vit.attn_pool is not None,
     "pooling of another kind": lambda vit: vit.global_pool not in POOLS,
     "pooling of class and register tokens too (pool_include_prefix)": lambda vit: (
@@ -183,6 +185,7 @@ def config_of(model: nn.Module) -> HydraViTConfig:
         act_layer=_act_layer(block),
         pre_norm=_pre_norm(vit),
         class_token=vit.cls_token is not None,
+        distilled=hasattr(vit, "dist_token"),
         register_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
         no_embed_class=bool(vit.num_prefix_tokens and vit.no_embed_class),
         pool=vit.global_pool,

@@ -30,7 +30,6 @@ _FOREIGN = {
     r".*\bmlp\.(w1|w2|w3|w12|fc1_g|fc1_x)\.": "a gated MLP (SwiGLU)",
     r".*\bmlp\.norm\.": "a norm in the MLP (scale_mlp_norm)",
     r"blocks\.\d+\.(attns|ffns|in_proj|in_norm|attn_out_proj|mlp_out_proj|out_proj)\b": "parallel branches in a block",
-    r"(dist_token$|head_dist\.)": "a distilled DeiT",
 }
 
 # Names that tell whose Vision Transformer it is, where it is not timm's.

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
     arguments = extract_config(model, args.heads)
     arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={subnetwork.eps})"
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
-    print("timm's VisionTransformer(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")
+    kind = "VisionTransformerDistilled" if config.distilled else "VisionTransformer"
+    print(f"timm's {kind}(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")
 
 
 def _nested(model: HydraViT, plain: HydraViTConfig, heads: int) -> tuple[int, ...] | None:

@@ -26,6 +26,8 @@ def cost(config: HydraViTConfig, subnetwork: Subnetwork, pooled_only: bool = Fal
     residuals and pooling do not. ``pooled_only`` leaves out the last block's work on tokens that are not pooled.
     """
     macs = network_macs(config.sizes, subnetwork, pooled_only)
+    if config.distilled:  # the second classifier
+        macs += subnetwork.head.embed * subnetwork.head.classes
     slices = parameter_slices(config, subnetwork)
     params = 0
     for name, shape in _parameter_shapes(config).items():

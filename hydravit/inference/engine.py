@@ -150,7 +150,12 @@ Model = TypeVar("Model", bound=Packable)
 
 
 def with_e4m3_weights(model: Model) -> Model:
-    """Copy the model, on any device, and round its matrices as an engine of dtype float8_e4m3fn does."""
+    """Copy the model, on any device, and round its matrices as an engine of dtype float8_e4m3fn does.
+
+    Raises ``ValueError`` for a distilled model, of which there is no engine.
+    """
+    if model.config.distilled:
+        _check_packable(model)
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in rounded.network_parameters().flat():

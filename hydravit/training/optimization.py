@@ -15,7 +15,7 @@ from hydravit.model import HydraViT
 from hydravit.recipes import Recipe
 from hydravit.training.adamw import SliceAdamW
 
-_NOT_DECAYED = ("cls_token", "reg_token", "pos_embed")
+_NOT_DECAYED = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 def make_optimizer(

@@ -214,7 +214,7 @@ BAD_WEIGHTS = {
         r"blocks.0.mlp.fc1.weight has shape \(64, 256\); expected \(256, 64\)",
     ),
     "integers": (lambda s: s | {"pos_embed": s["pos_embed"].int()}, {}, r"floating-point .*pos_embed \(torch.int32\)"),
-    "head": (lambda s: s | {"head.bias": torch.ones(3)}, {}, "head.weight is for 10 classes, head.bias for 3"),
+    "head": (lambda s: s | {"head.bias": torch.ones(3)}, {}, "head.weight is for 10 classes, but head.bias is for 3"),
     "positions": (lambda s: s | {"pos_embed": torch.ones(17, 64)}, {}, r"pos_embed has shape \(17, 64\)"),
     "grid": (
         lambda s: s | {"pos_embed": torch.ones(1, 20, 64)},

@@ -107,9 +107,9 @@ REFUSED = {
     "padded images": (lambda: vit(dynamic_img_pad=True), "padded to whole patches"),
     "cut images": (lambda: vit(img_size=36), "image_size .36, 36. must be one or two multiples of patch_size 8"),
     "oblong patches": (lambda: vit(patch_size=(8, 4)), "patches that are no squares"),
-    "distilled": (
-        lambda: timm.models.deit.VisionTransformerDistilled(**SMALL),
-        "a distilled DeiT, the mean of two classifiers on two tokens",
+    "distilled with registers": (
+        lambda: timm.models.deit.VisionTransformerDistilled(**SMALL, reg_tokens=1),
+        "distilled=True needs .* no register tokens",
     ),
     "another epsilon": (lambda: changed(lambda m: setattr(m.norm, "eps", 1e-3)), "norms with different epsilons"),
     "another scale": (lambda: changed(lambda m: setattr(m.blocks[1].attn, "scale", 1.0)), "layers that differ"),

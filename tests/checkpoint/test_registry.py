@@ -17,11 +17,12 @@ from hydravit.timm_models import config_of, timm
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.long]
 NAMES = [name for name in timm.list_models() if name.startswith(("vit_", "deit"))]
 VisionTransformer = timm.models.vision_transformer.VisionTransformer
+VisionTransformerDistilled = timm.models.deit.VisionTransformerDistilled
 
 # What no weights tell, so that a state dict may be refused though the model is computed, and the reverse never.
 REASONS = (
     "rotary positions", "relative positions", "a convolutional network before the blocks", "attention pooling",
-    "final_norm=False", "distilled DeiT", "SwiGLU", "in parallel", "differential attention",
+    "final_norm=False", "SwiGLU", "in parallel", "differential attention",
     "norms after the branches", "multiples of patch_size", "is a RmsNorm",
 )  # fmt: skip
 
@@ -61,7 +62,8 @@ def test_every_name_is_computed_or_refused(name):
     x = torch.randn(2, 3, 2 * patch, 3 * patch)
     for backend in ("reference", "native"):
         ours = hydravit.fused_model(checkpoint=vit, backend=backend).eval()
-        narrow = VisionTransformer(**extract_config(ours, 1)).eval()
+        kind = VisionTransformerDistilled if config.distilled else VisionTransformer
+        narrow = kind(**extract_config(ours, 1)).eval()
         narrow.load_state_dict(extract(ours, 1))
         with torch.no_grad():
             torch.testing.assert_close(ours(x), vit(x), rtol=1e-4, atol=1e-4)
