@@ -21,7 +21,7 @@ ORDER = {
     "hydravit": [
         "integers", "config", "extras", "geometry", "layers", "structure", "inference", "timm_interface", "ends",
         "model", "atomic", "preprocessing", "checkpoint", "factory", "api", "__init__", "data",
-        "torchvision_operators", "timm_models", "evaluation", "recipes", "training", "cli", "__main__",
+        "torchvision_operators", "timm_models", "evaluation", "compression", "recipes", "training", "cli", "__main__",
     ],
     "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "run"],
 }  # fmt: skip

@@ -12,11 +12,12 @@ Example:
 from hydravit.checkpoint.adaptation import load_weights
 from hydravit.checkpoint.configs import infer_config, model_config
 from hydravit.checkpoint.extraction import extract, extract_config, take
-from hydravit.checkpoint.files import Checkpoint, model_metadata, read_checkpoint, save_checkpoint
+from hydravit.checkpoint.files import Checkpoint, check_suffix, model_metadata, read_checkpoint, save_checkpoint
 from hydravit.checkpoint.foreign import checkpoint_of, config_of
 
 __all__ = [
     "Checkpoint",
+    "check_suffix",
     "checkpoint_of",
     "config_of",
     "extract",

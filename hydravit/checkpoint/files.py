@@ -33,6 +33,7 @@ class Checkpoint:
     trained_heads: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
+    method: str | None = None  # what made the widths, where it was not training: "wpac, 1024 images of photos/"
     path: Path | None = None
     known: Mapping[str, Any] = field(default_factory=dict)  # without a config, the fields known of it
 
@@ -100,6 +101,7 @@ def save_checkpoint(
     trained_heads: Iterable[int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: Iterable[str] | None = None,
+    method: str | None = None,
 ) -> None:
     """Write the weights and all that a user of them needs, whole or not at all.
 
@@ -107,12 +109,14 @@ def save_checkpoint(
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``.
         model: a ``HydraViT``, also one wrapped in DDP or ``torch.compile``.
         trained_heads: the widths that were trained; None: those of the model.
+        method: what made the widths, where it was not training; ``hydravit info`` shows it.
     Raises:
         TypeError: ``model`` is no ``HydraViT``.
         ValueError: unknown extension, values that do not fit the model, or a module that its config does not describe.
         OSError: the file cannot be written; an older file at ``path`` is then unchanged.
     """
     path = Path(path)
+    check_suffix(path)
     while not isinstance(model, HydraViT):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
@@ -124,16 +128,21 @@ def save_checkpoint(
         trained_heads=model.trained_heads if trained_heads is None else trained_heads,
         preprocessing=preprocessing,
         class_names=class_names,
+        method=method,
     )
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
         header = {METADATA: json.dumps(metadata), "format": "pt"}
         atomic_write(path, lambda file: write_safetensors(file, state_dict, header))
-    elif path.suffix in (".pt", ".pth"):
+    else:
         content = {"state_dict": state_dict, METADATA: metadata}
         atomic_write(path, lambda file: write_torch(content, file))
-    else:
-        raise ValueError(f"path must end in .safetensors, .pt or .pth, not {path.name!r}")
+
+
+def check_suffix(path: str | os.PathLike) -> None:
+    """Raise ``ValueError`` unless ``save_checkpoint`` knows the format of a file of this name."""
+    if Path(path).suffix not in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"path must end in .safetensors, .pt or .pth, not {Path(path).name!r}")
 
 
 def model_metadata(
@@ -142,6 +151,7 @@ def model_metadata(
     trained_heads: Iterable[int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: Iterable[str] | None = None,
+    method: str | None = None,
 ) -> dict:
     """Return what our files hold beside the weights, as plain values; arguments are those of ``save_checkpoint``."""
     trained: Any = trained_heads  # may be anything: what is wrong is named below
@@ -150,6 +160,7 @@ def model_metadata(
         "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
+        "method": method,
     }
     metadata = json.loads(json.dumps(metadata))  # both formats hold the same plain values
     _parse_metadata(metadata)
@@ -160,8 +171,8 @@ def _parse_metadata(metadata: object) -> dict:
     """Return the fields of a ``Checkpoint``; raise ``ValueError`` or ``TypeError`` for anything unexpected."""
     if not isinstance(metadata, dict):
         raise ValueError(f"metadata {METADATA!r} must be a dict, not {type(metadata).__name__}")
-    config, heads, preprocessing, names = (
-        metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names")
+    config, heads, preprocessing, names, method = (
+        metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names", "method")
     )
     config = None if config is None else HydraViTConfig.from_dict(config)
     if heads is not None:
@@ -173,9 +184,12 @@ def _parse_metadata(metadata: object) -> dict:
             raise ValueError(f"class_names must be strings, not {names!r}")
         if config and len(names) != config.num_classes:
             raise ValueError(f"class_names must be {config.num_classes}, as num_classes, not {len(names)}")
+    if method is not None and not isinstance(method, str):
+        raise ValueError(f"method must be a string, not {method!r}")
     return {
         "config": config,
         "trained_heads": None if heads is None else tuple(sorted(set(heads))),
         "preprocessing": None if preprocessing is None else Preprocessing.from_dict(preprocessing),
         "class_names": None if names is None else tuple(names),
+        "method": method,
     }

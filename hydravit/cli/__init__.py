@@ -1,4 +1,4 @@
-"""The command line: ``hydravit demo | train | compare | evaluate | predict | info | extract | benchmark``.
+"""The command line: ``hydravit demo | train | compare | compress | evaluate | predict | info | extract | benchmark``.
 
 A command is a module with ``add_parser(subparsers)`` and ``run(args)``. A user's mistake ends in one line on
 standard error and exit code 2; ``HYDRAVIT_DEBUG=1`` shows the traceback instead.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from hydravit import __version__
 from hydravit.cli.threads import let_waiting_threads_sleep, set_threads
 
-COMMANDS = ("demo", "train", "compare", "evaluate", "predict", "info", "extract", "benchmark")
+COMMANDS = ("demo", "train", "compare", "compress", "evaluate", "predict", "info", "extract", "benchmark")
 
 _EXAMPLES = """examples:
   hydravit demo

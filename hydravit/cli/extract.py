@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         trained_heads=_nested(model, config, args.heads),
         preprocessing=checkpoint.preprocessing,
         class_names=checkpoint.class_names,
+        method=checkpoint.method,
     )
     arguments = extract_config(model, args.heads)
     arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={subnetwork.eps})"

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint:
         classes, preprocessing = checkpoint.class_names, checkpoint.preprocessing
         rows["trained widths"] = list(checkpoint.trained_heads) if checkpoint.trained_heads else "not recorded"
+        if checkpoint.method:
+            rows["method"] = checkpoint.method
         rows["preprocessing"] = preprocessing.to_dict() if preprocessing else "not recorded"
         some = [*classes[:10], "..."] if classes and len(classes) > 10 else classes
         rows["classes"] = ", ".join(some) if some else "not recorded"

@@ -28,12 +28,14 @@ def test_round_trip_keeps_everything(tmp_path, suffix, variant):
     model, path = make(**variant), tmp_path / f"model{suffix}"
     preprocessing = Preprocessing.for_model(model.config, interpolation="bilinear")
     names = [f"class {i}" for i in range(10)]
-    save_checkpoint(path, model, trained_heads=(2, 4), preprocessing=preprocessing, class_names=names)
+    about = {"preprocessing": preprocessing, "class_names": names, "method": "wpac"}
+    save_checkpoint(path, model, trained_heads=(2, 4), **about)
     checkpoint = read_checkpoint(path)
     assert checkpoint.config == model.config
     assert checkpoint.trained_heads == (2, 4)
     assert checkpoint.preprocessing == preprocessing
     assert checkpoint.class_names == tuple(names)
+    assert checkpoint.method == "wpac"
     loaded = fused_model(checkpoint=path, backend="reference")
     assert same(model, loaded)
     assert loaded.training and loaded.heads == 4

@@ -296,7 +296,7 @@ def test_wrong_arguments_exit_with_2(arguments):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "compare", "evaluate", "predict", "info", "extract"])
+@pytest.mark.parametrize("command", ["demo", "train", "compare", "compress", "evaluate", "predict", "info", "extract"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
