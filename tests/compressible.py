@@ -17,6 +17,7 @@ VARIANTS = {
     "plain": {},
     "no qkv bias": {"qkv_bias": False},
     "no proj bias": {"proj_bias": False},
+    "distilled": {"distilled": True},
     "layer scale, registers": {"layer_scale": 0.3, "register_tokens": 2},
     "average pooling, no class token": {"pool": "avg", "class_token": False},
     "maximum, positions of patches only": {"pool": "max", "no_embed_class": True},

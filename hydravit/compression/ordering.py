@@ -89,9 +89,7 @@ def _permuted(model: HydraViT, importance: _Importance) -> dict[str, Tensor]:
     """Return all weights, with what the importance is of in descending order; the channels beyond it stay."""
     config, weights = model.config, model.state_dict()
     embed = _order(importance.residual, config.embed)
-    axes = {name: spec.axes for name, spec, _ in named_specs(config.depth, config.final_norm)}
-    axes |= {f"norm_pre.{name}": ("embed",) for name in ("weight", "bias")}
-    result = {}
+    axes, result = _axes(config), {}
     for name, tensor in weights.items():
         orders = {"embed": embed, "attention_embed": embed, "mlp_embed": embed}
         if name.startswith("blocks."):
@@ -102,6 +100,14 @@ def _permuted(model: HydraViT, importance: _Importance) -> dict[str, Tensor]:
                 tensor = tensor.index_select(axis, orders[label])
         result[name] = tensor
     return result
+
+
+def _axes(config: HydraViTConfig) -> dict[str, tuple[str, ...]]:
+    """Return what each axis of every parameter counts, also of those that kernels do not know by these names."""
+    axes = {name: spec.axes for name, spec, _ in named_specs(config.depth, config.final_norm)}
+    axes |= {f"head_dist.{kind}": axes[f"head.{kind}"] for kind in ("weight", "bias")}
+    axes |= {f"norm_pre.{kind}": ("embed",) for kind in ("weight", "bias")}
+    return axes | {"dist_token": axes["reg_token"]}
 
 
 def _orders_of_layer(config: HydraViTConfig, heads: Tensor, hidden: Tensor) -> dict[str, Tensor]:
