@@ -116,14 +116,14 @@ def check_make(arguments):
 
 
 def check_hydravit(arguments):
-    """The command's own parser takes the arguments; training also makes its recipe; ``info`` runs."""
+    """The command's own parser takes the arguments; training makes its recipe, if no file takes part; ``info`` runs."""
     if "--help" in arguments:
         with pytest.raises(SystemExit) as exited:
             parse(arguments)
         assert exited.value.code == 0
         return
     args = parse(arguments)
-    if arguments[0] == "train" and args.recipe != "runs/demo/recipe.json":  # which a run writes
+    if arguments[0] == "train" and "--checkpoint" not in arguments and args.recipe != "runs/demo/recipe.json":
         make_recipe(args)
     if arguments[0] in ("evaluate", "predict") and args.heads is not None:  # readers try these on the demo's model
         cli.parse_heads(args.heads, get_recipe("demo").config.max_heads)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hydravit.cli import parse_heads
+from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point
 from hydravit.cli.loading import add_threads_argument, usable_device
-from hydravit.config import HydraViTConfig, resolve_config
+from hydravit.config import HydraViTConfig
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def add_parser(subparsers) -> None:
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that make a recipe and its data, for every command that trains."""
     parser.add_argument(
-        "--recipe", help=f"{', '.join(RECIPES)}, or a run's recipe.json (default: that of the resumed run, else demo)"
+        "--recipe",
+        help=f"{', '.join(RECIPES)}, or a run's recipe.json (default: the resumed run's, or the usual for the data)",
     )
     parser.add_argument(
         "--data", help="digits, fashion-mnist[:FOLDER], or a folder of class folders (default: the recipe's)"
@@ -114,30 +116,19 @@ def run(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: RunFolder) -> None:
     from hydravit.checkpoint import save_checkpoint
-    from hydravit.data import load_dataset
-    from hydravit.training import Interrupted, Trainer, make_model
+    from hydravit.cli.summary import training_summary
+    from hydravit.training import Interrupted, Trainer, load_held_out, load_training, make_mix, make_model
 
     resume = _checkpoint_to_resume(args, folder, main)
     if args.recipe is None and resume is not None and (resume.parent / folder.description.name).exists():
         args.recipe = str(resume.parent / folder.description.name)
     recipe = make_recipe(args)
-    data: dict[str, Any] = {"seed": recipe.split_seed, "skip_corrupt": recipe.skip_corrupt}
-    size = recipe.config.image_size
-    dataset = load_dataset(recipe.data, split="train", image_size=size, augment=recipe.augment, **data)
+    dataset = load_training(recipe)
     preprocessing, class_names = dataset.preprocessing, dataset.class_names
-    evaluation = None
-    if args.validate_every or not args.no_evaluate:
-        data.update(preprocessing=preprocessing, class_names=class_names)
-        evaluation = load_dataset(recipe.data, split="test", **data)
+    evaluation = load_held_out(recipe, dataset) if args.validate_every or not args.no_evaluate else None
 
     start = resume is None  # where a run goes on, the weights that it began with do not matter
     model = make_model(recipe, dataset, backend=args.backend, device=device, start=start, verify=args.verify)
-    mix = None
-    if recipe.rand_augment or recipe.color_jitter or recipe.random_erasing or recipe.mixup or recipe.cutmix:
-        from hydravit.recipes import photos
-
-        mix = photos.mix(recipe, len(class_names))
-        photos.augment(dataset, recipe)
     trainer = Trainer(
         model,
         recipe,
@@ -147,7 +138,7 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         class_names=class_names,
         validation=evaluation,
         validate_every=args.validate_every,
-        mix=mix,
+        mix=make_mix(recipe, dataset),
         checkpoint_every=args.checkpoint_every,
         checkpoint_steps=args.checkpoint_steps,
         workers=args.workers,
@@ -156,11 +147,7 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # every rank has seen what the folder held
     if main:
-        widths = ", ".join(map(str, recipe.trained_heads))
-        print(
-            f"training heads {widths} on {len(dataset)} images, {recipe.epochs} epochs, backend {model.backend}",
-            flush=True,
-        )
+        print(training_summary(args, trainer, folder, dataset, evaluation), flush=True)
         for name, (before, now) in changed.items():
             print(f"after step {trainer.step}, {name} is {now!r}; it was {before!r}", flush=True)
         if resume is None:
@@ -221,13 +208,13 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
-    recipe = get_recipe(args.recipe or "demo")
-    config = recipe.config if args.config is None else resolve_config(args.config)
+    recipe = get_recipe(recipe_name(args))
+    config, changes = starting_point(args, recipe)
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}
     # An argument that has the name of a field replaces it; widths are text that the model's size explains.
     given = {name: getattr(args, name, None) for name in recipe_fields - {"heads"}}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes |= {name: value for name, value in given.items() if value is not None}
     config_changes: dict[str, Any] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
@@ -236,7 +223,8 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
             raise ValueError(f"--set {setting}: expected FIELD=VALUE with a field of the recipe or the model: {known}")
         target, owner = (changes, recipe) if name in recipe_fields else (config_changes, config)
         target[name] = _parse(setting, value, getattr(owner, name))
-    config = dataclasses.replace(config, **config_changes)
+    sizes = sizes_of_images(args, recipe, changes.get("data", recipe.data), set(config_changes))
+    config = dataclasses.replace(config, **sizes, **config_changes)
     changes = _schedule(recipe, changes.get("epochs", recipe.epochs)) | changes
     # A recipe's widths are those of its own model, so another model does not take them.
     if config.max_heads != recipe.config.max_heads or args.heads is not None:

@@ -10,12 +10,41 @@ from pathlib import Path
 
 from hydravit.data import augment as augmentations
 from hydravit.data.arrays import FASHION_MNIST_CLASSES, FASHION_MNIST_FOLDER, digits, fashion_mnist
-from hydravit.data.dataset import ArrayDataset, Dataset, agreed_classes
+from hydravit.data.dataset import SHARES, ArrayDataset, Dataset, agreed_classes
 from hydravit.preprocessing import Preprocessing
 
-__all__ = ["SPLITS", "Dataset", "load_dataset"]
+__all__ = ["SPLITS", "Dataset", "kind_of", "load_dataset", "usual_preprocessing"]
 
 SPLITS = ("train", "test", "all")
+
+# Per kind of source, sizes and statistics of its own images; those of photos are ImageNet's.
+_USUAL = {
+    "digits": Preprocessing(8, mean=(0.305,), std=(0.376,)),
+    "fashion-mnist": Preprocessing(28, mean=(0.286,), std=(0.353,)),
+    "folder": Preprocessing(224),
+}
+
+
+def kind_of(source: str | Path) -> str:
+    """Return "digits", "fashion-mnist" or "folder" for a ``source`` of ``load_dataset``."""
+    name, _, folder = str(source).partition(":")
+    if name == "fashion-mnist" or (name == "digits" and not folder):
+        return name
+    return "folder"
+
+
+def usual_preprocessing(
+    source: str | Path, image_size: int | tuple[int, int] | None = None, in_channels: int | None = None
+) -> Preprocessing:
+    """Return the preprocessing with a data set's own mean and deviation; for None with its own size and channels.
+
+    In another number of channels, all have the mean over the data set's own.
+    """
+    own = _USUAL[kind_of(source)]
+    mean, std = own.mean, own.std
+    if in_channels not in (None, len(mean)):
+        mean, std = ((sum(values) / len(values),) * in_channels for values in (mean, std))
+    return Preprocessing(image_size or own.image_size, mean=mean, std=std)
 
 
 def load_dataset(
@@ -54,25 +83,25 @@ def load_dataset(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     if preprocessing is not None and image_size is not None:
         raise ValueError("image_size: give it or preprocessing, not both")
-    name, _, folder = str(source).partition(":")
-    if name == "digits" and not folder:
+    kind, preprocessing = kind_of(source), preprocessing or usual_preprocessing(source, image_size)
+    if kind == "digits":
         images, targets = digits(split)
-        found, size, mean, std = [str(digit) for digit in range(10)], 8, (0.305,), (0.376,)
-        augmentation = augmentations.SCANS
-    elif name == "fashion-mnist":
+        found, augmentation = [str(digit) for digit in range(10)], augmentations.SCANS
+    elif kind == "fashion-mnist":
+        folder = str(source).partition(":")[2]
         images, targets = fashion_mnist(split, Path(folder) if folder else FASHION_MNIST_FOLDER)
-        found, size, mean, std = list(FASHION_MNIST_CLASSES), 28, (0.286,), (0.353,)
-        augmentation = augmentations.SMALL_PHOTOS
+        found, augmentation = list(FASHION_MNIST_CLASSES), augmentations.SMALL_PHOTOS
     else:
         from hydravit.data.folder import load_folder
 
         root = Path(source)
         if not root.exists() and len(root.parts) == 1:
             raise ValueError(f"data {str(source)!r} is neither digits, fashion-mnist nor a folder")
-        preprocessing = preprocessing or Preprocessing(image_size=image_size or 224)
         photos = augmentations.PHOTOS if augment else None
         return load_folder(root, split, preprocessing, class_names, photos, skip_corrupt, seed)
-    preprocessing = preprocessing or Preprocessing(image_size=image_size or size, mean=mean, std=std)
-    label = agreed_classes(found, class_names, name)
+    label = agreed_classes(found, class_names, kind)
     labels = [label[found[target]] for target in targets]
-    return ArrayDataset(images, list(label), labels, preprocessing, augmentation if augment else None)
+    dataset = ArrayDataset(images, list(label), labels, preprocessing, augmentation if augment else None)
+    has_parts = kind == "fashion-mnist" and split != "all"
+    dataset.origin = f"its own {split} part" if has_parts else SHARES[split]
+    return dataset

@@ -22,6 +22,7 @@ class Dataset(torch.utils.data.Dataset):
         preprocessing: turns a Pillow image into what the items hold (without augmentation).
         labels: int64 tensor ``(len,)``.
         skipped: files left out because they could not be read, as ``(path, reason)``.
+        origin: which part of its source it is, for people.
 
     Augmentation draws only from torch's global CPU generator, once per batch (``__getitems__``). With the same seed, or
     with ``torch.get_rng_state()`` saved and restored, the images are the same again.
@@ -42,6 +43,7 @@ class Dataset(torch.utils.data.Dataset):
         self.image_size = preprocessing.image_size
         self.augmentation = augmentation
         self.skipped: tuple[tuple[str, str], ...] = ()
+        self.origin = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,6 +82,10 @@ class ArrayDataset(Dataset):
 
     def image(self, index: int) -> Tensor:
         return self.images[index]
+
+
+# What ``held_out`` makes of a source that has no parts of its own, for people.
+SHARES = {"train": "two thirds of every class", "test": "a third of every class", "all": "all of it"}
 
 
 def held_out(labels: Sequence[int], seed: int) -> np.ndarray:

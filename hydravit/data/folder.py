@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hydravit.data.dataset import Dataset, agreed_classes, held_out
+from hydravit.data.dataset import SHARES, Dataset, agreed_classes, held_out
 from hydravit.data.layout import class_folders, dangling, files_below, split_folders
 from hydravit.extras import extra
 from hydravit.preprocessing import Preprocessing
@@ -84,7 +84,10 @@ def load_folder(
         warnings.warn(f"{root}: skipped {len(skipped)} unreadable file(s), first {first} ({reason})", stacklevel=3)
     if not files:
         raise ValueError(f"{root}: no readable images for split {split!r}")
-    return FolderDataset(files, list(label), labels, preprocessing, augmentation, skipped)
+    dataset = FolderDataset(files, list(label), labels, preprocessing, augmentation, skipped)
+    share = SHARES[split] + (f" by split seed {split_seed}" if split != "all" else "")
+    dataset.origin = share if chosen_folders == [root] else f"in {', '.join(map(str, chosen_folders))}"
+    return dataset
 
 
 def _labels(chosen_folders: list[Path], train_folder: Path | None, class_names: Sequence[str] | None) -> dict[str, int]:

@@ -35,15 +35,16 @@ def split_folders(root: Path, split: str) -> tuple[list[Path], Path | None]:
     train = found["train"][0] if found["train"] else None
     if not (alone or (train and (found["test"] or _holds_classes(train)))):
         return [root], root
-    others = sorted(folder.name for folder in folders.values() if folder not in splits)
-    if others:
-        warnings.warn(f"{root}: left out {', '.join(others)} beside {', '.join(f.name for f in splits)}", stacklevel=4)
-    if split == "all":
-        return splits, train
-    if not found[split]:
-        hint = f"; {train} by itself is split in three parts" if train else ""
+    chosen = splits if split == "all" else found[split][:1]
+    if not chosen:
+        hint = f"; {train} by itself is a source of which a third is held out" if train else ""
         raise ValueError(f"{root}: has no folder {' or '.join(SPLIT_FOLDERS[split])} for split {split!r}{hint}")
-    return found[split][:1], train
+    used = [*chosen, *found["train"][:1], *found["test"][:1]]
+    others = sorted(folder.name for folder in folders.values() if folder not in used)
+    if others:
+        names = ", ".join(sorted({folder.name for folder in used}))
+        warnings.warn(f"{root}: left out {', '.join(others)} beside {names}", stacklevel=4)
+    return chosen, train
 
 
 def class_folders(folder: Path) -> dict[str, Path]:

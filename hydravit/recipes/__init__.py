@@ -19,7 +19,7 @@ class Recipe:
     """The settings of a training run. The defaults are HydraViT's (arXiv 2409.17978, section 4, and its public code).
 
     Args:
-        config: the full model; the data's image size, channels and classes replace its own.
+        config: the full model; the number of the data's classes replaces its own.
         data, split_seed, skip_corrupt: ``source``, ``seed`` and ``skip_corrupt`` of ``hydravit.data.load_dataset``.
         checkpoint, part: the file whose weights training starts from, and which model in it; "": random weights.
         strict: whether names that the checkpoint lacks or has too many are an error.
@@ -42,6 +42,7 @@ class Recipe:
         mixup, cutmix: alphas of timm's mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899); 0: none.
         clip_norm: largest norm of a step's gradient; 0: not clipped.
         ema: decay of the average of the weights, which is then evaluated and saved; 0: none.
+        mean, std: per channel, of pixels in 0..1; empty: the data set's own, which for photos are ImageNet's.
         augment: whether the data set augments lightly.
         rand_augment, color_jitter, random_erasing: timm's heavy augmentation, for folders of photos; "" and 0: none.
         amp: "bf16" or "fp16" for mixed precision, or "none".
@@ -77,6 +78,8 @@ class Recipe:
     cutmix: float = 0.0
     clip_norm: float = 0.0
     ema: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     augment: bool = True
     rand_augment: str = ""
     color_jitter: float = 0.0
@@ -85,7 +88,7 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self):
-        for name in ("heads", "weights", "betas"):
+        for name in ("heads", "weights", "betas", "mean", "std"):
             object.__setattr__(self, name, tuple(map(plain_int, getattr(self, name))))
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, plain_int(getattr(self, each.name)))
@@ -164,6 +167,57 @@ RECIPES = {
         ema=0.99,
         seed=0,
     ),
+    # Fashion-MNIST's 60,000 photos of clothes, in 28x28 grey pixels.
+    "fashion-mnist": Recipe(
+        config=HydraViTConfig(
+            image_size=28,
+            patch_size=4,
+            in_channels=1,
+            num_classes=10,
+            depth=6,
+            max_heads=6,
+            head_dim=16,
+            mlp_ratio=2.0,
+            drop_path=0.1,
+        ),
+        data="fashion-mnist",
+        epochs=30,
+        batch_size=128,
+        lr=1e-3,
+        lr_batch=0,
+        warmup_epochs=2.0,
+        clip_norm=1.0,
+        ema=0.999,
+        seed=0,
+    ),
+    # A folder of hundreds or a few thousand photos, from random weights. Its steps are few too.
+    "photos": Recipe(
+        config=resolve_config("tiny", image_size=128, depth=6, drop_path=0.1),
+        data="photos",
+        per_image=True,
+        epochs=100,
+        batch_size=32,
+        lr=1e-3,
+        lr_batch=0,
+        warmup_epochs=5.0,
+        clip_norm=1.0,
+        ema=0.99,
+        seed=0,
+    ),
+    # Photos, from the weights of a pretrained ViT, whose config takes the place of this one: short and slow.
+    "finetune": Recipe(
+        config=resolve_config("base", drop_path=0.1),
+        data="photos",
+        epochs=30,
+        batch_size=32,
+        lr=1e-4,
+        lr_batch=0,
+        min_lr=1e-6,
+        warmup_epochs=3.0,
+        clip_norm=1.0,
+        ema=0.99,
+        seed=0,
+    ),
     # The paper's run on ImageNet-1K (300 epochs; it also reports 400, 500 and 800): 2 GPUs with 512 images each, fp32.
     "hydravit-imagenet": Recipe(
         config=resolve_config("base", drop_path=0.1),
@@ -181,6 +235,16 @@ RECIPES = {
         random_erasing=0.25,
     ),
 }
+
+
+# Recipes whose model is that of the checkpoint that training starts from.
+OF_CHECKPOINTS = ("finetune",)
+
+
+def usual_recipe(kind: str, checkpoint: bool) -> str:
+    """Return the name of the recipe for a kind of data (see ``hydravit.data.kind_of``), from a checkpoint or not."""
+    folder = "finetune" if checkpoint else "photos"
+    return {"digits": "demo", "fashion-mnist": "fashion-mnist", "folder": folder}[kind]
 
 
 def get_recipe(name: str) -> Recipe:

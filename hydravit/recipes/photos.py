@@ -26,13 +26,11 @@ def _import_timm_data():
 
 
 def mix(recipe: Recipe, num_classes: int):
-    """Make the recipe's mixup and cutmix: ``(images, labels (B,)) -> (images, targets (B, classes))``, or None.
+    """Make the recipe's mixup and cutmix: ``(images, labels (B,)) -> (images, targets (B, classes))``.
 
     timm draws from numpy's generator, which is seeded from torch's, so that training resumes exactly. It mixes pairs,
     so the last image of an odd batch stays as it is.
     """
-    if not recipe.mixup and not recipe.cutmix:
-        return None
     # The loss smooths the labels, with the same result, because smoothing and mixing are both linear.
     mixup = _import_timm_data().Mixup(
         mixup_alpha=recipe.mixup,
@@ -54,12 +52,10 @@ def mix(recipe: Recipe, num_classes: int):
 
 
 def augment(dataset, recipe: Recipe) -> None:
-    """Replace the transform of a folder's images by timm's for training, if the recipe has one.
+    """Replace the transform of a folder's images by timm's for training.
 
     It has random resized crop, flip, RandAugment (arXiv 1909.13719), colour jitter, random erasing (arXiv 1708.04896).
     """
-    if not (recipe.rand_augment or recipe.color_jitter or recipe.random_erasing):
-        return
     if not isinstance(dataset, FolderDataset):
         raise ValueError(
             "rand_augment, color_jitter and random_erasing are for a folder of photos; set them to '' and 0"

@@ -2,6 +2,7 @@
 
 from hydravit.training.adamw import SliceAdamW
 from hydravit.training.batches import Batches
+from hydravit.training.data import load_held_out, load_training, make_mix
 from hydravit.training.gradients import LiveSlices, SliceGradients
 from hydravit.training.model import make_model
 from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
@@ -17,8 +18,11 @@ __all__ = [
     "SliceGradients",
     "Trainer",
     "WidthSampler",
+    "load_held_out",
     "load_state",
+    "load_training",
     "make_average",
+    "make_mix",
     "make_model",
     "make_optimizer",
     "make_scheduler",

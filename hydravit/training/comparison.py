@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch.utils.data import Subset
 
-from hydravit.data import load_dataset
 from hydravit.data.dataset import Dataset, folds
 from hydravit.evaluation import accuracy
 from hydravit.recipes import Recipe
+from hydravit.training.data import load_training, make_mix
 from hydravit.training.model import make_model
 from hydravit.training.trainer import Trainer
 
@@ -28,25 +28,15 @@ class CrossValidation:
 
     def fold(self, recipe: Recipe, fold: int, *, backend: str = "auto", progress: bool = False) -> dict[int, float]:
         """Return top-1 in percent of every width that the recipe trains, on one fold that took no part in training."""
-        training, validation = _load(recipe, recipe.augment), _load(recipe, False)
+        training, validation = load_training(recipe), load_training(recipe, augment=False)
         chosen = folds(training.labels.tolist(), self.count, seed=0) == fold
         recipe = recipe.replace(seed=recipe.seed + fold)
         model = make_model(recipe, training, backend=backend)
-        trainer = Trainer(model, recipe, _subset(training, ~chosen), progress=progress)
+        mix = make_mix(recipe, training)
+        trainer = Trainer(model, recipe, _subset(training, ~chosen), mix=mix, progress=progress)
         trained = trainer.run().eval()
         found = accuracy(trained, _subset(validation, chosen), recipe.trained_heads)
         return {heads: top1 for heads, (top1, _) in found.items()}
-
-
-def _load(recipe: Recipe, augment: bool) -> Dataset:
-    return load_dataset(
-        recipe.data,
-        split="train",
-        image_size=recipe.config.image_size,
-        augment=augment,
-        skip_corrupt=recipe.skip_corrupt,
-        seed=recipe.split_seed,
-    )
 
 
 def _subset(dataset: Dataset, chosen: np.ndarray) -> Subset:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from hydravit.checkpoint import load_weights, read_checkpoint
+from hydravit.checkpoint.classes import with_classes
 from hydravit.data import Dataset
 from hydravit.factory import fused_model
 from hydravit.model import HydraViT
@@ -41,5 +42,5 @@ def make_model(
     model = fused_model(config=config, backend=backend, device=device)
     if recipe.checkpoint and start:
         checkpoint = read_checkpoint(recipe.checkpoint, part=recipe.part or None, verify=verify)
-        load_weights(model, checkpoint, strict=recipe.strict)
+        load_weights(model, with_classes(checkpoint, dataset.class_names), strict=recipe.strict)
     return model

@@ -8,7 +8,7 @@ import pytest
 from hydravit.cli import main
 from hydravit.data.dataset import folds
 from hydravit.recipes import get_recipe
-from hydravit.training import comparison
+from hydravit.training import comparison, data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = "compare --recipe demo --epochs 1 --folds 2 --set depth=1 --set warmup_epochs=0.0".split()
@@ -24,8 +24,8 @@ def test_folds_spread_every_class_evenly():
 
 
 def test_settings_are_compared_without_the_test_part(tmp_path, capsys, monkeypatch):
-    asked, load = [], comparison.load_dataset
-    monkeypatch.setattr(comparison, "load_dataset", lambda *a, **k: asked.append(k["split"]) or load(*a, **k))
+    asked, load = [], data.load_dataset
+    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: asked.append(k["split"]) or load(*a, **k))
     out = tmp_path / "made" / "settings.jsonl"
     assert main([*QUICK, "--try", "lr=4e-3 heads=(1,2)", "--out", str(out)]) == 0
     as_it_is, changed = capsys.readouterr().out.splitlines()

@@ -98,10 +98,12 @@ def test_an_interrupted_training_goes_on(run, out, trainings, monkeypatch, capsy
 
 def test_the_held_out_part_is_looked_at_after_training_only(run, out, monkeypatch):
     import hydravit.data
+    import hydravit.training.data
 
     order, original = [], train.run
     loaded = hydravit.data.load_dataset
-    monkeypatch.setattr(hydravit.data, "load_dataset", lambda *a, **k: order.append(k["split"]) or loaded(*a, **k))
+    for module in (hydravit.data, hydravit.training.data):
+        monkeypatch.setattr(module, "load_dataset", lambda *a, **k: order.append(k["split"]) or loaded(*a, **k))
     monkeypatch.setattr(train, "run", lambda args: (original(args), order.append("trained")))
     assert run() == 0
     assert order == ["train", "trained", "test"]

@@ -210,7 +210,9 @@ def test_split_folders_are_used_and_share_their_labels(tmp_path, train, name):
 def test_of_two_folders_to_test_with_the_one_called_test_is_used(tmp_path):
     for split in ("train", "val", "test"):
         write_image(tmp_path / split / "a" / f"{split}.png")
-    assert [file.name for file in load_photos(tmp_path, "test").files] == ["test.png"]
+    with pytest.warns(UserWarning, match="left out val beside test, train"):
+        assert [file.name for file in load_photos(tmp_path, "test").files] == ["test.png"]
+    assert len(load_photos(tmp_path, "all")) == 3
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -224,7 +226,9 @@ def test_folders_beside_splits_are_no_classes(tmp_path):
         write_image(tmp_path / folder / "1.png")
     with pytest.warns(UserWarning, match="left out dev beside train"):
         assert load_photos(tmp_path, "train").class_names == ("a", "b")
-        with pytest.raises(ValueError, match="has no folder test or .* for split 'test'; .*/train by itself is split"):
+        with pytest.raises(
+            ValueError, match="has no folder test or .* for split 'test'; .*/train by itself is a source"
+        ):
             load_photos(tmp_path, "test")
 
 

@@ -30,6 +30,7 @@ from hydravit.data import load_dataset
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
 from hydravit.recipes import get_recipe, photos
+from hydravit.training import make_mix
 from hydravit.torchvision_operators import _DECLARATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,7 +180,7 @@ def test_mixing_labels():
     again, _ = mix(images.clone(), labels)
     assert torch.equal(mixed, again) and not torch.equal(mixed, images)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    assert photos.mix(get_recipe("demo"), 10) is None
+    assert make_mix(get_recipe("demo"), load_dataset("digits", split="train")) is None
 
 
 @pytest.mark.long

@@ -1,0 +1,173 @@
+"""What a training is about to do, and what decided it: printed before it starts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from hydravit.cli.choices import recipe_name
+from hydravit.data import Dataset, kind_of
+from hydravit.evaluation.cost import cost
+from hydravit.evaluation.report import aligned, count
+from hydravit.preprocessing import IMAGENET_MEAN
+from hydravit.recipes import OF_CHECKPOINTS, get_recipe
+from hydravit.training import Trainer
+from hydravit.training.folder import RunFolder
+
+_MANY = 20  # classes, of which only the smallest and the largest are then shown
+
+
+def training_summary(
+    args: argparse.Namespace, trainer: Trainer, folder: RunFolder, training: Dataset, held_out: Dataset | None
+) -> str:
+    """Describe a training that is ready to run: data, images, model, steps, device and files; reasons in brackets."""
+    because = _Reasons(args)
+    parts = {
+        "recipe": [because.of_recipe],
+        "data": _data(trainer, training, held_out, because),
+        "images": _images(trainer, training, because),
+        "model": _model(trainer, because),
+        "steps": _steps(trainer, because),
+        "learning rate": _learning_rate(trainer, because),
+        "device": _device(args, trainer),
+        "output": _output(trainer, folder),
+    }
+    width = max(map(len, parts)) + 2
+    lines = []
+    for label, texts in parts.items():
+        lines += [f"{label:{width}}{texts[0]}", *(" " * width + text for text in texts[1:])]
+    return "\n".join(lines)
+
+
+class _Reasons:
+    """What decided a field: an argument, the checkpoint or the recipe."""
+
+    def __init__(self, args: argparse.Namespace):
+        name = recipe_name(args)
+        self._args, self._recipe = args, f"recipe {Path(name).name}"  # it may be a file
+        self._set = {setting.partition("=")[0] for setting in args.set}
+        self._follows_checkpoint = name in OF_CHECKPOINTS
+        kind = kind_of(args.data or "digits")
+        usual = f"for {'a folder of photos' if kind == 'folder' else kind}"
+        if self._follows_checkpoint:
+            usual += " and weights to start from"
+        self.of_recipe = name if args.recipe else f"{name} (the usual one {usual}; --recipe chooses another)"
+
+    def __call__(self, field: str) -> str:
+        """Return what decided a field of the recipe, in brackets."""
+        given = getattr(self._args, field, None) is not None
+        option = f"--{field.replace('_', '-')}" if given else self._recipe
+        return f"({'--set' if field in self._set else option})"
+
+    def of_warmup(self, epochs: float) -> str:
+        """Return what decided the length of the warm-up, in brackets."""
+        shortened = epochs != get_recipe(recipe_name(self._args)).warmup_epochs and "warmup_epochs" not in self._set
+        return "(shortened with the epochs)" if shortened else self("warmup_epochs")
+
+    def of_model(self, field: str) -> str:
+        """Return what decided a field of the model's config, in brackets."""
+        other = "the checkpoint's" if self._follows_checkpoint else self._recipe
+        named = self._args.config and f"--config {self._args.config}"
+        return f"({'--set' if field in self._set else named or other})"
+
+
+def _data(trainer: Trainer, training: Dataset, held_out: Dataset | None, because: _Reasons) -> list[str]:
+    parts = {"training": training} | ({} if held_out is None else {"held out": held_out})
+    lines = [f"{trainer.recipe.data} {because('data')}, {len(training.class_names)} classes"]
+    for name, data in parts.items():
+        skipped = f", {len(data.skipped)} unreadable left out" if data.skipped else ""
+        lines.append(f"{name}: {len(data)} images, {data.origin}{skipped}")
+    counts = [data.labels.bincount(minlength=len(training.class_names)).tolist() for data in parts.values()]
+    if len(training.class_names) <= _MANY:
+        rows = [[name, *map(str, row)] for name, *row in zip(training.class_names, *counts, strict=True)]
+        lines += aligned(["class", *parts], rows).splitlines()
+    else:
+        ranges = [f"{min(each)} to {max(each)} {name}" for name, each in zip(parts, counts, strict=True)]
+        lines.append(f"images per class: {', '.join(ranges)}")
+    return lines
+
+
+def _images(trainer: Trainer, training: Dataset, because: _Reasons) -> list[str]:
+    images, recipe = training.preprocessing, trainer.recipe
+    height, width = training.image_size
+    if recipe.mean:
+        source = "the checkpoint's" if recipe.checkpoint else "the recipe's"
+    else:
+        source = "ImageNet's, usual for photos" if images.mean == IMAGENET_MEAN else "the data's"
+    heavy = {name: getattr(recipe, name) for name in ("rand_augment", "color_jitter", "random_erasing")}
+    light = {"light": True} if recipe.augment and not any(heavy.values()) else {}
+    mixed = {name: getattr(recipe, name) for name in ("mixup", "cutmix")}
+    augmentation = [
+        name if value is True else f"{name} {value}" for name, value in (light | heavy | mixed).items() if value
+    ]
+    return [
+        f"{height}x{width} pixels {because.of_model('image_size')}, {training.in_channels} channel(s), "
+        f"resized by {images.interpolation}, centre crop of {images.crop:g}",
+        f"mean {_numbers(images.mean)}, std {_numbers(images.std)} ({source})",
+        f"augmentation in training: {', '.join(augmentation) or 'none'}",
+    ]
+
+
+def _model(trainer: Trainer, because: _Reasons) -> list[str]:
+    model, recipe = trainer.model, trainer.recipe
+    config = model.config
+    if recipe.checkpoint:
+        start = f"starts from {recipe.checkpoint}"
+    else:
+        start = f"starts from random weights of seed {recipe.seed}"
+    rows = []
+    for heads in trainer.heads:
+        params, macs = cost(config, model.subnetwork(heads))
+        rows.append([str(heads), count(params), f"{macs / 1e9:.4g}"])
+    return [
+        f"{config.depth} layers, {config.max_heads} heads of {config.head_dim} channels {because.of_model('depth')}, "
+        f"patches of {config.patch_size} pixels, {config.num_classes} classes (the data's)",
+        f"{start}; trained widths:",
+        *aligned(["heads", "params", "GMACs"], rows).splitlines(),
+    ]
+
+
+def _steps(trainer: Trainer, because: _Reasons) -> list[str]:
+    recipe, steps = trainer.recipe, len(trainer.batches)
+    size = min(recipe.batch_size, len(trainer.batches.dataset) // trainer.world)
+    left = len(trainer.batches.dataset) - steps * size * trainer.world
+    ranks = f" on each of {trainer.world} processes" if trainer.world > 1 else ""
+    return [
+        f"{recipe.epochs * steps} = {recipe.epochs} epochs {because('epochs')} of {steps} steps with {size} images"
+        f"{ranks} {because('batch_size')}" + (f"; {left} images are left out of every epoch" if left else "")
+    ]
+
+
+def _learning_rate(trainer: Trainer, because: _Reasons) -> list[str]:
+    recipe = trainer.recipe
+    peak = max(trainer.scheduler.base_lrs)
+    scaled = f", {recipe.lr:g} for {recipe.lr_batch} images" if recipe.lr_batch else ""
+    cooldown = f" and {recipe.cooldown_epochs} epochs there" if recipe.cooldown_epochs else ""
+    return [
+        f"{peak:.3g} {because('lr')[:-1]}{scaled}) after {recipe.warmup_epochs:.3g} epochs of warm-up "
+        f"{because.of_warmup(recipe.warmup_epochs)}, a cosine to {peak * recipe.min_lr / recipe.lr:.3g}{cooldown}",
+        f"AdamW ({recipe.optimizer}), weight decay {recipe.weight_decay:g}, "
+        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}",
+    ]
+
+
+def _device(args: argparse.Namespace, trainer: Trainer) -> list[str]:
+    precision = "float32" if trainer.recipe.amp == "none" else f"float32 and {trainer.recipe.amp}"
+    return [
+        f"{trainer.device} (--device), backend {trainer.model.backend}, {precision}; {trainer.world} process(es) of "
+        f"{torch.get_num_threads()} thread(s), {args.workers} that load images"
+    ]
+
+
+def _output(trainer: Trainer, folder: RunFolder) -> list[str]:
+    every = f" every {trainer.checkpoint_every} epoch(s)" if trainer.checkpoint_every else " at the end"
+    return [
+        f"{folder}: {folder.description.name}, {folder.log.name}, {folder.checkpoint.name}{every}, at the end "
+        f"{folder.model.name} and results"
+    ]
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,185 @@
+"""``hydravit train``: what decides data, images, model and schedule, and that it is said before training starts."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from hydravit import HydraViT, HydraViTConfig, fused_model
+from hydravit.checkpoint import read_checkpoint, save_checkpoint
+from hydravit.cli import main, parser
+from hydravit.cli.train import make_recipe
+from hydravit.data import load_dataset
+from hydravit.preprocessing import Preprocessing
+from hydravit.recipes import get_recipe
+from hydravit.training import load_training, make_model
+
+VIT = HydraViTConfig(image_size=16, patch_size=8, num_classes=3, depth=2, max_heads=2, head_dim=8)
+
+
+def recipe_of(*arguments):
+    return make_recipe(parser().parse_args(["train", "--out", "out", *map(str, arguments)]))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three classes of six photos, which differ in brightness."""
+    for label, grey in {"bird": 40, "cat": 120, "dog": 200}.items():
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (20, 16), (grey, grey + 5 * i, grey)).save(tmp_path / "photos" / label / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A model of the same classes in another order, trained with another mean."""
+    torch.manual_seed(1)
+    model = HydraViT(VIT, trained_heads=(1, 2), backend="reference")
+    half = Preprocessing(16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    save_checkpoint(tmp_path / "vit.pt", model, preprocessing=half, class_names=["dog", "bird", "cat"])
+    return tmp_path / "vit.pt"
+
+
+# Recipes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_data_choose_the_recipe(photos):
+    assert recipe_of() == get_recipe("demo") == recipe_of("--data", "digits")
+    assert recipe_of("--data", "fashion-mnist") == get_recipe("fashion-mnist")
+    assert recipe_of("--data", photos) == get_recipe("photos").replace(data=str(photos))
+
+
+def test_a_recipe_for_other_images_needs_their_size(photos):
+    with pytest.raises(
+        ValueError, match=r"recipe demo is for digits at 8x8 pixels, not for .*: choose --recipe photos"
+    ):
+        recipe_of("--recipe", "demo", "--data", photos)
+    config = recipe_of("--recipe", "demo", "--data", photos, "--set", "image_size=16").config
+    assert (config.image_size, config.in_channels) == ((16, 16), 3)
+    assert recipe_of("--recipe", "demo", "--data", photos, "--config", "tiny").config.image_shape == (3, 224, 224)
+    assert recipe_of("--config", "tiny", "--data", "digits").config.image_shape == (1, 224, 224)
+
+
+def test_the_user_decides_channels_and_the_data_classes(photos):
+    recipe = recipe_of("--data", photos, "--set", "in_channels=1")
+    data = load_training(recipe)
+    assert data[0][0].shape == (1, 128, 128) and data.preprocessing.mean == pytest.approx([0.449], abs=1e-3)
+    assert make_model(recipe, data).config.image_shape == (1, 128, 128)
+    assert load_training(recipe_of("--set", "in_channels=3"))[0][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="--set num_classes: the data's number of classes decides it; leave it out"):
+        recipe_of("--data", photos, "--set", "num_classes=7")
+    given = recipe_of("--data", photos, "--set", "mean=(0.5,0.4,0.3)", "--set", "std=(0.1,0.2,0.3)")
+    assert load_training(given).preprocessing.mean == (0.5, 0.4, 0.3)
+    with pytest.raises(ValueError, match="mean and std must have 3 values, one per channel, not 2"):
+        load_training(given.replace(mean=(0.5, 0.5)))
+
+
+def test_fewer_epochs_shorten_warm_up_and_cool_down():
+    def schedule(*arguments):
+        recipe = recipe_of(*arguments)
+        return recipe.epochs, recipe.warmup_epochs, recipe.cooldown_epochs
+
+    paper = ("--recipe", "hydravit-imagenet", "--data", "photos")
+    assert schedule(*paper) == (310, 5.0, 10) and schedule(*paper, "--epochs", 20) == (20, 5.0, 10)
+    assert schedule("--epochs", 2) == (2, 0.08, 0)
+    assert schedule(*paper, "--epochs", 12) == (12, pytest.approx(5 * 12 / 310), 0)
+    with pytest.raises(ValueError, match="warmup_epochs must be less than epochs - cooldown_epochs, 4, not 5.0"):
+        recipe_of("--epochs", 4, "--set", "warmup_epochs=5")
+
+
+@pytest.mark.parametrize("setting", ["lr=inf", "lr=nan", "weight_decay=inf", "betas=(0.9,2.0)"])
+def test_numbers_without_sense_are_refused(setting, tmp_path, capsys):
+    assert (
+        main(["train", "--out", str(tmp_path), "--set", setting.replace("inf", "1e999").replace("nan", "1e999")]) == 2
+    )
+    assert f"recipe: {setting.partition('=')[0]} must be" in capsys.readouterr().err
+
+
+# Starting from weights ----------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_takes_model_and_statistics_of_the_checkpoint(photos, checkpoint):
+    recipe = recipe_of("--data", photos, "--checkpoint", checkpoint)
+    fine = get_recipe("finetune")
+    assert (recipe.epochs, recipe.lr) == (fine.epochs, fine.lr)
+    assert recipe.config == dataclasses.replace(VIT, drop_path=fine.config.drop_path)
+    data = load_training(recipe)
+    assert data.preprocessing.mean == recipe.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="recipe finetune: give the weights to start from, --checkpoint FILE"):
+        recipe_of("--recipe", "finetune", "--data", photos)
+
+
+def test_the_classifiers_rows_follow_the_names_of_classes(photos, checkpoint):
+    recipe = recipe_of("--data", photos, "--checkpoint", checkpoint)
+    data, source = load_training(recipe), fused_model(checkpoint=checkpoint).eval()
+    with pytest.warns(UserWarning, match="its classifier's 3 rows are matched by name with the data's 3 classes"):
+        model = make_model(recipe, data).eval()
+    images = torch.randn(4, 3, 16, 16)
+    rows = [["dog", "bird", "cat"].index(name) for name in data.class_names]
+    torch.testing.assert_close(model(images), source(images)[:, rows])
+    (photos / "bird").rename(photos / "fish")
+    with pytest.warns(UserWarning, match="1 of the data's 3 classes are unknown to it, e.g. 'fish'"):
+        model = make_model(recipe, load_training(recipe)).eval()
+    assert not torch.allclose(model.head.weight, source.head.weight)
+    torch.testing.assert_close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+# The summary --------------------------------------------------------------------------------------------------------
+
+
+def summary(capsys, *arguments):
+    assert main(["train", *map(str, arguments), "--no-evaluate", "--backend", "reference"]) == 0
+    captured = capsys.readouterr()
+    return re.sub(" +", " ", captured.out), captured.err
+
+
+def test_before_training_it_is_said_what_was_decided_and_by_what(photos, tmp_path, capsys):
+    small = ("--set", "image_size=32", "--set", "depth=1", "--epochs", 1, "--batch-size", 4)
+    out, err = summary(capsys, "--data", photos, "--out", tmp_path / "out", *small)
+    warmup = "0.05 epochs of warm-up (shortened with the epochs)"
+    for line in (
+        "recipe photos (the usual one for a folder of photos; --recipe chooses another)",
+        f"data {photos} (--data), 3 classes",
+        "training: 12 images, two thirds of every class by split seed 0",
+        "images 32x32 pixels (--set), 3 channel(s), resized by bicubic, centre crop of 0.9",
+        "mean 0.485,0.456,0.406, std 0.229,0.224,0.225 (ImageNet's, usual for photos)",
+        "model 1 layers, 3 heads of 64 channels (--set), patches of 16 pixels, 3 classes (the data's)",
+        "starts from random weights of seed 0; trained widths:",
+        "steps 3 = 1 epochs (--epochs) of 3 steps with 4 images (--batch-size)",
+        f"learning rate 0.001 (recipe photos) after {warmup}, a cosine to 1e-05",
+    ):
+        assert line in out.splitlines() or f" {line}" in out.splitlines(), line
+    assert f"output {tmp_path / 'out'}" in out and "device cpu (--device), backend reference, float32" in out
+    assert not err.count("warning")
+
+
+def test_fine_tuning_says_so_and_evaluates(photos, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    said, err = summary(capsys, "--data", photos, "--checkpoint", checkpoint, "--out", out, "--epochs", 1)
+    assert (
+        "recipe finetune (the usual one for a folder of photos and weights to start from; --recipe chooses another)"
+        in said
+    )
+    assert "16x16 pixels (the checkpoint's)" in said and "std 0.5,0.5,0.5 (the checkpoint's)" in said
+    assert f"starts from {checkpoint}" in said and "rows are matched by name" in err
+    trained = read_checkpoint(out / "model.safetensors")
+    assert trained.class_names == ("bird", "cat", "dog") and trained.preprocessing.mean == (0.5, 0.5, 0.5)
+    evaluate = ["evaluate", "--checkpoint", str(out / "model.safetensors"), "--data", str(photos), "--accuracy-only"]
+    assert main(evaluate) == 0
+
+
+def test_one_class_is_said_to_be_one(photos, tmp_path, capsys):
+    for label in ("cat", "dog"):
+        for file in (photos / label).iterdir():
+            file.unlink()
+        (photos / label).rmdir()
+    small = ("--set", "image_size=32", "--set", "depth=1", "--epochs", 1, "--batch-size", 4)
+    _, err = summary(capsys, "--data", photos, "--out", tmp_path / "out", *small)
+    assert "one class only, 'bird': nothing to tell apart" in err
+
+
+def test_usual_data_sets_keep_their_own_statistics():
+    assert load_dataset("digits", split="test").preprocessing == load_training(get_recipe("demo")).preprocessing
