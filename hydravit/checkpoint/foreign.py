@@ -232,11 +232,14 @@ def _difference(vit: nn.Module) -> str:
     """Say in what the model differs from those that this package computes; "" if in nothing."""
     for name, module in vit.named_modules(remove_duplicate=False):
         place, kind = re.sub(r"^blocks\.\d+", "blocks.#", name), type(module)
-        known = kind.__name__ in _KINDS.get(place, ()) and kind.__module__.split(".")[0] in ("timm", "torch")
+        library = kind.__module__.split(".")[0]
+        known = kind.__name__ in _KINDS.get(place, ()) and library in ("timm", "torch")
         if not known or "forward" in vars(module):
             words = _MEANINGS.get(kind.__name__) or _MEANINGS.get(place)
             if "forward" in vars(module):
                 words = "its forward is replaced"
+            if not name and library in ("open_clip", "torchvision", "transformers"):
+                words = "take the same model from timm: timm.create_model(NAME, pretrained=True)"
             label = f"{name} is a {kind.__name__}" if name else f"it is a {kind.__module__}.{kind.__name__}"
             return f"{label} ({words})" if words else label
     return next((words for words, has in _OPTIONS.items() if has(vit)), "")

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -123,6 +124,10 @@ REFUSED = {
         "head is a Sequential",
     ),
     "subclass": (lambda: type("MyViT", (VisionTransformer,), {})(**SMALL), "MyViT computes what this package does not"),
+    "torchvision's": (
+        lambda: import_module("torchvision").models.VisionTransformer(32, 8, 1, 2, 16, 32),
+        "torchvision.models.vision_transformer.VisionTransformer .take the same model from timm: timm.create_model",
+    ),
     "another kind": (lambda: nn.Linear(2, 2), "Linear computes what this package does not"),
 }
 
