@@ -12,7 +12,7 @@ from hydravit.data import Dataset, kind_of
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.report import aligned, count
 from hydravit.preprocessing import IMAGENET_MEAN
-from hydravit.recipes import OF_CHECKPOINTS, get_recipe
+from hydravit.recipes import OF_CHECKPOINTS, Recipe, get_recipe
 from hydravit.training import Trainer
 from hydravit.training.folder import RunFolder
 
@@ -31,6 +31,7 @@ def training_summary(
         "model": _model(trainer, because),
         "steps": _steps(trainer, because),
         "learning rate": _learning_rate(trainer, because),
+        **_teacher(trainer.recipe),
         "device": _device(args, trainer),
         "output": _output(trainer, folder),
     }
@@ -121,9 +122,11 @@ def _model(trainer: Trainer, because: _Reasons) -> list[str]:
     for heads in trainer.heads:
         params, macs = cost(config, model.subnetwork(heads))
         rows.append([str(heads), count(params), f"{macs / 1e9:.4g}"])
+    frozen = [f"frozen: {', '.join(recipe.freeze)}"] if recipe.freeze else []
     return [
         f"{config.depth} layers, {config.max_heads} heads of {config.head_dim} channels {because.of_model('depth')}, "
         f"patches of {config.patch_size} pixels, {config.num_classes} classes (the data's)",
+        *frozen,
         f"{start}; trained widths:",
         *aligned(["heads", "params", "GMACs"], rows).splitlines(),
     ]
@@ -144,13 +147,25 @@ def _learning_rate(trainer: Trainer, because: _Reasons) -> list[str]:
     recipe = trainer.recipe
     peak = max(trainer.scheduler.base_lrs)
     scaled = f", {recipe.lr:g} for {recipe.lr_batch} images" if recipe.lr_batch else ""
+    falling = f", layer decay {recipe.layer_decay:g}" if recipe.layer_decay < 1 else ""
     cooldown = f" and {recipe.cooldown_epochs} epochs there" if recipe.cooldown_epochs else ""
     return [
         f"{peak:.3g} {because('lr')[:-1]}{scaled}) after {recipe.warmup_epochs:.3g} epochs of warm-up "
         f"{because.of_warmup(recipe.warmup_epochs)}, a cosine to {peak * recipe.min_lr / recipe.lr:.3g}{cooldown}",
         f"AdamW ({recipe.optimizer}), weight decay {recipe.weight_decay:g}, "
-        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}",
+        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}{falling}",
     ]
+
+
+def _teacher(recipe: Recipe) -> dict[str, list[str]]:
+    if not recipe.distillation:
+        return {}
+    weights = f" with the weights in {recipe.teacher_checkpoint}" if recipe.teacher_checkpoint else ""
+    return {
+        "teacher": [
+            f"{recipe.teacher}{weights}: {recipe.distillation} distillation of weight {recipe.distillation_weight:g}"
+        ]
+    }
 
 
 def _device(args: argparse.Namespace, trainer: Trainer) -> list[str]:

@@ -62,6 +62,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--checkpoint-every", type=int, default=1, metavar="N", help="epochs (default: %(default)s)")
     parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="steps; also within an epoch")
+    parser.add_argument("--tensorboard", action="store_true", help="also write the log for TensorBoard")
     parser.add_argument("--no-evaluate", action="store_true", help="do not evaluate every width at the end")
     parser.add_argument("--accuracy-only", action="store_true", help="evaluate without latency and memory")
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: RunFolder) -> None:
     from hydravit.checkpoint import save_checkpoint
     from hydravit.cli.summary import training_summary
-    from hydravit.training import Interrupted, Trainer, load_held_out, load_training, make_mix, make_model
+    from hydravit.training import Interrupted, Trainer, load_held_out, load_training, make_mix, make_model, make_teacher
 
     resume = _checkpoint_to_resume(args, folder, main)
     if args.recipe is None and resume is not None and (resume.parent / folder.description.name).exists():
@@ -139,9 +140,11 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         validation=evaluation,
         validate_every=args.validate_every,
         mix=make_mix(recipe, dataset),
+        teacher=make_teacher(recipe, dataset, device=device, verify=args.verify),
         checkpoint_every=args.checkpoint_every,
         checkpoint_steps=args.checkpoint_steps,
         workers=args.workers,
+        tensorboard=args.tensorboard,
     )
     changed = {} if resume is None else trainer.resume(resume, verify=args.verify)
     if torch.distributed.is_initialized():
@@ -251,6 +254,8 @@ def _parse(setting: str, text: str, default: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    if isinstance(default, tuple) and isinstance(value, str):
+        value = tuple(value.split(","))
     if isinstance(default, tuple) and isinstance(value, (int, float)):
         value = (value,) * (2 if setting.startswith("image_size") else 1)
     if isinstance(default, float) and type(value) is int:

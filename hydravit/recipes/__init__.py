@@ -38,13 +38,24 @@ class Recipe:
         optimizer: "dense": decay and momentum change the weights outside a step's slice too, as in the paper's code, at
             the cost of the full model. "active": these weights stay as they are, and a step costs what its slice costs
             (``hydravit.training.SliceAdamW``); on several ranks it needs ``rank_shared``.
+        layer_decay: each layer's learning rate relative to that of the layer behind it, as for fine-tuning (BEiT,
+            arXiv 2106.08254); the final norm and the classifier have ``lr``. 1: all alike.
+        freeze: modules and parameters by name, such as "patch_embed" or "blocks.0", that stay as they begin.
         smoothing: label smoothing.
         mixup, cutmix: alphas of timm's mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899); 0: none.
+        distillation: "hard" or "soft": learn from a teacher too, as ``hydravit.training.Loss`` says; "": do not.
+        distillation_weight, temperature: the weight of that loss in (0, 1]; what "soft" divides the logits by.
+        teacher: a name of timm's registry, or a checkpoint file of ours or of a ViT.
+        teacher_checkpoint: the file of weights of timm's teacher; "": those that timm downloads.
         clip_norm: largest norm of a step's gradient; 0: not clipped.
         ema: decay of the average of the weights, which is then evaluated and saved; 0: none.
         mean, std: per channel, of pixels in 0..1; empty: the data set's own, which for photos are ImageNet's.
         augment: whether the data set augments lightly.
         rand_augment, color_jitter, random_erasing: timm's heavy augmentation, for folders of photos; "" and 0: none.
+        grad_checkpointing: whether backward computes each block anew instead of keeping its activations; the weights
+            have the same bits.
+        compile: a backend of ``torch.compile``, such as "inductor", with which the model's forward is compiled; "": it
+            is not. Needs the "dense" optimizer, because compiled forwards do not tell which slices they read.
         amp: "bf16" or "fp16" for mixed precision, or "none".
         seed: the seed of initial weights, order of the data, augmentation and widths.
     """
@@ -73,9 +84,16 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     optimizer: str = "dense"
+    layer_decay: float = 1.0
+    freeze: tuple[str, ...] = ()
     smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
+    distillation: str = ""
+    distillation_weight: float = 0.5
+    temperature: float = 1.0
+    teacher: str = ""
+    teacher_checkpoint: str = ""
     clip_norm: float = 0.0
     ema: float = 0.0
     mean: tuple[float, ...] = ()
@@ -84,11 +102,13 @@ class Recipe:
     rand_augment: str = ""
     color_jitter: float = 0.0
     random_erasing: float = 0.0
+    grad_checkpointing: bool = False
+    compile: str = ""
     amp: str = "none"
     seed: int = 42
 
     def __post_init__(self):
-        for name in ("heads", "weights", "betas", "mean", "std"):
+        for name in ("heads", "weights", "betas", "mean", "std", "freeze"):
             object.__setattr__(self, name, tuple(map(plain_int, getattr(self, name))))
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, plain_int(getattr(self, each.name)))
@@ -97,7 +117,7 @@ class Recipe:
             self._check(each.name, all(map(math.isfinite, numbers)), "finite")
         for name in ("epochs", "batch_size", "accumulate"):
             self._check(name, type(getattr(self, name)) is int and getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "temperature"):
             self._check(name, getattr(self, name) > 0, "positive")
         for name in "min_lr warmup_lr warmup_epochs weight_decay mixup cutmix clip_norm color_jitter lr_batch".split():
             self._check(name, getattr(self, name) >= 0, "at least 0")
@@ -112,6 +132,11 @@ class Recipe:
         self._check("betas", good, "two numbers in [0, 1)")
         self._check("amp", self.amp in AMP, f"one of {', '.join(map(repr, AMP))}")
         self._check("optimizer", self.optimizer in ("dense", "active"), "'dense' or 'active'")
+        self._check("optimizer", self.optimizer == "dense" or not self.compile, "'dense' with compile")
+        for name in ("layer_decay", "distillation_weight"):
+            self._check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
+        self._check("distillation", self.distillation in ("", "hard", "soft"), "'hard' or 'soft', or '' for none")
+        self._check("distillation", not self.teacher or bool(self.distillation), "'hard' or 'soft' where a teacher is")
         largest = self.config.max_heads
         for heads in self.heads:
             self._check("heads", type(heads) is int and 1 <= heads <= largest, f"different integers in 1..{largest}")

@@ -10,6 +10,7 @@ from hydravit.evaluation import accuracy
 from hydravit.recipes import Recipe
 from hydravit.training.data import load_training, make_mix
 from hydravit.training.model import make_model
+from hydravit.training.teachers import make_teacher
 from hydravit.training.trainer import Trainer
 
 
@@ -32,8 +33,8 @@ class CrossValidation:
         chosen = folds(training.labels.tolist(), self.count, seed=0) == fold
         recipe = recipe.replace(seed=recipe.seed + fold)
         model = make_model(recipe, training, backend=backend)
-        mix = make_mix(recipe, training)
-        trainer = Trainer(model, recipe, _subset(training, ~chosen), mix=mix, progress=progress)
+        mix, teacher = make_mix(recipe, training), make_teacher(recipe, training)
+        trainer = Trainer(model, recipe, _subset(training, ~chosen), mix=mix, teacher=teacher, progress=progress)
         trained = trainer.run().eval()
         found = accuracy(trained, _subset(validation, chosen), recipe.trained_heads)
         return {heads: top1 for heads, (top1, _) in found.items()}

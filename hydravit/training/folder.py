@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ class RunFolder:
         description: ``recipe.json``, all that decides the weights; ``--recipe`` takes it.
         model: the trained weights. A run that has them is finished.
         results: accuracy and cost of every width, and their picture.
+        tensorboard: the folder of the log for TensorBoard.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -33,6 +35,7 @@ class RunFolder:
         self.description = self.path / "recipe.json"
         self.model = self.path / "model.safetensors"
         self.results = (self.path / "results.json", self.path / "results.png")
+        self.tensorboard = self.path / "tensorboard"
         self._locked = False
 
     def __str__(self) -> str:
@@ -66,6 +69,7 @@ class RunFolder:
         """Remove the files of an earlier run."""
         for file in (self.model, self.checkpoint, self.log, self.description, *self.results):
             file.unlink(missing_ok=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
 
     def describe(self, description: dict, start: dict) -> None:
         """Write ``recipe.json``.

@@ -18,6 +18,20 @@ from hydravit.training.adamw import SliceAdamW
 _NOT_DECAYED = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
+def freeze(model: HydraViT, recipe: Recipe) -> None:
+    """Freeze what ``recipe.freeze`` names: ``requires_grad`` of these parameters becomes False.
+
+    Raises ``ValueError`` for a name that is no module or parameter of the model.
+    """
+    for frozen in recipe.freeze:
+        found = [parameter for name, parameter in model.named_parameters() if f"{name}.".startswith(f"{frozen}.")]
+        if not found:
+            parts = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"recipe: freeze names {frozen!r}, which is no part of the model, as blocks.0 or: {parts}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
 def make_optimizer(
     model: HydraViT, recipe: Recipe, world: int = 1, average: AveragedModel | None = None
 ) -> torch.optim.AdamW | SliceAdamW:
@@ -27,26 +41,30 @@ def make_optimizer(
     gradient of zero, so decay and momentum still change them. The caller updates the average. ``"active"`` is
     ``SliceAdamW``, which updates the average itself. Frozen parameters are left out; ``ValueError`` if all are frozen.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    scale = recipe.batch_size * world / recipe.lr_batch if recipe.lr_batch else 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and weight decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            lr = recipe.lr * scale * recipe.layer_decay ** _layers_behind(name, model.config.depth)
             classifier_bias = name == "head.bias"  # a matrix if every width has its own
             decayed = parameter.dim() > 1 and name not in _NOT_DECAYED and not classifier_bias
-            groups[decayed].append(parameter)
-    if not groups[True] and not groups[False]:
+            groups.setdefault((lr, recipe.weight_decay if decayed else 0.0), []).append(parameter)
+    if not groups:
         raise ValueError("every parameter of the model is frozen: nothing to train")
-    scale = recipe.batch_size * world / recipe.lr_batch if recipe.lr_batch else 1.0
-    options: dict[str, Any] = {"lr": recipe.lr * scale, "betas": recipe.betas, "eps": recipe.eps}
-    decays = [
-        {"params": parameters, "weight_decay": recipe.weight_decay if decayed else 0.0}
-        for decayed, parameters in groups.items()
-        if parameters
-    ]
+    decays = [{"params": parameters, "lr": lr, "weight_decay": decay} for (lr, decay), parameters in groups.items()]
+    options: dict[str, Any] = {"betas": recipe.betas, "eps": recipe.eps}
     if recipe.optimizer == "dense":
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(decays, **options, fused=fused)
     weights = None if average is None else cast(HydraViT, average.module)
     return SliceAdamW(decays, model, average=weights, ema_decay=average_decay(recipe), **options)
+
+
+def _layers_behind(name: str, depth: int) -> int:
+    """How many layers come after a parameter's; the stem is one before the blocks, norm and classifier one after."""
+    if name.startswith("blocks."):
+        return depth - int(name.split(".")[1])
+    return 0 if name.startswith(("norm.", "fc_norm.", "head")) else depth + 1
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int, done: int = 0) -> LambdaLR:

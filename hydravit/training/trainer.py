@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import hydravit_kernels as kernels
 from hydravit import __version__
@@ -26,10 +25,12 @@ from hydravit.recipes import Recipe
 from hydravit.training.batches import Batches
 from hydravit.training.folder import RunFolder
 from hydravit.training.gradients import SliceGradients
-from hydravit.training.optimization import make_average, make_optimizer, make_scheduler
+from hydravit.training.losses import Loss
+from hydravit.training.optimization import freeze, make_average, make_optimizer, make_scheduler
 from hydravit.training.progress import Progress
 from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
+from hydravit.training.tensorboard import TensorBoard
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,10 +62,12 @@ class Trainer:
         preprocessing, class_names: of the data, for those who use the checkpoint.
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
+        teacher: ``images -> logits (B, classes)`` for the recipe's distillation: see ``make_teacher``.
         checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: only the last. Each is written
             during the next step, when its loss is known to be finite, so that one can go on from every checkpoint.
         workers: processes that load the data.
         progress: whether rank 0 shows how far it is, on standard error: see ``Progress``.
+        tensorboard: whether the log is also written for TensorBoard, to ``out``/tensorboard.
     """
 
     def __init__(
@@ -79,12 +82,19 @@ class Trainer:
         validation: SizedDataset | None = None,
         validate_every: int = 10,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         checkpoint_every: int = 1,
         checkpoint_steps: int = 0,
         workers: int = 0,
         progress: bool = True,
+        tensorboard: bool = False,
     ):
         self.model, self.recipe, self.mix = model, recipe, mix
+        self.loss, self.teacher = Loss(recipe), teacher
+        if recipe.distillation and teacher is None:
+            raise ValueError(f"recipe: distillation {recipe.distillation!r} needs a teacher")
+        if teacher is not None and not recipe.distillation:
+            raise ValueError("recipe: distillation must be 'hard' or 'soft' where there is a teacher, not ''")
         self.amp = AUTOCAST[recipe.amp]
         self.folder = out if out is None or isinstance(out, RunFolder) else RunFolder(out)
         self.preprocessing, self.class_names = preprocessing, class_names
@@ -92,6 +102,7 @@ class Trainer:
         self.checkpoint_every, self.checkpoint_steps = checkpoint_every, checkpoint_steps
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.progress = progress and self.rank == 0
+        self.tensorboard = self.folder.tensorboard if tensorboard and self.rank == 0 and self.folder else None
         self.device = next(model.parameters()).device
         self.heads = recipe.trained_heads
         for heads in self.heads:
@@ -114,12 +125,13 @@ class Trainer:
                 f"recipe: optimizer must be 'dense', not {recipe.optimizer!r}, where {self.world} ranks draw widths of "
                 "their own; with rank_shared=True they draw alike"
             )
+        freeze(model, recipe)
         self.average = make_average(model, recipe)
         self.optimizer = make_optimizer(model, recipe, self.world, self.average)
         self.scheduler = make_scheduler(self.optimizer, recipe, len(self.batches))
         self.scaler = torch.amp.GradScaler("cuda", enabled=recipe.amp == "fp16" and self.device.type == "cuda")
         self.gradients: SliceGradients | None = None
-        self._network: nn.Module = model
+        self._network: Callable[..., Tensor] = model
         self.epoch = self.batch = self.step = 0  # `batch` is the next one of the epoch, `step` counts those done
         self._losses: dict[int, list[float]] = {}  # per width, sum and number of images in this epoch
         self._due = bool(checkpoint_every or checkpoint_steps)  # whether the next step writes a checkpoint
@@ -148,6 +160,7 @@ class Trainer:
         if self.folder is not None and self.rank == 0:
             self.folder.rewind_log(self.epoch)
             self._describe(self.folder)
+        board = None if self.tensorboard is None else TensorBoard(self.tensorboard, self.step)
         if self._in_place:
             self._share_weights()
             self.gradients = SliceGradients(self.model)
@@ -156,17 +169,29 @@ class Trainer:
             self._network = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
         self.model.train()
         try:
+            if self.recipe.compile:
+                self._network = torch.compile(self._network, backend=self.recipe.compile)
+            if self.recipe.grad_checkpointing:
+                self.model.set_grad_checkpointing(True)
+            if self.model.config.distilled and self.teacher is not None:
+                self.model.set_distilled_training(True)
             steps = self.recipe.epochs * len(self.batches)
             shown = Progress(self.recipe.epochs, steps, self.step, shown=self.progress)
             with Interrupt() as interrupt, shown as progress:
                 while self.epoch < self.recipe.epochs:
-                    self._run_epoch(interrupt, progress)
+                    self._run_epoch(interrupt, progress, board)
             self.save()
         finally:
             if self.gradients is not None:
                 self.gradients.close()
             self.gradients, self._network = None, self.model  # the process group may end after this
+            if self.recipe.grad_checkpointing:
+                self.model.set_grad_checkpointing(False)
+            if self.model.config.distilled:
+                self.model.set_distilled_training(False)
             self.model.zero_grad(set_to_none=True)
+            if board is not None:
+                board.close()
         return self.trained
 
     def _share_weights(self) -> None:
@@ -178,7 +203,7 @@ class Trainer:
                     dist.broadcast(sent, 0)
                     tensor.copy_(sent)
 
-    def _run_epoch(self, interrupt: Interrupt, progress: Progress) -> None:
+    def _run_epoch(self, interrupt: Interrupt, progress: Progress, board: TensorBoard | None) -> None:
         start, done = time.perf_counter(), 0
         for images, labels in self._loaded():
             self._before = self._random_state() if self._due else {}
@@ -192,7 +217,10 @@ class Trainer:
             if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self._due = True
         if not self.rank:
-            progress.epoch(self._log(done / (time.perf_counter() - start)))
+            entry = self._log(done / (time.perf_counter() - start))
+            progress.epoch(entry)
+            if board is not None:
+                board.epoch(entry)
         self.epoch, self.batch = self.epoch + 1, 0
         self._losses.clear()
         if self.checkpoint_every and self.epoch % self.checkpoint_every == 0:
@@ -219,9 +247,8 @@ class Trainer:
             start, stop = int(part[0]), int(part[-1]) + 1
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
                 logits = self._network(images[start:stop], heads=heads if isinstance(heads, int) else heads[start:stop])
-            loss = F.cross_entropy(
-                logits.float(), labels[start:stop], label_smoothing=self.recipe.smoothing, reduction="none"
-            )
+                taught = None if self.teacher is None else self.teacher(images[start:stop])
+            loss = self.loss(logits, labels[start:stop], taught)
             self.scaler.scale(loss.sum() / len(images)).backward()
             losses.append(loss.detach())
         image_losses = torch.cat(losses).double().cpu()
@@ -278,7 +305,7 @@ class Trainer:
         entry: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": max(self.scheduler.get_last_lr()),  # with layer decay: that of the classifier
             "loss": sum(s for s, _ in self._losses.values()) / sum(n for _, n in self._losses.values()),
             "loss_per_width": {k: s / n for k, (s, n) in sorted(self._losses.items())},
             "images_per_second": round(images_per_second, 1),

@@ -1,0 +1,44 @@
+"""What a step makes small: the loss of every image."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hydravit.recipes import Recipe
+
+
+class Loss:
+    """Cross entropy to the targets and, if the recipe distils, a term to the teacher (DeiT, arXiv 2012.12877).
+
+    With ``a = recipe.distillation_weight`` and ``t = recipe.temperature`` it is
+    ``(1 - a) * cross_entropy(logits, targets) + a * term``. The term of "hard" is the cross entropy to the teacher's
+    class. That of "soft" is ``t**2`` times the Kullback-Leibler divergence of the teacher's and the student's
+    probabilities, both of logits divided by ``t``, in the sum over the classes, as in the paper. (DeiT's code divides
+    by the number of classes too.) A distilled model learns the term with the classifier of its distillation token.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def __call__(self, logits: Tensor | tuple[Tensor, Tensor], targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        """Compute the losses ``(B,)``, float32.
+
+        Args:
+            logits: ``(B, classes)``; or two of them, for the targets and for the teacher.
+            targets: classes ``(B,)``, or their probabilities ``(B, classes)``.
+            taught: the teacher's logits ``(B, classes)``; for distillation only.
+        """
+        recipe = self.recipe
+        logits, pupil = (each.float() for each in (logits if isinstance(logits, tuple) else (logits, logits)))
+        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.smoothing, reduction="none")
+        if taught is None:
+            return loss
+        taught = taught.float()
+        if recipe.distillation == "hard":
+            term = F.cross_entropy(pupil, taught.argmax(1), reduction="none")
+        else:
+            t = recipe.temperature
+            ours, theirs = (F.log_softmax(each / t, dim=1) for each in (pupil, taught))
+            term = t**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+        return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * term

@@ -1,0 +1,35 @@
+"""The log of a training for TensorBoard (extra ``tensorboard``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydravit.extras import extra
+
+
+class TensorBoard:
+    """Writes log entries of epochs as scalars to event files in ``folder``.
+
+    Args:
+        done: steps that are done. What an interrupted run wrote about later ones is no longer shown.
+    """
+
+    def __init__(self, folder: Path, done: int):
+        with extra("tensorboard", "TensorBoard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder), purge_step=done + 1)
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        """Write what the entry says about every width and about all."""
+        for name, value in entry.items():
+            if isinstance(value, dict):
+                for heads, number in value.items():
+                    self._writer.add_scalar(f"{name}/{heads} heads", number, entry["step"])
+            elif name not in ("epoch", "step"):
+                self._writer.add_scalar(name, value, entry["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
