@@ -10,15 +10,21 @@ from hydravit.config import HydraViTConfig, resolve_config
 from hydravit.data import kind_of, usual_preprocessing
 from hydravit.recipes import OF_CHECKPOINTS, Recipe, usual_recipe
 
+_UNTOLD = ("head_dim", "norm_eps", "pool", "act_layer")  # what weights of other projects do not tell of their config
+
 
 def recipe_name(args: argparse.Namespace) -> str:
     """Return the recipe that ``--recipe`` names, else the usual one for the data and the weights to start from."""
     return args.recipe or usual_recipe(kind_of(args.data or "digits"), args.checkpoint is not None)
 
 
-def starting_point(args: argparse.Namespace, recipe: Recipe) -> tuple[HydraViTConfig, dict[str, Any]]:
+def starting_point(
+    args: argparse.Namespace, recipe: Recipe, given: dict[str, Any]
+) -> tuple[HydraViTConfig, dict[str, Any]]:
     """Return the full model's config before ``--set``, and the fields of the recipe that the checkpoint decides.
 
+    Args:
+        given: the fields of the config that ``--set`` names.
     Raises:
         ValueError: the recipe needs a checkpoint and there is none, or that checkpoint's model is not clear.
         OSError: the checkpoint cannot be read.
@@ -31,12 +37,15 @@ def starting_point(args: argparse.Namespace, recipe: Recipe) -> tuple[HydraViTCo
             raise ValueError(f"recipe {recipe_name(args)}: give the weights to start from, --checkpoint FILE")
         return config, {}
     checkpoint = read_checkpoint(args.checkpoint, part=args.part, verify=args.verify)
+    decided: dict[str, Any] = {}
     if follows:
-        config = model_config(checkpoint, strict=args.strict is not False, drop_path=drop_path)
+        told = {name: given[name] for name in _UNTOLD if name in given}
+        config = model_config(checkpoint, strict=args.strict is not False, drop_path=drop_path, **told)
+        decided["heads"] = checkpoint.trained_heads or ()
     known = checkpoint.preprocessing
-    if known is None or len(known.mean) != config.in_channels:
-        return config, {}
-    return config, {"mean": known.mean, "std": known.std}
+    if known is not None and len(known.mean) == given.get("in_channels", config.in_channels):
+        decided |= {"mean": known.mean, "std": known.std}
+    return config, decided
 
 
 def sizes_of_images(args: argparse.Namespace, recipe: Recipe, data: str, given: set[str]) -> dict[str, Any]:

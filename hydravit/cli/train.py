@@ -212,20 +212,21 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
     recipe = get_recipe(recipe_name(args))
-    config, changes = starting_point(args, recipe)
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}
     # An argument that has the name of a field replaces it; widths are text that the model's size explains.
     given = {name: getattr(args, name, None) for name in recipe_fields - {"heads"}}
-    changes |= {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config_changes: dict[str, Any] = {}
     for setting in args.set:
         name, equals, value = setting.partition("=")
         if not equals or name not in config_fields | recipe_fields:
             known = ", ".join(sorted(recipe_fields) + sorted(config_fields))
             raise ValueError(f"--set {setting}: expected FIELD=VALUE with a field of the recipe or the model: {known}")
-        target, owner = (changes, recipe) if name in recipe_fields else (config_changes, config)
+        target, owner = (changes, recipe) if name in recipe_fields else (config_changes, recipe.config)
         target[name] = _parse(setting, value, getattr(owner, name))
+    config, decided = starting_point(args, recipe, config_changes)
+    changes = decided | changes
     sizes = sizes_of_images(args, recipe, changes.get("data", recipe.data), set(config_changes))
     config = dataclasses.replace(config, **sizes, **config_changes)
     changes = _schedule(recipe, changes.get("epochs", recipe.epochs)) | changes

@@ -108,8 +108,25 @@ def test_fine_tuning_takes_model_and_statistics_of_the_checkpoint(photos, checkp
     assert recipe.config == dataclasses.replace(VIT, drop_path=fine.config.drop_path)
     data = load_training(recipe)
     assert data.preprocessing.mean == recipe.mean == (0.5, 0.5, 0.5)
+    assert load_training(recipe.replace(mean=(), std=())).preprocessing.mean == pytest.approx((0.485, 0.456, 0.406))
+    grey = recipe_of("--data", photos, "--checkpoint", checkpoint, "--set", "in_channels=1")
+    assert load_training(grey)[0][0].shape == (1, 16, 16)
+    assert recipe.heads == (1, 2) and recipe_of("--data", photos, "--checkpoint", checkpoint, "--heads", 2).heads == (
+        2,
+    )
     with pytest.raises(ValueError, match="recipe finetune: give the weights to start from, --checkpoint FILE"):
         recipe_of("--recipe", "finetune", "--data", photos)
+
+
+def test_what_weights_do_not_tell_of_their_model_can_be_set(photos, checkpoint, tmp_path):
+    torch.save(fused_model(checkpoint=checkpoint).state_dict(), tmp_path / "foreign.pt")
+    foreign = ("--data", photos, "--checkpoint", tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="16 channels have no usual number of heads: pass the head_dim"):
+        recipe_of(*foreign)
+    told = ("--set", "head_dim=8", "--set", "norm_eps=1e-6", "--set", "pool=token")
+    with pytest.warns(UserWarning, match="weights do not tell everything; assumed: image_size"):
+        recipe = recipe_of(*foreign, *told)
+    assert recipe.config == dataclasses.replace(VIT, drop_path=recipe.config.drop_path)
 
 
 def test_the_classifiers_rows_follow_the_names_of_classes(photos, checkpoint):
