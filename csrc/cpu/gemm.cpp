@@ -183,12 +183,17 @@ __attribute__((noinline)) void epilogue_gelu(const TileEpilogue& tile, float* su
   }
 }
 
+// Calls body(i) for i in [0, count). Every i is a constant from the first pass of the compiler on: arrays that are
+// indexed by it stay in registers, which a loop that is unrolled later does not promise.
+template <int count, class Body>
+__attribute__((always_inline)) inline void unrolled(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, count>());
+}
 template <int rows, int vectors, class Body>
-inline void for_each(const Body& body) {
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; j++) body(i, j);
+__attribute__((always_inline)) inline void for_each(const Body& body) {
+  unrolled<rows * vectors>([&](auto i) __attribute__((always_inline)) { body(i / vectors, i % vectors); });
 }
 
 // The epilogue of sums in registers, for whole vectors of contiguous columns: it decides once per tile, not once per
@@ -221,32 +226,40 @@ template <int rows, int vectors, bool along>
 void compute(const Tile& tile, const TileEpilogue* tile_epilogue, int64_t columns) {
   Vec sums[rows][vectors];
   for_each<rows, vectors>([&](int i, int j) { sums[i][j] = Vec{}; });
-  const float* a = tile.a;
+  // Rows lie a_step apart along K. The address of a row is a pointer plus zero, one or two steps, which x86 and ARM
+  // compute inside of the load: so kGroup rows need one pointer, and all of them one index.
+  constexpr int kGroup = 3, kPointers = along ? divide_up(rows, kGroup) : 1;
+  const int64_t a_step = tile.a_step, b_step = tile.b_step;
+  const float* a[kPointers];
+  unrolled<kPointers>([&](auto i) { a[i] = tile.a + i * kGroup * a_step; });
   const float* b = tile.b;
-  const auto step = [&](int64_t k) {
+  const auto step = [&](auto k) __attribute__((always_inline)) {
     Vec right[vectors];
-    for (int j = 0; j < vectors; j++) right[j] = load(b + k * tile.b_step + j * kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      const Vec left = splat(along ? a[i * tile.a_step + k] : a[k * tile.a_step + i]);
-      for (int j = 0; j < vectors; j++) sums[i][j] = left * right[j] + sums[i][j];
-    }
+    unrolled<vectors>([&](auto j) { right[j] = load(b + k * b_step + j * kWidth); });
+    unrolled<rows>([&](auto i) {
+      const Vec left = splat(along ? a[i / kGroup % kPointers][i % kGroup * a_step + k] : a[0][k * a_step + i]);
+      unrolled<vectors>([&](auto j) { sums[i][j] = left * right[j] + sums[i][j]; });
+    });
   };
-  constexpr int kUnroll = 4, kLine = 16;  // floats of a cache line
+  const auto advance = [&](int64_t count) __attribute__((always_inline)) {
+    unrolled<kPointers>([&](auto i) { a[i] += along ? count : count * a_step; });
+    b += count * b_step;
+  };
+  constexpr int kUnroll = 2;  // more would not leave the compiler enough registers
+  constexpr int kLine = 16;   // floats of a cache line
   const float* prefetch = tile.prefetch == nullptr ? tile.b : tile.prefetch;
   int64_t k = 0;
   for (; k + kUnroll <= tile.k; k += kUnroll) {
-#pragma GCC unroll 16
-    for (int u = 0; u < kUnroll; u++) step(u);
+    // The compiler would replace the pointers by an index for every row and step, and keep these on the stack.
+    unrolled<kPointers>([&](auto i) { __asm__("" : "+r"(a[i])); });
+    unrolled<kUnroll>(step);
     __builtin_prefetch(prefetch);
     prefetch += kLine;
-    a += kUnroll * (along ? 1 : tile.a_step);
-    b += kUnroll * tile.b_step;
+    advance(kUnroll);
   }
   for (; k < tile.k; k++) {
-    step(0);
-    a += along ? 1 : tile.a_step;
-    b += tile.b_step;
+    step(std::integral_constant<int, 0>());
+    advance(1);
   }
   if (tile_epilogue == nullptr) {
     for_each<rows, vectors>([&](int i, int j) {
