@@ -38,10 +38,12 @@ struct MutableTokens {
   int64_t token_stride;
 };
 
-// A packed weight lies in panels of kPanel output channels (rows): element (row, column) lies at
-// panels[row / kPanel * panel_stride + column * kPanel + row % kPanel]. A kernel reads the first columns of a panel
-// without a gap, whatever the width, so one packed copy serves all widths.
-constexpr int64_t kPanel = 32;
+// A packed weight lies in panels of P output channels (rows), with P = panel_rows(), which depends on the instruction
+// set: element (row, column) lies at panels[row / P * panel_stride + column * P + row % P]. A kernel reads the first
+// columns of a panel without a gap, whatever the width, so one packed copy serves all widths.
+//
+// Every P divides kPanelMultiple: a slice whose rows begin at a multiple of it begins on a panel everywhere.
+constexpr int64_t kPanelMultiple = 32;
 
 // A weight matrix (or its gradient) whose rows lie `row_stride` apart. Where `panels` is not null, the kernel reads the
 // same rows there and ignores `data`.
@@ -212,6 +214,8 @@ int adamw_cpu(const Adamw& work, const Threads& threads);
 
 // "avx512", "avx2" or "portable". The best the CPU has, unless HYDRAVIT_CPU_ISA or `set_cpu_isa` names another.
 int cpu_isa(const char** name);
+// The output channels of a panel in this instruction set: what is packed serves only instruction sets with the same.
+int panel_rows(int64_t* rows);
 int set_cpu_isa(const char* name);
 
 }  // namespace hydravit

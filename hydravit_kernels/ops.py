@@ -81,9 +81,9 @@ ADAMW = (
 # The whole network without gradients, on the CPU. `packed` has all parameters in the kernels' layout. A plan is one
 # subnetwork's slices, resolved to addresses in `packed` once per width. `columns` counts those of the widest result.
 NETWORK = {
-    "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[])",
-    "plan_network_native": "(Tensor packed, int[] offsets, int[] sizes, int[] subnetwork, float[] scales, float eps) "
-    "-> Tensor",
+    "pack_network_native": "(Tensor?[] parameters, int[] sizes) -> (Tensor, int[], int)",
+    "plan_network_native": "(Tensor packed, int[] offsets, int panel, int[] sizes, int[] subnetwork, float[] scales, "
+    "float eps) -> Tensor",
     "network_native": "(Tensor images, Tensor packed, Tensor[] plans, SymInt columns, Tensor? width_index, "
     "bool pooled_only) -> Tensor",
 }

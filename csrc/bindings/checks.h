@@ -144,8 +144,9 @@ class Parameter {
       : name_(name), tensor_(&tensor), gradient_(given(gradient)) {}
   Parameter(ParameterName name, const OptionalTensor& tensor, const OptionalTensor* gradient = nullptr)
       : name_(name), tensor_(given(&tensor)), gradient_(given(gradient)) {}
-  Parameter(ParameterName name, const float* packed, Integers shape, bool panels)
-      : name_(name), packed_(packed), packed_shape_(std::move(shape)), panels_(panels) {}
+  // `panel`: the rows of a panel; 0: the parameter does not lie in panels.
+  Parameter(ParameterName name, const float* packed, Integers shape, int64_t panel)
+      : name_(name), packed_(packed), packed_shape_(std::move(shape)), panel_(panel) {}
 
   const ParameterName& name() const { return name_; }
   bool present() const { return tensor_ != nullptr || packed_ != nullptr; }
@@ -189,16 +190,16 @@ class Parameter {
     const int64_t axis = dim() - 2;
     check_inside(name_, "rows", rows, size(axis));
     check_inside(name_, "columns", columns, size(axis + 1));
-    if (panels_) return panels_of(rows, columns.offset, size(axis + 1), touching);
+    if (panel_ != 0) return panels_of(rows, columns.offset, size(axis + 1), touching);
     const int64_t stride = packed_ != nullptr ? size(axis + 1) : tensor_->stride(axis);
     return {(packed_ != nullptr ? packed_ : floats(*tensor_)) + rows.offset * stride + columns.offset, stride};
   }
   // The same for a packed weight of `width` columns.
   Weight panels_of(const Interval& rows, int64_t column, int64_t width, bool touching = true) const {
-    HYDRAVIT_CHECK(rows.length == 0 || (touching && rows.offset % kPanel == 0), "packed ", name_,
-                   ": rows that lie side by side from a multiple of ", kPanel, " on expected, ", rows.length, " from ",
-                   rows.offset, touching ? "" : ", apart,", " given");
-    return {nullptr, 0, packed_ + rows.offset / kPanel * kPanel * width + kPanel * column, kPanel * width};
+    HYDRAVIT_CHECK(rows.length == 0 || (touching && rows.offset % kPanelMultiple == 0), "packed ", name_,
+                   ": rows that lie side by side from a multiple of ", kPanelMultiple, " on expected, ", rows.length,
+                   " from ", rows.offset, touching ? "" : ", apart,", " given");
+    return {nullptr, 0, packed_ + rows.offset * width + panel_ * column, panel_ * width};
   }
   MutableWeight matrix_gradient(const Interval& rows, const Interval& columns) const {
     if (gradient_ == nullptr) return {nullptr, 0};
@@ -217,7 +218,7 @@ class Parameter {
   const Tensor* gradient_ = nullptr;
   const float* packed_ = nullptr;
   Integers packed_shape_;
-  bool panels_ = false;
+  int64_t panel_ = 0;
 };
 
 // A tensor (B, N, channels), or empty where an output is not wanted.

@@ -12,9 +12,16 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // floats: a parameter begins on a cache line of `packed`
 
-// Computes how many floats a parameter takes, where panels are whole. Returns false if the number is beyond int64.
-bool packed_size(const ParameterSpec& spec, int64_t& size) {
-  const int64_t unit = spec.weight ? kPanel : 1;
+int64_t current_panel() {
+  int64_t rows = 0;
+  check_status(panel_rows(&rows));
+  return rows;
+}
+
+// Computes how many floats a parameter takes, where panels of `panel` rows are whole. Returns false if the number is
+// beyond int64.
+bool packed_size(const ParameterSpec& spec, int64_t panel, int64_t& size) {
+  const int64_t unit = spec.weight ? panel : 1;
   size = (spec.shape[0] + unit - 1) / unit * unit;
   for (size_t axis = 1; axis < spec.shape.size(); axis++)
     if (__builtin_mul_overflow(size, spec.shape[axis], &size)) return false;
@@ -30,9 +37,11 @@ void pack_weight(const ParameterName& name, const Tensor& weight, float* panels)
   check_status(pack_weight_cpu({floats(weight), weight.stride(0)}, weight.size(0), columns, panels, torch_threads()));
 }
 
-// Takes the parameters in the order of parameters.h. Returns the packed tensor, and the offset of each parameter in it,
-// or -1 where it is absent.
-std::tuple<Tensor, Integers> pack_network(const std::vector<OptionalTensor>& parameters, const Integers& sizes) {
+// Takes the parameters in the order of parameters.h. Returns the packed tensor, the offset of each parameter in it, or -1
+// where it is absent, and the rows of a panel.
+std::tuple<Tensor, Integers, int64_t> pack_network(const std::vector<OptionalTensor>& parameters,
+                                                   const Integers& sizes) {
+  const int64_t panel = current_panel();
   const NetworkSizes n = read_sizes(sizes);
   const std::vector<ParameterSpec> specs = parameter_specs(n);
   HYDRAVIT_CHECK(parameters.size() == specs.size(), "parameters: ", specs.size(), " expected for ", n.layers,
@@ -47,7 +56,7 @@ std::tuple<Tensor, Integers> pack_network(const std::vector<OptionalTensor>& par
     const Integers shape = shape_of(*parameters[i]);
     HYDRAVIT_CHECK(shape == spec.shape, spec.name, ": shape ", text(spec.shape), " expected, ", text(shape), " given");
     int64_t size = 0;
-    HYDRAVIT_CHECK(packed_size(spec, size) && !__builtin_add_overflow(stop, size + kAlignment - 1, &stop), spec.name,
+    HYDRAVIT_CHECK(packed_size(spec, panel, size) && !__builtin_add_overflow(stop, size + kAlignment - 1, &stop), spec.name,
                    ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
     stop = stop / kAlignment * kAlignment;
   }
@@ -64,34 +73,38 @@ std::tuple<Tensor, Integers> pack_network(const std::vector<OptionalTensor>& par
       torch::stable::copy_(shaped, parameter);  // of any dtype, device and strides
     }
   }
-  return {packed, offsets};
+  return {packed, offsets, panel};
 }
 
 // Finds a parameter in `packed`; called once for each of them, in order.
 class PackedParameters {
  public:
-  PackedParameters(const Tensor& packed, const Integers& offsets) : packed_(packed), offsets_(offsets) {
+  PackedParameters(const Tensor& packed, const Integers& offsets, int64_t panel)
+      : packed_(packed), offsets_(offsets), panel_(panel) {
     check(packed, "packed", {kAny});
+    HYDRAVIT_CHECK(panel > 0 && kPanelMultiple % panel == 0, "panel: a divisor of ", kPanelMultiple, " expected, ",
+                   panel, " given");
   }
   Parameter operator()(ParameterSpec spec) {
     HYDRAVIT_CHECK(left() > 0, "offsets: one for ", spec.name, " expected, none given");
     const int64_t offset = offsets_[used_++];
     if (offset == -1) {
       HYDRAVIT_CHECK(spec.optional, "offsets: ", spec.name, " expected, -1 (absent) given");
-      return {spec.name, nullptr, {}, false};
+      return {spec.name, nullptr, {}, 0};
     }
     int64_t size = 0;
-    HYDRAVIT_CHECK(packed_size(spec, size), "packed ", spec.name, ": a shape of fewer than 2^63 elements expected, ",
+    HYDRAVIT_CHECK(packed_size(spec, panel_, size), "packed ", spec.name, ": a shape of fewer than 2^63 elements expected, ",
                    text(spec.shape), " given");
     HYDRAVIT_CHECK(offset >= 0 && offset <= packed_.size(0) && size <= packed_.size(0) - offset, "offsets: ", spec.name,
                    " with ", size, " elements at ", offset, " expected inside [0, ", packed_.size(0), ")");
-    return {spec.name, floats(packed_) + offset, std::move(spec.shape), spec.weight};
+    return {spec.name, floats(packed_) + offset, std::move(spec.shape), spec.weight ? panel_ : 0};
   }
   size_t left() const { return offsets_.size() - used_; }
 
  private:
   const Tensor& packed_;
   const Integers& offsets_;
+  const int64_t panel_;
   size_t used_ = 0;
 };
 
@@ -106,6 +119,7 @@ struct PlanHeader {
   int64_t bytes;        // of the whole plan
   const float* packed;  // the plan's addresses lie in [packed, packed + packed_size)
   int64_t packed_size;
+  int64_t panel;  // rows of a panel
   NetworkSizes sizes;
 };
 
@@ -122,11 +136,11 @@ int64_t plan_bytes(int64_t layers) {
          layers * static_cast<int64_t>(sizeof(AttentionBlock) + sizeof(MlpBlock));
 }
 
-Tensor plan_network(const Tensor& packed, const Integers& offsets, const Integers& sizes, const Integers& subnetwork,
-                    const std::vector<double>& scales, double eps) {
+Tensor plan_network(const Tensor& packed, const Integers& offsets, int64_t panel, const Integers& sizes,
+                    const Integers& subnetwork, const std::vector<double>& scales, double eps) {
   const NetworkSizes n = read_sizes(sizes);
   const Subnetwork s = read_subnetwork(n.layers, subnetwork, scales, eps);
-  PackedParameters packed_parameters(packed, offsets);
+  PackedParameters packed_parameters(packed, offsets, panel);
   const NetworkParameters<Parameter> p = read_parameters(n, packed_parameters);
   HYDRAVIT_CHECK(packed_parameters.left() == 0, "offsets: ", packed_parameters.left(), " too many given");
 
@@ -144,7 +158,7 @@ Tensor plan_network(const Tensor& packed, const Integers& offsets, const Integer
     write(block);
   };
   const Residual residual(n);
-  write(PlanHeader{kPlanMagic, plan_bytes(n.layers), floats(packed), packed.size(0), n});
+  write(PlanHeader{kPlanMagic, plan_bytes(n.layers), floats(packed), packed.size(0), panel, n});
   write_block(StemArguments{Images(n), p.stem, {s.embed}, {}});
   for (size_t i = 0; i < p.attention.size(); i++)
     write_block(AttentionArguments{residual, p.attention[i], {}, {s.attention[i]}, s.eps, {}, residual.tokens});
@@ -163,6 +177,8 @@ const PlanHeader& header_of(const Tensor& plan, const Tensor& packed) {
                  "plans: a tensor of plan_network_native expected, other bytes given");
   HYDRAVIT_CHECK(header.packed == floats(packed) && header.packed_size == packed.size(0),
                  "plans: plans of this packed tensor expected, a plan of another one given");
+  HYDRAVIT_CHECK(header.panel == current_panel(), "plans: panels of ", current_panel(),
+                 " rows expected, as this instruction set has, panels of ", header.panel, " rows given");
   return header;
 }
 

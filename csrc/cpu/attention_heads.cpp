@@ -26,9 +26,8 @@ float* at(const MutableTokens& tokens, int64_t image, int64_t column) {
 // scores (tokens, kQueries) = keys (from repack_rows) times queries (one panel from repack_columns)
 void score(int64_t tokens, int64_t dim, const float* keys, const float* queries, float* scores) {
   for (int64_t token = 0; token < tokens; token += kTileRows)
-    tile_across(
-        smaller<int64_t>(kTileRows, tokens - token), kQueries,
-        {dim, keys + token * dim, kTileRows, queries, kTileColumns, scores + token * kQueries, kQueries, false});
+    tile_across(smaller<int64_t>(kTileRows, tokens - token), kQueries,
+                {dim, keys + token * dim, kTileRows, queries, scores + token * kQueries, kQueries, false});
 }
 
 // The buffers of forward: K (head_dim, tokens) and V (tokens, value_dim) of the head in panels of kTileColumns, and the
@@ -109,7 +108,7 @@ void add_products(int64_t tokens, int64_t queries, int64_t columns, const float*
   for (int64_t column = 0; column < columns; column += kTileColumns)
     for (int64_t token = 0; token < tokens; token += kTileRows)
       tile_along(smaller<int64_t>(kTileRows, tokens - token), kTileColumns,
-                 {queries, scores + token * kQueries, kQueries, rows + column * queries, kTileColumns,
+                 {queries, scores + token * kQueries, kQueries, rows + column * queries,
                   sums + token * padded(columns) + column, padded(columns), accumulate});
 }
 
@@ -165,9 +164,9 @@ void attend_queries_backward(const Heads& heads, const HeadsGradients& gradients
     for (int64_t row = 0; row < count; row += kQueryRows) {
       const int64_t rows = smaller<int64_t>(kQueryRows, count - row),
                     columns = smaller<int64_t>(kTileColumns, d - column);
-      tile_across(rows, kTileColumns,
-                  {tokens, buffers.d_scores + row, kQueries, buffers.key_columns + column * tokens, kTileColumns, tile,
-                   kTileColumns, false});
+      tile_across(
+          rows, kTileColumns,
+          {tokens, buffers.d_scores + row, kQueries, buffers.key_columns + column * tokens, tile, kTileColumns, false});
       for (int64_t i = 0; i < rows; i++) {
         float* to = at(gradients.q, image, head * d + column) + (query + row + i) * gradients.q.token_stride;
         for (int64_t j = 0; j < columns; j += kWidth) store(to + j, load(tile + i * kTileColumns + j), columns - j);
@@ -218,7 +217,7 @@ void attend(const Heads& heads, int64_t image, int64_t head, const Range& querie
     const int64_t left = queries.end - query, rows = left / divide_up(left, kTileRows);
     for (int64_t key = 0; key < tokens; key += kTileColumns)
       tile_along(rows, tokens - key,
-                 {d, q + query * heads.q.token_stride, heads.q.token_stride, keys + key * d, kTileColumns, scores + key,
+                 {d, q + query * heads.q.token_stride, heads.q.token_stride, keys + key * d, scores + key,
                   padded(tokens), false});
     for (int64_t i = 0; i < rows; i++)
       sums[i] = exponentiate(tokens, heads.scale, scores + i * padded(tokens), &maxima[i]);
@@ -228,8 +227,7 @@ void attend(const Heads& heads, int64_t image, int64_t head, const Range& querie
     }
     for (int64_t column = 0; column < dv; column += kTileColumns) {
       const int64_t columns = smaller<int64_t>(kTileColumns, dv - column);
-      tile_along(rows, columns,
-                 {tokens, scores, padded(tokens), values + column * tokens, kTileColumns, tile, kTileColumns, false});
+      tile_along(rows, columns, {tokens, scores, padded(tokens), values + column * tokens, tile, kTileColumns, false});
       for (int64_t i = 0; i < rows; i++) {
         float* to = attended + column + (query + i) * heads.attended.token_stride;
         const float factor = 1.0f / sums[i];

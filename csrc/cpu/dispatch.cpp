@@ -26,6 +26,7 @@ struct Kernels {
   const char* name;
   bool (*supported)();
   decltype(&portable::network) network;
+  const int64_t* panel_rows;
   decltype(&portable::pack_weight) pack_weight;
   decltype(&portable::stem) stem;
   decltype(&portable::stem_backward) stem_backward;
@@ -42,6 +43,7 @@ struct Kernels {
   {#isa,                                 \
    supported,                            \
    isa::network,                         \
+   &isa::panel_rows,                     \
    isa::pack_weight,                     \
    isa::stem,                            \
    isa::stem_backward,                   \
@@ -123,6 +125,13 @@ int cpu_isa(const char** name) {
   const Kernels* kernels = nullptr;
   const int status = current(&kernels);
   if (status == kOk) *name = kernels->name;
+  return status;
+}
+
+int panel_rows(int64_t* rows) {
+  const Kernels* kernels = nullptr;
+  const int status = current(&kernels);
+  if (status == kOk) *rows = *kernels->panel_rows;
   return status;
 }
 

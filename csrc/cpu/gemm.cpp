@@ -183,17 +183,17 @@ __attribute__((noinline)) void epilogue_gelu(const TileEpilogue& tile, float* su
   }
 }
 
-// Calls body(i) for i in [0, count). Every i is a constant from the first pass of the compiler on: arrays that are
-// indexed by it stay in registers, which a loop that is unrolled later does not promise.
+// Calls body(i) for i in [0, count), where every i is a constant: an array that is indexed by it stays in registers,
+// which a loop that the compiler unrolls does not promise.
 template <int count, class Body>
-__attribute__((always_inline)) inline void unrolled(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+inline void unrolled(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
     (body(std::integral_constant<int, i>()), ...);
   }(std::make_integer_sequence<int, count>());
 }
 template <int rows, int vectors, class Body>
-__attribute__((always_inline)) inline void for_each(const Body& body) {
-  unrolled<rows * vectors>([&](auto i) __attribute__((always_inline)) { body(i / vectors, i % vectors); });
+inline void for_each(const Body& body) {
+  unrolled<rows * vectors>([&](auto i) { body(i / vectors, i % vectors); });
 }
 
 // The epilogue of sums in registers, for whole vectors of contiguous columns: it decides once per tile, not once per
@@ -222,44 +222,51 @@ inline void epilogue_from_registers(const TileEpilogue& tile, Vec (&sums)[rows][
   for_each<rows, vectors>([&](int i, int j) { store(to[i] + j * kWidth, sums[i][j]); });
 }
 
+// It is flattened, because sums that a function captures are in memory until the compiler has inlined that function.
 template <int rows, int vectors, bool along>
-void compute(const Tile& tile, const TileEpilogue* tile_epilogue, int64_t columns) {
+__attribute__((flatten)) void compute(const Tile& tile, const TileEpilogue* tile_epilogue, int64_t columns) {
   Vec sums[rows][vectors];
   for_each<rows, vectors>([&](int i, int j) { sums[i][j] = Vec{}; });
-  // Rows lie a_step apart along K. The address of a row is a pointer plus zero, one or two steps, which x86 and ARM
-  // compute inside of the load: so kGroup rows need one pointer, and all of them one index.
-  constexpr int kGroup = 3, kPointers = along ? divide_up(rows, kGroup) : 1;
-  const int64_t a_step = tile.a_step, b_step = tile.b_step;
-  const float* a[kPointers];
-  unrolled<kPointers>([&](auto i) { a[i] = tile.a + i * kGroup * a_step; });
-  const float* b = tile.b;
-  const auto step = [&](auto k) __attribute__((always_inline)) {
+  // Along K, the address of a row is a pointer plus zero, one or two steps, which x86 and ARM compute inside of the
+  // load: kGroup rows share a pointer. Across K, every step of the loop has one.
+  constexpr int kUnroll = 2;  // more would not leave the compiler enough registers
+  constexpr int kGroup = 3, kPointers = along ? divide_up(rows, kGroup) : kUnroll;
+  int64_t a_step = tile.a_step;
+  const float *a[kPointers], *b;
+  const auto go_to = [&](int64_t k) {
+    unrolled<kPointers>([&](auto i) { a[i] = tile.a + i * (along ? kGroup : 1) * a_step + k * (along ? 1 : a_step); });
+    b = tile.b + k * kTileColumns;
+  };
+  const auto left = [&](auto i, auto k) {
+    if constexpr (along)
+      return splat(a[i / kGroup][i % kGroup * a_step + k]);
+    else
+      return splat(a[k][i]);
+  };
+  const auto step = [&](auto k) {
     Vec right[vectors];
-    unrolled<vectors>([&](auto j) { right[j] = load(b + k * b_step + j * kWidth); });
+    unrolled<vectors>([&](auto j) { right[j] = load(b + k * kTileColumns + j * kWidth); });
     unrolled<rows>([&](auto i) {
-      const Vec left = splat(along ? a[i / kGroup % kPointers][i % kGroup * a_step + k] : a[0][k * a_step + i]);
-      unrolled<vectors>([&](auto j) { sums[i][j] = left * right[j] + sums[i][j]; });
+      const Vec value = left(i, k);
+      unrolled<vectors>([&](auto j) { sums[i][j] = value * right[j] + sums[i][j]; });
     });
   };
-  const auto advance = [&](int64_t count) __attribute__((always_inline)) {
-    unrolled<kPointers>([&](auto i) { a[i] += along ? count : count * a_step; });
-    b += count * b_step;
-  };
-  constexpr int kUnroll = 2;  // more would not leave the compiler enough registers
-  constexpr int kLine = 16;   // floats of a cache line
+  constexpr int kLine = 16;  // floats of a cache line
   const float* prefetch = tile.prefetch == nullptr ? tile.b : tile.prefetch;
-  int64_t k = 0;
-  for (; k + kUnroll <= tile.k; k += kUnroll) {
-    // The compiler would replace the pointers by an index for every row and step, and keep these on the stack.
-    unrolled<kPointers>([&](auto i) { __asm__("" : "+r"(a[i])); });
+  go_to(0);
+  for (int64_t turns = tile.k / kUnroll; turns > 0; turns--) {
+    // To the compiler the step may change here. Else it would precompute an index for every row and turn, more than
+    // there are registers.
+    __asm__("" : "+r"(a_step));
     unrolled<kUnroll>(step);
     __builtin_prefetch(prefetch);
     prefetch += kLine;
-    advance(kUnroll);
+    unrolled<kPointers>([&](auto i) { a[i] += kUnroll * (along ? 1 : a_step); });
+    b += kUnroll * kTileColumns;
   }
-  for (; k < tile.k; k++) {
+  for (int64_t k = tile.k / kUnroll * kUnroll; k < tile.k; k++) {
+    go_to(k);
     step(std::integral_constant<int, 0>());
-    advance(1);
   }
   if (tile_epilogue == nullptr) {
     for_each<rows, vectors>([&](int i, int j) {
@@ -305,11 +312,10 @@ constexpr int64_t kJobScratch = kRowsScratch + round_up(kTileColumns * kSpanPiec
 // `scratch`.
 void point(Tile& tile, const View& b, int64_t column, int64_t count, const Range& k, float* scratch) {
   if (b.panels != nullptr) {
-    tile.b = b.panels + column / kPanel * b.panel_stride + k.begin * kPanel + column % kPanel;
-    tile.b_step = kPanel;
+    tile.b = b.panels + column / kPanel * b.panel_stride + k.begin * kPanel;
   } else {
     repack_columns(b.data, b.columns, b.rows, column, count, k.begin, k.end, scratch);
-    tile.b = scratch, tile.b_step = kTileColumns;
+    tile.b = scratch;
   }
 }
 
@@ -366,7 +372,7 @@ void multiply_repacked(Range rows, Range columns, int64_t k, const View& a, cons
             Tile of_piece = tile;
             of_piece.k = piece.k.end - piece.k.begin;
             of_piece.a = scratch + i * (span.end - span.begin) + (piece.k.begin - span.begin) * kTileRows;
-            of_piece.b = tile.b + (piece.k.begin - span.begin) * tile.b_step;
+            of_piece.b = tile.b + (piece.k.begin - span.begin) * kTileColumns;
             tile_epilogue.first = piece.first, tile_epilogue.last = piece.last;
             const int64_t height = smaller<int64_t>(kTileRows, row_count - i);
             kComputes<false>[count <= kWidth ? 0 : 1][height - 1](of_piece, & tile_epilogue, count);
@@ -451,6 +457,7 @@ void copy_to_panels(const Threads& threads, int64_t k, int64_t n, const View& b,
   });
 }
 
+const int64_t panel_rows = kPanel;
 int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads) {
   copy_to_panels(threads, columns, rows, transposed(weight), panels);
   return kOk;

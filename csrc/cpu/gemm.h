@@ -23,7 +23,9 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = 4;
 #endif
 constexpr int kTileColumns = 2 * kWidth;
-static_assert(kPanel % kTileColumns == 0);
+// A panel (hydravit.h) has the columns of one register tile, which reads it line by line.
+constexpr int64_t kPanel = kTileColumns;
+static_assert(kPanelMultiple % kPanel == 0);
 
 // The memory offset of index i is i * stride; or, in segments of `segment` indices (rows or columns of one head, tokens
 // of one image) that lie `jump` elements apart, i / segment * jump + i % segment * stride.
@@ -41,7 +43,7 @@ inline Axis token_rows(int64_t tokens, int64_t token_stride, int64_t image_strid
   return segmented(token_stride, tokens, image_stride);
 }
 
-// An operand. Where `panels` is not null, a right operand is read there instead of in `data`, see kPanel.
+// An operand. Where `panels` is not null, a right operand is read there instead of in `data`, see hydravit.h.
 struct View {
   const float* data;
   Axis rows, columns;
@@ -151,17 +153,16 @@ void repack_columns(const float* data, const Axis& lanes, const Axis& k_axis, in
                     int64_t k_begin, int64_t k_end, float* to);  // panels of kTileColumns lanes
 
 // One register tile: out (rows, columns) [+]= a (rows, K) times b (K, columns), with at most kTileRows rows and
-// kTileColumns columns. The rows of b lie `b_step` apart and are readable up to a whole vector.
+// kTileColumns columns. The rows of b lie kTileColumns apart and are readable up to a whole vector.
 struct Tile {
   int64_t k;
   const float* a;
   int64_t a_step;
   const float* b;
-  int64_t b_step;
   float* out;
   int64_t out_stride;
   bool accumulate;
-  const float* prefetch = nullptr;  // the tile prefetches four floats per K index from here; nullable
+  const float* prefetch = nullptr;  // the tile prefetches eight floats per K index from here; nullable
 };
 // a is contiguous along its rows, and its K indices lie `a_step` apart, as repack_rows leaves them.
 void tile_across(int64_t rows, int64_t columns, const Tile& tile);

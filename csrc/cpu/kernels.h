@@ -5,6 +5,7 @@
 
 #define HYDRAVIT_DECLARE_KERNELS                                                                               \
   int network(const NetworkCall& call, const Threads& threads);                                                \
+  extern const int64_t panel_rows;                                                                             \
   int pack_weight(const Weight& weight, int64_t rows, int64_t columns, float* panels, const Threads& threads); \
   int stem(const Stem& block, const Threads& threads);                                                         \
   int stem_backward(const Stem& block, const StemGradients& gradients, const Threads& threads);                \

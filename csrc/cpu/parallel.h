@@ -10,7 +10,7 @@
 //   band    rows of a share, or of a job of a gemm, that are computed together so that they stay in cache
 //   tile    rows x columns of a product whose sums one loop holds in registers
 //
-// Columns are divided into panels (kPanel, hydravit.h), the K axis of a product (gemm.h) into spans and pieces:
+// Columns are divided into panels (hydravit.h), the K axis of a product (gemm.h) into spans and pieces:
 //
 //   span    consecutive pieces whose operands are repacked together
 //   piece   the K indices whose multiply-adds form one chain in registers

@@ -1,7 +1,7 @@
 """The whole network as one op on the CPU, from packed weights.
 
-Packing lays out every weight in panels of ``PANEL`` output channels, input channel by input channel, all in one tensor.
-The slice of a width is the beginning of some panels, so one copy serves every width whose slices begin on a panel.
+Packing lays out every weight in panels of some output channels, input channel by input channel, all in one tensor. The
+slice of a width is the beginning of some panels, so one copy serves every width whose slices begin on a panel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from hydravit_kernels.ranges import annotate
 from hydravit_kernels.subnetwork import Subnetwork
 from hydravit_kernels.transforms import refuse_transforms
 
-PANEL = 32  # kPanel of csrc/hydravit.h
+# kPanelMultiple of csrc/hydravit.h: the rows of a panel, which depend on the instruction set, divide it.
+PANEL_MULTIPLE = 32
 
 # How many subnetworks keep their plan. A model has a dozen widths, but callers may bring any subnetwork.
 _MOST_KEPT = 256
@@ -28,12 +29,13 @@ _MOST_KEPT = 256
 class _Packed(NamedTuple):
     """The packed weights, and what belongs to this copy of them.
 
-    ``offsets`` says where each parameter begins in ``weights``, or -1 if it is absent. A plan is a subnetwork's slices,
-    resolved to addresses in ``weights``.
+    ``offsets`` says where each parameter begins in ``weights``, or -1 if it is absent. ``panel`` counts the rows of a
+    panel. A plan is a subnetwork's slices, resolved to addresses in ``weights``.
     """
 
     weights: Tensor
     offsets: list[int]
+    panel: int
     plans: dict[Subnetwork, Tensor]
 
 
@@ -58,7 +60,7 @@ class CpuNetwork:
     def why_not(subnetwork: Subnetwork) -> str:
         """Return why packed weights cannot serve the subnetwork, or "".
 
-        They serve slices whose rows begin on a panel and follow each other without gaps.
+        They serve slices whose rows begin at a multiple of ``PANEL_MULTIPLE`` and follow each other without gaps.
         """
         starts = [subnetwork.embed.embed_offset, subnetwork.head.class_offset]
         for layer, s in enumerate(subnetwork.attention):
@@ -66,15 +68,15 @@ class CpuNetwork:
                 return f"the heads of layer {layer} do not lie side by side"
             starts += [s.query_row, s.key_row, s.value_row] if s.heads else []
         starts += [s.hidden_offset for s in subnetwork.mlp if s.hidden]
-        inside = [start for start in starts if start % PANEL]
-        return f"row {inside[0]} begins inside a panel of {PANEL}" if inside else ""
+        others = [start for start in starts if start % PANEL_MULTIPLE]
+        return f"its rows begin at {others[0]}, which is no multiple of {PANEL_MULTIPLE}" if others else ""
 
     def pack(self, parameters: NetworkParameters) -> None:
         """Copy the parameters anew. A call that runs in another thread finishes with the copy it began with."""
         self.sizes.check(parameters)
         with torch.no_grad():
-            weights, offsets = torch.ops.hydravit.pack_network_native(parameters.flat(), self.sizes)
-        self._packed = _Packed(weights, offsets, {})
+            weights, offsets, panel = torch.ops.hydravit.pack_network_native(parameters.flat(), self.sizes)
+        self._packed = _Packed(weights, offsets, panel, {})
 
     @annotate("network")
     def run(
@@ -109,7 +111,7 @@ class CpuNetwork:
             if len(packed.plans) >= _MOST_KEPT:
                 packed.plans.clear()
             plan = torch.ops.hydravit.plan_network_native(
-                packed.weights, packed.offsets, self.sizes, *subnetwork.flat(), subnetwork.eps
+                packed.weights, packed.offsets, packed.panel, self.sizes, *subnetwork.flat(), subnetwork.eps
             )
             flops.remember_plan(plan, self.sizes, subnetwork)
             packed.plans[subnetwork] = plan

@@ -74,13 +74,19 @@ void image_by_image(const Shape& shape, Values<T>& all) {
 
 // ---- The kernels ----
 
+int64_t panel() {
+  int64_t rows = 0;
+  launch([&] { return panel_rows(&rows); });
+  return rows;
+}
+
 // The blocks of one width, with pointers: its weights are the parameters or their panels.
 Blocks blocks_in(const Shape& shape, const Width& width, Arrays& arrays,
                  std::map<std::string, std::vector<float>>* panels) {
   Blocks blocks = blocks_of(sizes_of(shape), subnetwork_of(shape, width), 1);
   const auto find = [&](Arrays& arrays, const std::string& name) -> Weight {
     if (panels == nullptr || !is_packed(name)) return const_weight(arrays, name);
-    return {nullptr, 0, panels->at(name).data(), arrays.at(name).column_axes[0].size * kPanel};
+    return {nullptr, 0, panels->at(name).data(), arrays.at(name).column_axes[0].size * panel()};
   };
   set_stem(blocks.stem, arrays, "stem.", find);
   for (int64_t i = 0; i < shape.layers; i++) {
@@ -94,14 +100,14 @@ Blocks blocks_in(const Shape& shape, const Width& width, Arrays& arrays,
 // Packs a weight and checks that every element lies where the contract says.
 std::vector<float> pack(Array& array, const std::string& name, const Threads& threads) {
   const int64_t rows = size_of(array.row_axes), columns = size_of(array.column_axes);
-  std::vector<float> panels((rows + kPanel - 1) / kPanel * kPanel * columns);
+  const int64_t p = panel();
+  std::vector<float> panels((rows + p - 1) / p * p * columns);
   const Weight weight{array.data(), array.row_stride()};
   launch([&] { return pack_weight_cpu(weight, rows, columns, panels.data(), threads); });
   bool right = true;
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < columns; j++)
-      right &=
-          panels[i / kPanel * columns * kPanel + j * kPanel + i % kPanel] == weight.data[i * weight.row_stride + j];
+      right &= panels[i / p * columns * p + j * p + i % p] == weight.data[i * weight.row_stride + j];
   expect(right, "panels of " + name);
   return panels;
 }

@@ -20,7 +20,7 @@ from hydravit_kernels import (
     MlpSlice,
     Subnetwork,
 )
-from hydravit_kernels.networks.cpu import PANEL
+from hydravit_kernels.networks.cpu import PANEL_MULTIPLE
 
 pytestmark = pytest.mark.needs("native")
 CASES = 50  # of one test
@@ -87,7 +87,7 @@ def random_subnetwork(case, config):
     """Any subnetwork that a packed copy serves: rows from a panel on, heads side by side, all else as it comes."""
 
     def part(size):
-        offset = PANEL * case.random.randrange(-(-size // PANEL))
+        offset = PANEL_MULTIPLE * case.random.randrange(-(-size // PANEL_MULTIPLE))
         return offset, case.random.randint(1, size - offset)
 
     full, attention, mlp = config.embed, [], []
@@ -99,12 +99,13 @@ def random_subnetwork(case, config):
             value_dim, pitch = case.random.randint(1, full), case.random.randint(0, 9)
         heads = min(heads, full // head_dim)
         lengths = [max(heads, 1) * dim for dim in (head_dim, head_dim, value_dim)]
-        rows = [case.place(length, 3 * full, PANEL) for length in lengths]
+        rows = [case.place(length, 3 * full, PANEL_MULTIPLE) for length in lengths]
         column = case.place(lengths[2], full)
         scale = case.random.choice([0.2, head_dim**-0.5])
         attention.append(AttentionSlice(*embed, *rows, column, heads, head_dim, value_dim, pitch, scale))
         mlp.append(MlpSlice(*embed, *((0, 0) if case.random.random() < 0.1 else part(config.hidden))))
-    classes, offsets = config.num_classes, range(0, config.num_classes * len(config.separate_classifiers), PANEL)
+    classes = config.num_classes
+    offsets = range(0, classes * len(config.separate_classifiers), PANEL_MULTIPLE)
     if config.separate_classifiers:
         head = HeadSlice(*embed, case.random.choice([i for i in offsets if i % classes == 0] or [0]), classes)
     else:

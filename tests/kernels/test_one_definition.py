@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hydravit_kernels import parameters, subnetwork
-from hydravit_kernels.networks.cpu import PANEL
+from hydravit_kernels.networks.cpu import PANEL_MULTIPLE
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -44,5 +44,5 @@ def test_sizes():
 
 
 def test_panel():
-    (panel,) = re.findall(r"kPanel = (\d+);", (CSRC / "hydravit.h").read_text())
-    assert int(panel) == PANEL
+    (panel,) = re.findall(r"kPanelMultiple = (\d+);", (CSRC / "hydravit.h").read_text())
+    assert int(panel) == PANEL_MULTIPLE

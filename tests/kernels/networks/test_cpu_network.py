@@ -11,7 +11,6 @@ from small import SMALL, images
 from hydravit import geometry
 from hydravit.config import resolve_config
 from hydravit_kernels import CpuNetwork, NetworkSizes
-from hydravit_kernels.networks.cpu import PANEL
 
 pytestmark = [
     pytest.mark.needs("native"),
@@ -29,8 +28,11 @@ def network_of(model):
 def test_the_reason_why_a_subnetwork_is_not_served():
     for subnetwork, reason in (
         (geometry.hydravit(WIDE, 3), ""),
-        (geometry.hydravit(resolve_config(WIDE, max_heads=5, head_dim=16), 2), "row 80 begins inside a panel of 32"),
-        (geometry.scala(WIDE, 48, suffix=True), "row 48 begins inside a panel of 32"),
+        (
+            geometry.hydravit(resolve_config(WIDE, max_heads=5, head_dim=16), 2),
+            "its rows begin at 80, which is no multiple of 32",
+        ),
+        (geometry.scala(WIDE, 48, suffix=True), "its rows begin at 48, which is no multiple of 32"),
         (geometry.skd(WIDE, [(24, 96), (23, 96), (24, 96)]), "the heads of layer 1 do not lie side by side"),
     ):
         assert CpuNetwork.why_not(subnetwork) == reason
@@ -86,7 +88,7 @@ LAYERS = SMALL.depth
 
 
 def pack(model):
-    """The packed tensor, and where every parameter begins in it."""
+    """The packed tensor, where every parameter begins in it, and the rows of a panel."""
     return hydravit.pack_network_native(detached(model), model.config.sizes)
 
 
@@ -97,12 +99,13 @@ def detached(model):
 def call():
     """Arguments of the ops of the whole network, by name; ``use`` makes the plans of the forward from the plan."""
     model = make(SMALL)
-    packed, offsets = pack(model)
+    packed, offsets, panel = pack(model)
     integers, scales = model.subnetwork(2).flat()
     return {
         "images": images(SMALL, 3),
         "tensor": packed,
         "offsets": offsets,
+        "panel": panel,
         "sizes": list(SMALL.sizes),
         "subnetwork": integers,
         "scales": scales,
@@ -114,7 +117,7 @@ def call():
 
 
 def plan_of(arguments):
-    names = ("tensor", "offsets", "sizes", "subnetwork", "scales")
+    names = ("tensor", "offsets", "panel", "sizes", "subnetwork", "scales")
     return hydravit.plan_network_native(*(arguments[name] for name in names), SMALL.norm_eps)
 
 
@@ -211,6 +214,11 @@ WRONG = {
     "packed of two dimensions": (with_arguments(tensor=lambda t: t[None]), "^packed: shape"),
     "packed with gaps": (with_arguments(tensor=lambda t: t.repeat_interleave(2)[::2]), "^packed: innermost stride"),
     "short packed": (with_arguments(tensor=lambda t: t[:-100]), "^offsets: head.weight"),
+    "panels of no rows": (with_arguments(panel=0), "^panel: a divisor of 32 expected, 0 given"),
+    "panels of other rows": (
+        with_arguments(panel=4),
+        "^plans: panels of .* as this instruction set has, panels of 4 rows",
+    ),
     "pool behind the end": (with_sizes(pool_stop=18), "^pool_start, pool_stop"),
     "pool of nothing": (with_sizes(pool_start=3, pool_stop=3), "^pool_start, pool_stop"),
     "stem off a panel": (with_slices(embed=[16, 32]), "packed patch_embed.proj.weight: rows that lie side by side"),
@@ -342,11 +350,11 @@ def test_what_cannot_be_packed(name):
 def test_parameters_of_any_strides():
     """Vectors are converted; rows of a weight may lie apart."""
     model = make(SMALL)
-    parameters, (expected, expected_offsets) = detached(model), pack(model)
+    parameters, (expected, expected_offsets, _) = detached(model), pack(model)
     parameters[5] = parameters[5].double()
     parameters[6] = parameters[6].repeat_interleave(2)[::2]
     parameters[7] = torch.cat((parameters[7], parameters[7]), 1)[:, : parameters[7].shape[1]]
-    packed, offsets = hydravit.pack_network_native(parameters, SMALL.sizes)
+    packed, offsets, _ = hydravit.pack_network_native(parameters, SMALL.sizes)
     assert offsets == expected_offsets and packed.shape == expected.shape
     for parameter, offset in zip(parameters, offsets, strict=True):
         if parameter is not None:
@@ -357,18 +365,18 @@ def test_parameters_of_any_strides():
 @pytest.mark.parametrize("classes", [1, 31, 32, 33, 70])
 def test_layout(isa, classes):
     """Every parameter begins on a cache line, one after the other. Element (row, column) of a weight lies at
-    ``row // PANEL`` panels on, in column ``column``, at ``row % PANEL``.
+    ``row // panel`` panels on, in column ``column``, at ``row % panel``.
     """
     model = make(SMALL, num_classes=classes, patch_size=4, layer_scale=0.5)
-    (packed, offsets), stop = pack(model), 0
+    (packed, offsets, panel), stop = pack(model), 0
     for parameter, offset in zip(detached(model), offsets, strict=True):
         assert offset == (-1 if parameter is None else stop)
         if parameter is None:
             continue
         if parameter.dim() in (2, 4):  # tokens and positions have three axes
             rows, columns = parameter.shape[0], parameter[0].numel()
-            size = math.ceil(rows / PANEL) * PANEL * columns
-            panels = packed[offset : offset + size].view(-1, columns, PANEL).transpose(1, 2)
+            size = math.ceil(rows / panel) * panel * columns
+            panels = packed[offset : offset + size].view(-1, columns, panel).transpose(1, 2)
             assert torch.isfinite(panels).all()
             values = panels.reshape(-1, columns)[:rows]
         else:
@@ -388,9 +396,9 @@ def test_fake_kernel(classes, mixed):
     """
     model = make(SMALL, num_classes=classes)
     selection = model.select(torch.tensor([2, 1, 4]) if mixed else 2, 3)
-    packed, offsets = pack(model)
+    packed, offsets, panel = pack(model)
     plans = [
-        hydravit.plan_network_native(packed, offsets, model.config.sizes, *s.flat(), s.eps)
+        hydravit.plan_network_native(packed, offsets, panel, model.config.sizes, *s.flat(), s.eps)
         for s in selection.subnetworks
     ]
     columns = max(s.head.classes if classes else s.embed.embed for s in selection.subnetworks)
@@ -404,12 +412,12 @@ def test_fake_kernel(classes, mixed):
 
 def test_schemas_of_packing_and_planning():
     model = make(SMALL)
-    packed, offsets = pack(model)
+    packed, offsets, panel = pack(model)
     for op, arguments in (
         (hydravit.pack_network_native, (detached(model), list(SMALL.sizes))),
         (
             hydravit.plan_network_native,
-            (packed, offsets, list(SMALL.sizes), *model.subnetwork(2).flat(), SMALL.norm_eps),
+            (packed, offsets, panel, list(SMALL.sizes), *model.subnetwork(2).flat(), SMALL.norm_eps),
         ),
     ):
         torch.library.opcheck(op.default, arguments, test_utils="test_schema")
