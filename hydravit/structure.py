@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from hydravit import layers
 from hydravit_kernels import exporting, named_specs, sizes
@@ -114,12 +115,13 @@ class Structure:
         self._empty = [table for table in (*children, *parameters) if not table]
         self._children = [table for table in children if table]
         self._parameters = [table for table in parameters if table]
+        self._handles, self._hooks = RemovableHandle.next_id, self._hooks_now()
         self._state = self._now()
         self.fused = _look(model, self._replaced())
 
     def holds(self) -> bool:
         """Whether the model still has these modules, with hooks, patches and classes as they were."""
-        return not any(self._empty) and self._state == self._now()
+        return not any(self._empty) and self._state == self._now() and self._same_hooks()
 
     def parameters(self) -> list[Tensor | None]:
         return [*itertools.chain.from_iterable(map(dict.values, self._parameters))]
@@ -127,8 +129,6 @@ class Structure:
     def _now(self) -> tuple[Any, ...]:
         return (
             [*map(type, self._modules)],
-            # Looked up anew, because code that removes all hooks of a module gives it new tables.
-            [*map(bool, itertools.chain.from_iterable(map(_hooks_of, self._attributes[1:])))],
             [*map(dict.get, self._attributes, itertools.repeat("forward"))],
             [*itertools.chain.from_iterable(map(dict.values, self._children))],
             [*map(type, self.parameters())],
@@ -137,6 +137,24 @@ class Structure:
             self._replaced(),
             _watched(),
         )
+
+    def _same_hooks(self) -> bool:
+        """Whether the same modules have hooks.
+
+        Every registration of a hook takes a number. Without a new number no module has got its first hook: to look into
+        all tables takes as long as everything else that ``holds`` does.
+        """
+        handles = RemovableHandle.next_id
+        if handles == self._handles and not any(self._hooks):
+            return True
+        if self._hooks != self._hooks_now():
+            return False
+        self._handles = handles
+        return True
+
+    def _hooks_now(self) -> list[bool]:
+        # Tables are looked up anew, because code that removes all hooks of a module gives it new ones.
+        return [*map(bool, itertools.chain.from_iterable(map(_hooks_of, self._attributes[1:])))]
 
     def _replaced(self) -> list[str]:
         """The names of methods that a subclass overrides, or that somebody patched."""
