@@ -123,7 +123,8 @@ def check_hydravit(arguments):
         assert exited.value.code == 0
         return
     args = parse(arguments)
-    if arguments[0] == "train" and "--checkpoint" not in arguments and args.recipe != "runs/demo/recipe.json":
+    files = {"--checkpoint", "--set-from"}
+    if arguments[0] == "train" and not files & set(arguments) and args.recipe != "runs/demo/recipe.json":
         make_recipe(args)
     if arguments[0] in ("evaluate", "predict") and args.heads is not None:  # readers try these on the demo's model
         cli.parse_heads(args.heads, get_recipe("demo").config.max_heads)

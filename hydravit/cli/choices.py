@@ -1,9 +1,13 @@
-"""What decides a training where its arguments leave it open: the checkpoint, the recipe or the data."""
+"""What decides a training where its arguments leave it open: a file, the checkpoint, the recipe or the data."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from hydravit.checkpoint import model_config, read_checkpoint
 from hydravit.config import HydraViTConfig, resolve_config
@@ -11,6 +15,52 @@ from hydravit.data import kind_of, usual_preprocessing
 from hydravit.recipes import OF_CHECKPOINTS, Recipe, usual_recipe
 
 _UNTOLD = ("head_dim", "norm_eps", "pool", "act_layer")  # what weights of other projects do not tell of their config
+# Arguments of recipes, which a file of settings may name besides fields.
+_ARGUMENTS = ("recipe", "config", "data", "heads", "checkpoint", "part", "strict", "skip_corrupt", "split_seed", "amp",
+              "epochs", "batch_size", "lr", "seed")  # fmt: skip
+
+
+def take_settings_from_file(args: argparse.Namespace) -> None:
+    """Let the YAML file that ``--set-from`` names decide what neither other arguments nor ``--set`` decide.
+
+    Its keys are fields of the recipe or the model, and ``recipe``, ``config`` and the other arguments of a recipe.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no YAML file of such names and values.
+    """
+    if args.set_from is None:
+        return
+    try:
+        settings = yaml.safe_load(Path(args.set_from).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{args.set_from}: no YAML ({error})") from None
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ValueError(f"{args.set_from}: expected lines of FIELD: VALUE, not {type(settings).__name__}")
+    known = {field.name for kind in (Recipe, HydraViTConfig) for field in dataclasses.fields(kind)}
+    fields = []
+    for name, value in settings.items():
+        if name not in (*_ARGUMENTS, *known):
+            raise ValueError(f"{args.set_from}: {name!r} is no field of the recipe or the model, nor recipe or config")
+        if name not in _ARGUMENTS:
+            fields.append(f"{name}={tuple(value) if isinstance(value, list) else value}")
+        elif getattr(args, name) is None:
+            setattr(args, name, _argument(args.set_from, name, value))
+    args.set, args.set_from = [*fields, *args.set], None
+
+
+def _argument(file: str, name: str, value: object) -> object:
+    """Return a value of a file as the command line would have it."""
+    if name == "heads" and isinstance(value, list):
+        return ",".join(map(str, value))
+    texts = {"recipe": "demo", "config": "small", "heads": "1-6"}
+    example = texts[name] if name in texts else getattr(Recipe(), name)
+    try:
+        if isinstance(value, bool) != isinstance(example, bool) or isinstance(value, (dict, list)):
+            raise TypeError
+        return type(example)(value)  # YAML takes 1e-3 for text
+    except (TypeError, ValueError):
+        raise ValueError(f"{file}: {name}: expected a value such as {example!r}, not {value!r}") from None
 
 
 def recipe_name(args: argparse.Namespace) -> str:

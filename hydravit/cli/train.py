@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hydravit.cli import parse_heads
-from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point
+from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point, take_settings_from_file
 from hydravit.cli.loading import add_threads_argument, usable_device
 from hydravit.config import HydraViTConfig
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
@@ -99,6 +99,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="replaces any field of the recipe or the model",
     )
+    parser.add_argument("--set-from", metavar="FILE", help="fields from a YAML file; other arguments take precedence")
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
     add_threads_argument(parser)
 
@@ -211,6 +212,7 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe with all that the command line replaces. Raise ``ValueError``, which names a wrong setting."""
+    take_settings_from_file(args)
     recipe = get_recipe(recipe_name(args))
     config_fields = {field.name for field in dataclasses.fields(HydraViTConfig)}
     recipe_fields = {field.name for field in dataclasses.fields(Recipe)} - {"config"}

@@ -200,3 +200,61 @@ def test_one_class_is_said_to_be_one(photos, tmp_path, capsys):
 
 def test_usual_data_sets_keep_their_own_statistics():
     assert load_dataset("digits", split="test").preprocessing == load_training(get_recipe("demo")).preprocessing
+
+
+# A file of settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def write(text):
+        (tmp_path / "settings.yaml").write_text(text)
+        return tmp_path / "settings.yaml"
+
+    return write
+
+
+def test_a_file_decides_as_arguments_would(settings):
+    file = settings(
+        "recipe: demo\nepochs: 50\nlr: 1e-3\nheads: [1, 3]\nfreeze: [patch_embed, blocks.0]\nbetas: [0.8, 0.9]\n"
+        "depth: 3  # of the model\nper_image: false\namp: bf16\nweight_decay: 1e-2\n"
+    )
+    arguments = (
+        "--epochs",
+        50,
+        "--lr",
+        1e-3,
+        "--heads",
+        "1,3",
+        "--amp",
+        "bf16",
+        "--set",
+        "freeze=patch_embed,blocks.0",
+    )
+    fields = ("--set", "betas=(0.8, 0.9)", "--set", "depth=3", "--set", "per_image=False", "--set", "weight_decay=0.01")
+    assert recipe_of("--set-from", file) == recipe_of("--recipe", "demo", *arguments, *fields)
+
+
+def test_arguments_take_precedence_over_the_file(settings):
+    file = settings("epochs: 50\nclip_norm: 0.5\ndepth: 3\n")
+    found = recipe_of("--epochs", 60, "--set", "clip_norm=0.25", "--set-from", file)
+    assert (found.epochs, found.clip_norm, found.config.depth) == (60, 0.25, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: many\n", r"settings.yaml: epochs: expected a value such as 300, not 'many'"),
+        ("epochs: true\n", r"settings.yaml: epochs: expected a value such as 300, not True"),
+        ("config: {depth: 3}\n", r"settings.yaml: config: expected a value such as 'small', not \{'depth': 3\}"),
+        ("depht: 3\n", r"settings.yaml: 'depht' is no field of the recipe or the model"),
+        ("- epochs\n", r"settings.yaml: expected lines of FIELD: VALUE, not list"),
+        ("", r"settings.yaml: expected lines of FIELD: VALUE, not NoneType"),
+        ("epochs: [1\n", r"settings.yaml: no YAML"),
+    ],
+)
+def test_what_is_no_file_of_settings(settings, text, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of("--set-from", settings(text))
+    with pytest.raises(FileNotFoundError, match="nothing.yaml"):
+        recipe_of("--set-from", "nothing.yaml")
