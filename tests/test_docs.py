@@ -26,7 +26,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "bench" / "results" / "amd-epyc-family-25-model-17-2-threads"
 
 # Side and classes of the images in `loader`, the only name that blocks use without making it.
-IMAGES = {"README.md": (224, 1000), "training.md": (32, 10)}
+IMAGES = {"README.md": (224, 1000), "training.md": (32, 10), "compression.md": (32, 10)}
 
 
 class Block(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from compressible import VARIANTS, random_batches
 from small import SMALL, images, make, same
 
+from bench.compression import CRITERIA, without_channels
 from hydravit.checkpoint import read_checkpoint, save_checkpoint
 from hydravit.compression import wpac
-from hydravit.compression.calibration import activations
 from hydravit.config import resolve_config
 from hydravit.factory import fused_model
 from hydravit.geometry import skd
@@ -50,30 +50,6 @@ def test_a_trained_vit_keeps_its_logits(trained, digits, options):
         torch.testing.assert_close(compressed(digits.test_images), trained(digits.test_images), rtol=1e-5, atol=1e-5)
 
 
-def dropped(model, batches, criterion, channels):
-    """The model with all but the best channels of every head removed, as other criteria choose them."""
-    config, names = model.config, [f"blocks.{i}.attn.qkv" for i in range(model.config.depth)]
-    by_head, model = (3, config.max_heads, config.head_dim), copy.deepcopy(model)
-    taylor = dict.fromkeys(names, 0)
-    for found in activations(model, batches, names, lambda z, y: z.gather(1, y[:, None]).sum(), heads=config.max_heads):
-        for name, (value, gradient) in found.items():
-            taylor[name] += (value * gradient).abs().sum((0, 1))
-    for name in names:
-        qkv = model.get_submodule(name)
-        scores = {
-            "random": torch.rand(3 * config.embed),
-            "magnitude": qkv.weight.detach().square().sum(1),
-            "taylor": taylor[name],
-        }[criterion].view(by_head)
-        of_products = scores[0] + scores[1]  # a query's channel and a key's go together
-        scores = torch.stack([of_products, of_products, scores[2]])
-        kept = scores.argsort(-1, descending=True).argsort(-1) < channels
-        with torch.no_grad():
-            qkv.weight.mul_(kept.flatten()[:, None])
-            qkv.bias.mul_(kept.flatten())
-    return model
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_first_channels_beat_other_criteria_without_training(trained, digits, options):
     """It was so with each of the seeds 0 to 9 of the training, by at least a point at half of the channels."""
@@ -81,8 +57,8 @@ def test_first_channels_beat_other_criteria_without_training(trained, digits, op
     assert digits.top1(compressed, narrow(compressed, 2)) > digits.top1(trained) - 2
     for channels in (2, 1):
         kept = digits.top1(compressed, narrow(compressed, channels))
-        for criterion in ("random", "magnitude", "taylor"):
-            assert kept > digits.top1(dropped(trained, digits.batches, criterion, channels)), criterion
+        for criterion in CRITERIA:
+            assert kept > digits.top1(without_channels(trained, digits.batches, criterion, channels)), criterion
 
 
 def test_more_channels_are_never_worse(trained, digits):
