@@ -45,9 +45,11 @@ class Progress:
         """Show the log entry of an epoch: its line, or on a terminal its validation only."""
         tops = [f"top-1 at {heads} heads {top1:.2f} %" for heads, top1 in entry.get("validation_top1", {}).items()]
         if self._lines:
-            per_step = (self._clock() - self._start) / (entry["step"] - self._before)
-            left = tqdm.format_interval(per_step * (self._steps - entry["step"]))
-            facts = [f"loss {entry['loss']:.4f}", *tops, f"{entry['images_per_second']:.0f} images/s", f"{left} left"]
+            facts, done = [f"loss {entry['loss']:.4f}", *tops], entry["step"] - self._before
+            if done:  # an earlier run may have stopped after the last step of an epoch
+                per_step = (self._clock() - self._start) / done
+                left = tqdm.format_interval(per_step * (self._steps - entry["step"]))
+                facts += [f"{entry['images_per_second']:.0f} images/s", f"{left} left"]
             print(f"epoch {entry['epoch']}/{self._epochs}: {', '.join(facts)}", file=sys.stderr, flush=True)
         elif tops and not self._bar.disable:
             tqdm.write(f"epoch {entry['epoch']}: {', '.join(tops)}", file=sys.stderr)

@@ -37,6 +37,14 @@ def test_elsewhere_a_line_per_epoch(monkeypatch):
     assert shown(monkeypatch, False, validated) == line
 
 
+def test_an_epoch_whose_steps_an_earlier_run_has_done(monkeypatch):
+    stream = Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(10, 100, 30) as progress:
+        progress.epoch(ENTRY | {"images_per_second": 0.0})
+    assert stream.getvalue() == "epoch 3/10: loss 1.2500\n"
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     text = shown(monkeypatch, True, ENTRY | {"validation_top1": {4: 62.5}})
     assert "30/100" in text and "\r" in text and "epoch 3: top-1 at 4 heads 62.50 %\n" in text
