@@ -47,7 +47,7 @@ class _Reasons:
 
     def __init__(self, args: argparse.Namespace):
         name = recipe_name(args)
-        self._args, self._recipe = args, f"recipe {Path(name).name}"  # it may be a file
+        self._args, self._recipe = args, f"recipe {name}" if name in RECIPES else Path(name).name
         self._set = {setting.partition("=")[0] for setting in args.set}
         self._follows_checkpoint = name in OF_CHECKPOINTS
         kind = kind_of(args.data or "digits")
