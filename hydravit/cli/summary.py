@@ -12,7 +12,7 @@ from hydravit.data import Dataset, kind_of
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.report import aligned, count
 from hydravit.preprocessing import IMAGENET_MEAN
-from hydravit.recipes import OF_CHECKPOINTS, Recipe, get_recipe
+from hydravit.recipes import OF_CHECKPOINTS, RECIPES, Recipe, get_recipe
 from hydravit.training import Trainer
 from hydravit.training.folder import RunFolder
 
