@@ -8,7 +8,7 @@ NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:  # one environment
 
-.PHONY: help demo test test-long bench gpu lint format build resources report clean
+.PHONY: help demo test test-long drill bench gpu lint format build resources report clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: build  ## the test suite, without the long tests
 test-long: build  ## the long tests
 	$(PYTEST) -m long
 	$(INTERPRETED) -m long
+
+drill: build  ## trainings are killed, starved of disk space, signalled and damaged, and must go on; ARGS="kills"
+	python tests/drill.py $(ARGS)
 
 bench: build  ## every width beside the best other tools; ARGS="--heads 3-12", see `hydravit benchmark --help`
 	hydravit benchmark $(ARGS)

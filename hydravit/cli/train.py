@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,10 +165,13 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         print(f"hydravit: {stopped}; hydravit train --resume goes on from it", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except (RuntimeError, ValueError, OSError) as error:
-        if trainer.saved_step is None:
-            raise
-        saved = f"{folder.checkpoint} holds the state after step {trainer.saved_step}: --resume goes on from it"
-        raise RuntimeError(f"{error}; {saved}") from error
+        step = trainer.saved_step
+        rest = f"{folder.checkpoint} " + (
+            "was not written yet: --resume begins anew"
+            if step is None
+            else f"holds the state after step {step}: --resume goes on from it"
+        )
+        raise RuntimeError(f"{_reason(error)}; {rest}") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -178,6 +182,14 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     print("wrote", folder.model)
     if not args.no_evaluate:
         _evaluate(trained, evaluation, args, recipe, folder.model)
+
+
+def _reason(error: Exception) -> str:
+    """Return what ended a training. Of a rank that ended, the others learn only that a connection broke."""
+    lost = re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error))
+    if lost is not None and torch.distributed.is_initialized():
+        return f"another rank of this training has ended ({lost[0]})"
+    return str(error)
 
 
 def _checkpoint_to_resume(args: argparse.Namespace, folder: RunFolder, main: bool) -> Path | None:

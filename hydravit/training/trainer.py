@@ -153,10 +153,10 @@ class Trainer:
             OSError: a checkpoint could not be written.
         """
         locked = contextlib.nullcontext() if self.folder is None or self.rank else self.folder.lock()
-        with locked:
-            return self._run()
+        with locked, Interrupt() as interrupt:
+            return self._run(interrupt)
 
-    def _run(self) -> HydraViT:
+    def _run(self, interrupt: Interrupt) -> HydraViT:
         if self.folder is not None and self.rank == 0:
             self.folder.rewind_log(self.epoch)
             self._describe(self.folder)
@@ -177,9 +177,10 @@ class Trainer:
                 self.model.set_distilled_training(True)
             steps = self.recipe.epochs * len(self.batches)
             shown = Progress(self.recipe.epochs, steps, self.step, shown=self.progress)
-            with Interrupt() as interrupt, shown as progress:
+            with shown as progress:
                 while self.epoch < self.recipe.epochs:
                     self._run_epoch(interrupt, progress, board)
+            self._stop_if_asked(interrupt)
             self.save()
         finally:
             if self.gradients is not None:
