@@ -37,8 +37,8 @@ void pack_weight(const ParameterName& name, const Tensor& weight, float* panels)
   check_status(pack_weight_cpu({floats(weight), weight.stride(0)}, weight.size(0), columns, panels, torch_threads()));
 }
 
-// Takes the parameters in the order of parameters.h. Returns the packed tensor, the offset of each parameter in it, or -1
-// where it is absent, and the rows of a panel.
+// Takes the parameters in the order of parameters.h. Returns the packed tensor, the offset of each parameter in it, or
+// -1 where it is absent, and the rows of a panel.
 std::tuple<Tensor, Integers, int64_t> pack_network(const std::vector<OptionalTensor>& parameters,
                                                    const Integers& sizes) {
   const int64_t panel = current_panel();
@@ -56,8 +56,8 @@ std::tuple<Tensor, Integers, int64_t> pack_network(const std::vector<OptionalTen
     const Integers shape = shape_of(*parameters[i]);
     HYDRAVIT_CHECK(shape == spec.shape, spec.name, ": shape ", text(spec.shape), " expected, ", text(shape), " given");
     int64_t size = 0;
-    HYDRAVIT_CHECK(packed_size(spec, panel, size) && !__builtin_add_overflow(stop, size + kAlignment - 1, &stop), spec.name,
-                   ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
+    HYDRAVIT_CHECK(packed_size(spec, panel, size) && !__builtin_add_overflow(stop, size + kAlignment - 1, &stop),
+                   spec.name, ": a shape of fewer than 2^63 elements expected, ", text(shape), " given");
     stop = stop / kAlignment * kAlignment;
   }
 
@@ -93,8 +93,8 @@ class PackedParameters {
       return {spec.name, nullptr, {}, 0};
     }
     int64_t size = 0;
-    HYDRAVIT_CHECK(packed_size(spec, panel_, size), "packed ", spec.name, ": a shape of fewer than 2^63 elements expected, ",
-                   text(spec.shape), " given");
+    HYDRAVIT_CHECK(packed_size(spec, panel_, size), "packed ", spec.name,
+                   ": a shape of fewer than 2^63 elements expected, ", text(spec.shape), " given");
     HYDRAVIT_CHECK(offset >= 0 && offset <= packed_.size(0) && size <= packed_.size(0) - offset, "offsets: ", spec.name,
                    " with ", size, " elements at ", offset, " expected inside [0, ", packed_.size(0), ")");
     return {spec.name, floats(packed_) + offset, std::move(spec.shape), spec.weight ? panel_ : 0};
