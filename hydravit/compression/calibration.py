@@ -45,7 +45,8 @@ class CalibrationImages:
         for name, value in (("count", count), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed), device="cpu")
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu")
         self._dataset = Subset(cast("Dataset", dataset), order[:count].tolist())
         self._options = {"batch_size": batch_size, "num_workers": num_workers}
         self._progress = progress

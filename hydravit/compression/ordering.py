@@ -112,7 +112,7 @@ def _axes(config: HydraViTConfig) -> dict[str, tuple[str, ...]]:
 
 def _orders_of_layer(config: HydraViTConfig, heads: Tensor, hidden: Tensor) -> dict[str, Tensor]:
     first = _order(heads, config.max_heads) * config.head_dim
-    attended = (first[:, None] + torch.arange(config.head_dim, device=first.device)).flatten()
+    attended = (first[:, None] + torch.arange(config.head_dim, dtype=torch.int64, device=first.device)).flatten()
     qkv = torch.cat([attended + role * config.embed for role in range(3)])
     return {"attended": attended, "qkv": qkv, "hidden": _order(hidden, config.hidden)}
 
@@ -120,4 +120,4 @@ def _orders_of_layer(config: HydraViTConfig, heads: Tensor, hidden: Tensor) -> d
 def _order(importance: Tensor, length: int) -> Tensor:
     """The indices of an axis: those that have an importance, in descending order of it, then the others."""
     active = importance.argsort(descending=True, stable=True)
-    return torch.cat([active, torch.arange(len(active), length, device=active.device)])
+    return torch.cat([active, torch.arange(len(active), length, dtype=torch.int64, device=active.device)])

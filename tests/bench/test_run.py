@@ -71,7 +71,7 @@ def test_workloads_without_time_are_named(tmp_path):
     "arguments, message",
     [
         ("--parts speed", "--parts 'speed'"),
-        ("--heads 13", "must be in 1..12"),
+        ("--heads 13", "the model has the widths 1..12"),
         ("--batch 0", "--batch '0'"),
         ("--dtype int8", "--dtype 'int8'"),
         ("--peers nobody", "--peers 'nobody'"),

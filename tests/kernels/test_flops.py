@@ -139,14 +139,14 @@ def test_fake_tensors_count_the_widest():
         assert counted(lambda: torch.ops.hydravit.mlp_block_native(*fake)) == real > 0
 
 
-@pytest.mark.parametrize("first", ["hydravit", "torch.utils.flop_counter"])
+@pytest.mark.parametrize("first", ["hydravit.api", "torch.utils.flop_counter"])
 def test_the_order_of_imports_does_not_matter(first):
     """The counter imports Triton, so importing hydravit does not import the counter."""
-    other = {"hydravit", "torch.utils.flop_counter"} - {first}
+    other = {"hydravit.api", "torch.utils.flop_counter"} - {first}
     code = f"""
 import importlib, sys, torch
 importlib.import_module({first!r})
-assert {first!r} != "hydravit" or "torch.utils.flop_counter" not in sys.modules
+assert {first!r} != "hydravit.api" or "torch.utils.flop_counter" not in sys.modules
 importlib.import_module({other.pop()!r})
 import torch.utils.flop_counter as counter
 assert counter.__spec__.name == "torch.utils.flop_counter" and torch.utils.flop_counter is counter

@@ -123,7 +123,7 @@ def check_network(case):
     images = case.images(batch, config.in_channels, *config.image_size)
     selection = Selection(subnetworks, case.width_index(batch, count))
     fused = model.structure().fused
-    expected = model._head(model._trunk(images, selection, fused), model.head_parameters(), selection)
+    expected = model._head(model._trunk(images, selection, fused), selection)
     assert torch.isfinite(expected).all(), "a block read outside the slice"
 
     network = CpuNetwork(model.network_parameters(), config.sizes)

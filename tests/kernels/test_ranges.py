@@ -61,7 +61,7 @@ from torch.utils.data import TensorDataset
 from hydravit.recipes import Recipe
 from hydravit.training import Trainer
 
-recipe = Recipe(config=config, heads=(1, 3), epochs=1, batch_size=2)
+recipe = Recipe(config=config, heads=(1, 3), epochs=1, warmup_epochs=0, batch_size=2)
 Trainer(model, recipe, TensorDataset(images.repeat(2, 1, 1, 1), torch.arange(4)), progress=False).run()
 print(*nvtx.seen)
 
