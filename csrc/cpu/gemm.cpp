@@ -223,8 +223,14 @@ inline void epilogue_from_registers(const TileEpilogue& tile, Vec (&sums)[rows][
 }
 
 // It is flattened, because sums that a function captures are in memory until the compiler has inlined that function.
+// With the checks of a sanitizer in it, compiling the flat code would take many minutes.
+#ifndef __SANITIZE_ADDRESS__
+#define HYDRAVIT_FLATTEN __attribute__((flatten))
+#else
+#define HYDRAVIT_FLATTEN
+#endif
 template <int rows, int vectors, bool along>
-__attribute__((flatten)) void compute(const Tile& tile, const TileEpilogue* tile_epilogue, int64_t columns) {
+HYDRAVIT_FLATTEN void compute(const Tile& tile, const TileEpilogue* tile_epilogue, int64_t columns) {
   Vec sums[rows][vectors];
   for_each<rows, vectors>([&](int i, int j) { sums[i][j] = Vec{}; });
   // Along K, the address of a row is a pointer plus zero, one or two steps, which x86 and ARM compute inside of the
