@@ -7,8 +7,16 @@ import sys
 
 import torch
 
-from hydravit.cli.images import add_image_arguments, check_order_of_classes
-from hydravit.cli.loading import add_reading_arguments, add_threads_argument, load_model, positive
+from hydravit.cli.images import add_image_arguments
+from hydravit.cli.loading import (
+    add_data_arguments,
+    add_device_argument,
+    add_reading_arguments,
+    add_threads_argument,
+    load_data,
+    load_model,
+    positive,
+)
 
 _EXAMPLES = """examples:
   hydravit compress --method wpac deit_small.pth --data imagenet/ --out wpac.safetensors
@@ -34,7 +42,7 @@ def add_parser(subparsers) -> None:
         choices=["wpac", "order-heads"],
         help="wpac: all heads, each cut to its principal channels; order-heads: the most important heads and channels",
     )
-    parser.add_argument("--data", required=True, help="digits, fashion-mnist[:FOLDER], or a folder of class folders")
+    add_data_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .pt or .pth")
     parser.add_argument("--fold-mean", action="store_true", help="wpac: keep the mean of the value channels cut away")
     parser.add_argument("--balanced", action="store_true", help="wpac: choose query and key channels by their products")
@@ -42,13 +50,8 @@ def add_parser(subparsers) -> None:
         "--images", type=positive, default=1024, metavar="N", help="of the training part (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images (default: 0)")
-    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    add_device_argument(parser)
     add_threads_argument(parser)
     add_reading_arguments(parser)
     add_image_arguments(parser)
@@ -58,22 +61,13 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from hydravit.checkpoint import check_suffix, save_checkpoint
     from hydravit.compression import CalibrationImages, order_heads, wpac
-    from hydravit.data import load_dataset
 
     check_suffix(args.out)
     options = {"fold_mean": args.fold_mean, "balanced": args.balanced}
     if args.method != "wpac" and any(options.values()):
         raise ValueError(f"--fold-mean and --balanced are options of --method wpac, not of {args.method}")
     model, checkpoint, preprocessing = load_model(args)
-    dataset = load_dataset(
-        args.data,
-        split="train",
-        seed=args.split_seed,
-        skip_corrupt=args.skip_corrupt,
-        preprocessing=preprocessing,
-        class_names=checkpoint.class_names,
-    )
-    check_order_of_classes(checkpoint, args.data, dataset.class_names, model.num_classes)
+    dataset = load_data(args, "train", checkpoint, preprocessing, model.num_classes)
     images = CalibrationImages(
         dataset,
         args.images,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hydravit.cli.images import check_order_of_classes
-from hydravit.cli.loading import add_model_arguments, chosen_heads, load_model
+from hydravit.cli.loading import add_data_arguments, add_model_arguments, chosen_heads, load_data, load_model
 
 _EXAMPLES = """examples:
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
@@ -25,13 +24,8 @@ def add_parser(subparsers) -> None:
     )
     add_model_arguments(parser, "default: all trained")
     parser.set_defaults(heads="all")
-    parser.add_argument("--data", required=True, help="digits, fashion-mnist[:FOLDER], or a folder of class folders")
+    add_data_arguments(parser)
     parser.add_argument("--split", default="test", choices=["train", "test", "all"], help="(default: %(default)s)")
-    parser.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder; the training's"
-    )
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     parser.add_argument(
         "--weights", choices=["e4m3"], help="also the accuracy with weights rounded as engines of this dtype round them"
     )
@@ -41,7 +35,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from hydravit.data import load_dataset
     from hydravit.evaluation import evaluate, format_table, write_results
     from hydravit.evaluation.picture import check_plotting
 
@@ -49,15 +42,7 @@ def run(args: argparse.Namespace) -> None:
         check_plotting()
     model, checkpoint, preprocessing = load_model(args)
     heads = chosen_heads(args, model)
-    dataset = load_dataset(
-        args.data,
-        split=args.split,
-        seed=args.split_seed,
-        skip_corrupt=args.skip_corrupt,
-        preprocessing=preprocessing,
-        class_names=checkpoint.class_names,
-    )
-    check_order_of_classes(checkpoint, args.data, dataset.class_names, model.num_classes)
+    dataset = load_data(args, args.split, checkpoint, preprocessing, model.num_classes)
     results = evaluate(
         model,
         dataset,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hydravit.checkpoint import Checkpoint, read_checkpoint
 from hydravit.cli import parse_heads
-from hydravit.cli.images import add_image_arguments, with_images
+from hydravit.cli.images import add_image_arguments, check_order_of_classes, with_images
 from hydravit.extras import extra
 from hydravit.factory import fused_model
 from hydravit.model import HydraViT
 from hydravit.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from hydravit.data import Dataset
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> None:
@@ -25,8 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> Non
     parser.add_argument("--heads", default=None, metavar="LIST", help=f"3,6,12 or 3-12 or all ({heads_help})")
     parser.add_argument("--allow-untrained", action="store_true", help="also widths the checkpoint was not trained at")
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="(default: %(default)s)")
+    add_device_argument(parser)
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     add_threads_argument(parser)
 
@@ -40,6 +42,25 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", action="append", default=[], metavar="NAME=VALUE", help="a field of the config, such as head_dim=80"
     )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(default: %(default)s)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names images and their classes, for ``load_data``."""
+    parser.add_argument("--data", required=True, help="digits, fashion-mnist[:FOLDER], or a folder of class folders")
+    parser.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder; the training's"
+    )
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
+    add_workers_argument(parser)
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
 
 
 def add_threads_argument(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +119,24 @@ def load_model(args: argparse.Namespace) -> tuple[HydraViT, Checkpoint, Preproce
     assert checkpoint.preprocessing is not None
     size = model.config.image_size  # where a field of the config or timm's model says another one than the file
     return model.eval(), checkpoint, dataclasses.replace(checkpoint.preprocessing, image_size=size)
+
+
+def load_data(
+    args: argparse.Namespace, split: str, checkpoint: Checkpoint, preprocessing: Preprocessing, outputs: int
+) -> Dataset:
+    """Return a part of the data, labelled as the model of the checkpoint counts its ``outputs``."""
+    from hydravit.data import load_dataset
+
+    dataset = load_dataset(
+        args.data,
+        split=split,
+        seed=args.split_seed,
+        skip_corrupt=args.skip_corrupt,
+        preprocessing=preprocessing,
+        class_names=checkpoint.class_names,
+    )
+    check_order_of_classes(checkpoint, args.data, dataset.class_names, outputs)
+    return dataset
 
 
 def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ def let_waiting_threads_sleep() -> None:
     """Ask OpenMP, before torch loads it, that threads sleep while they wait; a user's own choice counts.
 
     By default they spin, and where other programs need the same processors, spinning threads keep the one for which
-    they wait from running: training can take ten times as long.
+    they wait from running: training can take many times as long.
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -16,7 +16,7 @@ import torch
 
 from hydravit.cli import parse_heads
 from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point, take_settings_from_file
-from hydravit.cli.loading import add_threads_argument, usable_device
+from hydravit.cli.loading import add_device_argument, add_threads_argument, add_workers_argument, usable_device
 from hydravit.config import HydraViTConfig
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
@@ -50,10 +50,8 @@ def add_parser(subparsers) -> None:
         "--resume", nargs="?", const="", metavar="FILE", help="go on exactly from a checkpoint.pt (default: OUT's)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that OUT holds")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    add_device_argument(parser)
+    add_workers_argument(parser)
     parser.add_argument(
         "--validate-every",
         type=int,
