@@ -17,15 +17,28 @@ def load_batches(dataset: Any, *, num_workers: int = 0, **options) -> Iterator:
 
     ``DataLoader`` makes its seed and the labels on the default device, from a generator of the CPU. It also writes a
     worker's traceback into the message of the error that it raises; here the error of a worker is the data set's own.
+    The workers end with the iteration, whether it was finished, raised, or was closed or collected.
     """
     if num_workers:
         dataset, options["worker_init_fn"] = _Reporting(dataset), obey_parent
     with torch.device("cpu"), signals_held_back():
-        loader = iter(DataLoader(dataset, num_workers=num_workers, collate_fn=_collate, **options))
-    for batch in loader:
-        if isinstance(batch, _Failure):
-            raise batch.error from _WorkerTraceback(batch.traceback)
-        yield batch
+        batches = iter(DataLoader(dataset, num_workers=num_workers, collate_fn=_collate, **options))
+    _loading.add(batches)
+    try:
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise batch.error from _WorkerTraceback(batch.traceback)
+            yield batch
+    finally:
+        _loading.remove(batches)
+        if num_workers:
+            batches._shutdown_workers()  # now, because the traceback of an error can keep the iterator for long
+
+
+# Iterators that have workers must not become cyclic garbage, which an abandoned loop can be when it ended with an
+# error: the garbage collector takes their queues apart first, and then waits five seconds for every worker, which no
+# queue can tell to end. It does so in any thread at any time.
+_loading: set[Iterator] = set()
 
 
 class _Failure(NamedTuple):

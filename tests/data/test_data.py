@@ -1,6 +1,8 @@
 """Data sets: the three sources, their splits and augmentation, and every kind of bad input."""
 
+import gc
 import gzip
+import multiprocessing
 import re
 import struct
 from pathlib import Path
@@ -327,6 +329,33 @@ def test_errors_are_the_same_line_with_workers(photos, workers):
         with pytest.raises(ValueError) as raised:
             list(load_batches(dataset, batch_size=4, num_workers=workers))
         assert re.fullmatch(r".*/dog/0.png: cannot be read as an image \(.*\)", str(raised.value))
+
+
+@pytest.mark.parametrize("raised", ["by the data", "by the loop"])
+def test_workers_end_with_the_loop_whatever_keeps_its_error(photos, monkeypatch, raised):
+    """Not five seconds later by a signal, which is what a collected iterator of torch's does."""
+    if raised == "by the data":
+        (photos / "dog" / "0.png").write_bytes((photos / "dog" / "0.png").read_bytes()[:60])
+    killed = []
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.terminate", lambda process: killed.append(process))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 60.0)
+
+    def loop():
+        batches = load_batches(load_photos(photos), batch_size=2, num_workers=2)
+        try:
+            for _ in batches:
+                if raised == "by the loop":
+                    raise ValueError("the loop's own")
+        except ValueError as error:
+            return error  # whose traceback holds this frame, which holds the batches
+
+    error = loop()
+    error.itself = error  # a cycle
+    if raised == "by the data":
+        assert multiprocessing.active_children() == []
+    del error
+    gc.collect()
+    assert multiprocessing.active_children() == [] and not killed
 
 
 class Items(torch.utils.data.Dataset):
