@@ -24,6 +24,7 @@ def take_settings_from_file(args: argparse.Namespace) -> None:
     """Let the YAML file that ``--set-from`` names decide what neither other arguments nor ``--set`` decide.
 
     Its keys are fields of the recipe or the model, and ``recipe``, ``config`` and the other arguments of a recipe.
+    Those that it decides are then in ``args.decided_by_file``.
 
     Raises:
         OSError: the file cannot be read.
@@ -38,15 +39,17 @@ def take_settings_from_file(args: argparse.Namespace) -> None:
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f"{args.set_from}: expected lines of FIELD: VALUE, not {type(settings).__name__}")
     known = {field.name for kind in (Recipe, HydraViTConfig) for field in dataclasses.fields(kind)}
-    fields = []
+    fields, decided, named = [], {}, {setting.partition("=")[0] for setting in args.set}
     for name, value in settings.items():
         if name not in (*_ARGUMENTS, *known):
             raise ValueError(f"{args.set_from}: {name!r} is no field of the recipe or the model, nor recipe or config")
+        if name not in named and getattr(args, name, None) is None:
+            decided[name] = args.set_from
         if name not in _ARGUMENTS:
             fields.append(f"{name}={tuple(value) if isinstance(value, list) else value}")
         elif getattr(args, name) is None:
             setattr(args, name, _argument(args.set_from, name, value))
-    args.set, args.set_from = [*fields, *args.set], None
+    args.set, args.set_from, args.decided_by_file = [*fields, *args.set], None, decided
 
 
 def _argument(file: str, name: str, value: object) -> object:

@@ -19,9 +19,9 @@ from hydravit.cli.loading import (
 )
 
 _EXAMPLES = """examples:
-  hydravit compress --method wpac deit_small.pth --data imagenet/ --out wpac.safetensors
-  hydravit compress --method wpac --fold-mean --balanced deit_small.pth --data imagenet/ --out wpac.safetensors
-  hydravit compress --method order-heads deit_small.pth --data imagenet/ --out ordered.safetensors
+  hydravit compress --method wpac --checkpoint deit_small.pth --data imagenet/ --out wpac.safetensors
+  hydravit compress --method wpac --balanced --checkpoint deit_small.pth --data imagenet/ --out wpac.safetensors
+  hydravit compress --method order-heads --checkpoint deit_small.pth --data imagenet/ --out ordered.safetensors
   hydravit evaluate --checkpoint wpac.safetensors --data imagenet/ --accuracy-only
 """
 
@@ -35,7 +35,7 @@ def add_parser(subparsers) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights: .safetensors, .pt or .pth")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
     parser.add_argument(
         "--method",
         required=True,

@@ -93,6 +93,7 @@ def _train(training: argparse.Namespace, out: Path) -> dict:
     """Train, or resume an interrupted training; return the results of ``evaluate`` on the part that was held out."""
     from hydravit.checkpoint import read_checkpoint
     from hydravit.cli import train
+    from hydravit.cli.loading import about_data
     from hydravit.data import load_dataset
     from hydravit.evaluation import evaluate
     from hydravit.factory import fused_model
@@ -109,6 +110,6 @@ def _train(training: argparse.Namespace, out: Path) -> dict:
     dataset = load_dataset(recipe.data, split="test", preprocessing=checkpoint.preprocessing)
     model = fused_model(checkpoint=checkpoint, device="cpu")
     results = evaluate(model, dataset, latency=False, memory=False)
-    results["data"] = {"source": recipe.data, "split": "test", "skipped": 0}
+    results["data"] = about_data(recipe.data, "test", dataset)
     results["checkpoint"] = str(out / MODEL)
     return {**results, "recipe": recipe.to_dict()}

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hydravit.cli.loading import add_data_arguments, add_model_arguments, chosen_heads, load_data, load_model
+from hydravit.cli.loading import (
+    about_data,
+    add_data_arguments,
+    add_model_arguments,
+    chosen_heads,
+    load_data,
+    load_model,
+)
 
 _EXAMPLES = """examples:
   hydravit evaluate --checkpoint runs/demo/model.safetensors --data digits
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         e4m3_weights=args.weights == "e4m3",
         progress=sys.stderr.isatty(),
     )
-    results["data"] = {"source": args.data, "split": args.split, "skipped": len(dataset.skipped)}
+    results["data"] = about_data(args.data, args.split, dataset)
     results["checkpoint"] = args.checkpoint
     print(format_table(results))
     if dataset.skipped:

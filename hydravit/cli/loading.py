@@ -139,6 +139,11 @@ def load_data(
     return dataset
 
 
+def about_data(source: str, split: str, dataset: Dataset) -> dict[str, Any]:
+    """Return what results say about the images that they were measured on."""
+    return {"source": source, "split": split, "part": dataset.origin, "skipped": len(dataset.skipped)}
+
+
 def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:
     """Return the widths that ``--heads`` names; ``all`` names all that the model allows."""
     if args.heads.strip().lower() == "all":

@@ -20,15 +20,24 @@ _MANY = 20  # classes, of which only the smallest and the largest are then shown
 
 
 def training_summary(
-    args: argparse.Namespace, trainer: Trainer, folder: RunFolder, training: Dataset, held_out: Dataset | None
+    args: argparse.Namespace,
+    trainer: Trainer,
+    folder: RunFolder,
+    training: Dataset,
+    held_out: Dataset | None,
+    resumed: Path | None,
 ) -> str:
-    """Describe a training that is ready to run: data, images, model, steps, device and files; reasons in brackets."""
+    """Describe a training that is ready to run: data, images, model, steps, device and files; reasons in brackets.
+
+    Args:
+        resumed: the checkpoint of the interrupted run that it goes on with.
+    """
     because = _Reasons(args)
     parts = {
         "recipe": [because.of_recipe],
         "data": _data(trainer, training, held_out, because),
         "images": _images(trainer, training, because),
-        "model": _model(trainer, because),
+        "model": _model(trainer, because, resumed),
         "steps": _steps(trainer, because),
         "learning rate": _learning_rate(trainer, because),
         **_teacher(trainer.recipe),
@@ -48,7 +57,7 @@ class _Reasons:
     def __init__(self, args: argparse.Namespace):
         name = recipe_name(args)
         self._args, self._recipe = args, f"recipe {name}" if name in RECIPES else Path(name).name
-        self._set = {setting.partition("=")[0] for setting in args.set}
+        self._decided = {setting.partition("=")[0]: "--set" for setting in args.set} | args.decided_by_file
         self._follows_checkpoint = name in OF_CHECKPOINTS
         kind = kind_of(args.data or "digits")
         usual = f"for {'a folder of photos' if kind == 'folder' else kind}"
@@ -60,18 +69,18 @@ class _Reasons:
         """Return what decided a field of the recipe, in brackets."""
         given = getattr(self._args, field, None) is not None
         option = f"--{field.replace('_', '-')}" if given else self._recipe
-        return f"({'--set' if field in self._set else option})"
+        return f"({self._decided.get(field, option)})"
 
     def of_warmup(self, epochs: float) -> str:
         """Return what decided the length of the warm-up, in brackets."""
-        shortened = epochs != get_recipe(recipe_name(self._args)).warmup_epochs and "warmup_epochs" not in self._set
+        shortened = epochs != get_recipe(recipe_name(self._args)).warmup_epochs and "warmup_epochs" not in self._decided
         return "(shortened with the epochs)" if shortened else self("warmup_epochs")
 
     def of_model(self, field: str) -> str:
         """Return what decided a field of the model's config, in brackets."""
         other = "the checkpoint's" if self._follows_checkpoint else self._recipe
-        named = self._args.config and f"--config {self._args.config}"
-        return f"({'--set' if field in self._set else named or other})"
+        named = self._args.config and self._decided.get("config", f"--config {self._args.config}")
+        return f"({self._decided.get(field) or named or other})"
 
 
 def _data(trainer: Trainer, training: Dataset, held_out: Dataset | None, because: _Reasons) -> list[str]:
@@ -111,10 +120,12 @@ def _images(trainer: Trainer, training: Dataset, because: _Reasons) -> list[str]
     ]
 
 
-def _model(trainer: Trainer, because: _Reasons) -> list[str]:
+def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[str]:
     model, recipe = trainer.model, trainer.recipe
     config = model.config
-    if recipe.checkpoint:
+    if resumed is not None:
+        start = f"goes on from {resumed} after step {trainer.step}"
+    elif recipe.checkpoint:
         start = f"starts from {recipe.checkpoint}"
     else:
         start = f"starts from random weights of seed {recipe.seed}"
@@ -139,7 +150,8 @@ def _steps(trainer: Trainer, because: _Reasons) -> list[str]:
     ranks = f" on each of {trainer.world} processes" if trainer.world > 1 else ""
     return [
         f"{recipe.epochs * steps} = {recipe.epochs} epochs {because('epochs')} of {steps} steps with {size} images"
-        f"{ranks} {because('batch_size')}" + (f"; {left} images are left out of every epoch" if left else "")
+        f"{ranks} {because('batch_size')}"
+        + (f"; every epoch leaves {left} other images out, too few for a step" if left else "")
     ]
 
 
@@ -171,7 +183,7 @@ def _teacher(recipe: Recipe) -> dict[str, list[str]]:
 def _device(args: argparse.Namespace, trainer: Trainer) -> list[str]:
     precision = "float32" if trainer.recipe.amp == "none" else f"float32 and {trainer.recipe.amp}"
     return [
-        f"{trainer.device} (--device), backend {trainer.model.backend}, {precision}; {trainer.world} process(es) of "
+        f"{trainer.device}, backend {trainer.model.backend}, {precision}; {trainer.world} process(es) of "
         f"{torch.get_num_threads()} thread(s), {args.workers} that load images"
     ]
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,13 @@ import torch
 
 from hydravit.cli import parse_heads
 from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point, take_settings_from_file
-from hydravit.cli.loading import add_device_argument, add_threads_argument, add_workers_argument, usable_device
+from hydravit.cli.loading import (
+    about_data,
+    add_device_argument,
+    add_threads_argument,
+    add_workers_argument,
+    usable_device,
+)
 from hydravit.config import HydraViTConfig
 from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
 
@@ -99,6 +106,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="replaces any field of the recipe or the model",
     )
     parser.add_argument("--set-from", metavar="FILE", help="fields from a YAML file; other arguments take precedence")
+    parser.set_defaults(decided_by_file={})  # fields, and that file's name
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
     add_threads_argument(parser)
 
@@ -150,7 +158,7 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # every rank has seen what the folder held
     if main:
-        print(training_summary(args, trainer, folder, dataset, evaluation), flush=True)
+        print(training_summary(args, trainer, folder, dataset, evaluation, resume), flush=True)
         for name, (before, now) in changed.items():
             print(f"after step {trainer.step}, {name} is {now!r}; it was {before!r}", flush=True)
         if resume is None:
@@ -160,14 +168,12 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     except Interrupted as stopped:
-        print(f"hydravit: {stopped}; hydravit train --resume goes on from it", file=sys.stderr)
+        print(f"hydravit: {stopped}; {_resuming(folder)}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except (RuntimeError, ValueError, OSError) as error:
         step = trainer.saved_step
         rest = f"{folder.checkpoint} " + (
-            "was not written yet: --resume begins anew"
-            if step is None
-            else f"holds the state after step {step}: --resume goes on from it"
+            "was not written yet" if step is None else f"holds the state after step {step}: {_resuming(folder)}"
         )
         raise RuntimeError(f"{_reason(error)}; {rest}") from error
     finally:
@@ -180,6 +186,10 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     print("wrote", folder.model)
     if not args.no_evaluate:
         _evaluate(trained, evaluation, args, recipe, folder.model)
+
+
+def _resuming(folder: RunFolder) -> str:
+    return f"go on with: hydravit train --out {shlex.quote(str(folder))} --resume"
 
 
 def _reason(error: Exception) -> str:
@@ -214,7 +224,7 @@ def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Pa
 
     measure = not args.accuracy_only
     results = evaluate(model.eval(), dataset, latency=measure, memory=measure, progress=sys.stderr.isatty())
-    results["data"] = {"source": recipe.data, "split": "test", "skipped": len(dataset.skipped)}
+    results["data"] = about_data(recipe.data, "test", dataset)
     results["checkpoint"] = str(path)
     print(format_table(results))
     print("wrote", *write_results(results, args.out))

@@ -22,7 +22,7 @@ def load_batches(dataset: Any, *, num_workers: int = 0, **options) -> Iterator:
     if num_workers:
         dataset, options["worker_init_fn"] = _Reporting(dataset), obey_parent
     with torch.device("cpu"), signals_held_back():
-        batches = iter(DataLoader(dataset, num_workers=num_workers, collate_fn=_collate, **options))
+        batches: Any = iter(DataLoader(dataset, num_workers=num_workers, collate_fn=_collate, **options))
     _loading.add(batches)
     try:
         for batch in batches:

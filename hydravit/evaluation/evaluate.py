@@ -96,6 +96,7 @@ def evaluate(
     about = {
         **environment(model),
         "images": len(dataset),
+        "classes": model.num_classes,
         "batch_size": batch_size,
         "latency": "median wall time of one image, backends and widths in turns" if latency else "not asked for",
         "fused_missing": fused_missing if latency else "not asked for",

@@ -21,6 +21,8 @@ def format_table(results: dict) -> str:
     """Format the results of ``evaluate`` as a table, with lines on how they were measured."""
     accuracies = {"top1": "top-1 %", "top5": "top-5 %", "e4m3_top1": "e4m3 top-1", "e4m3_top5": "e4m3 top-5"}
     accuracies = {name: label for name, label in accuracies.items() if all(name in row for row in results["widths"])}
+    if results["environment"]["classes"] <= 5:  # among the first five of them is every class
+        accuracies = {name: label for name, label in accuracies.items() if not name.endswith("top5")}
     header = ["heads", "params", "GMACs", *accuracies.values(), "eager ms", "fused ms", "memory MiB"]
     rows = [
         [
@@ -36,9 +38,9 @@ def format_table(results: dict) -> str:
     ]
     about = results["environment"]
     notes = [
-        f"{about['images']} images; {_machine(about)}",
+        f"{about['images']} images{_source(results)}; {_machine(about)}",
         f"latency: {about['latency']}",
-        f"memory: {about['memory']}, batch {about['batch_size']}",
+        f"memory: {about['memory']}" + (f", batch {about['batch_size']}" if about["weights_mib"] is not None else ""),
     ]
     if about["fused_missing"] not in ("", about["latency"]):
         notes.append(f"no fused latency: {about['fused_missing']}")
@@ -102,6 +104,12 @@ def faster(row: dict) -> float | None:
     """Return how many times as long as ours eager PyTorch takes at a width."""
     eager, fused = row["latency_ms"]["eager"], row["latency_ms"]["fused"]
     return None if fused is None else eager / fused
+
+
+def _source(results: dict) -> str:
+    """Return where a command says that the images come from; ``evaluate`` itself does not know."""
+    data = results.get("data")
+    return "" if data is None else f" of {data['source']}, {data['part']}"
 
 
 def _machine(about: dict) -> str:

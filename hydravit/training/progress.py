@@ -23,8 +23,8 @@ class Progress:
     def __init__(
         self, epochs: int, steps: int, done: int, *, shown: bool = True, clock: Callable[[], float] = time.monotonic
     ):
-        self._epochs, self._steps, self._before, self._clock = epochs, steps, done, clock
-        self._start = clock()
+        self._epochs, self._steps, self._clock = epochs, steps, clock
+        self._seen, self._time = done, clock()  # of the last epoch's end
         terminal = sys.stderr.isatty()
         self._lines = shown and not terminal
         self._bar = tqdm(total=steps, initial=done, unit="step", leave=False, disable=not (shown and terminal))
@@ -45,11 +45,12 @@ class Progress:
         """Show the log entry of an epoch: its line, or on a terminal its validation only."""
         tops = [f"top-1 at {heads} heads {top1:.2f} %" for heads, top1 in entry.get("validation_top1", {}).items()]
         if self._lines:
-            facts, done = [f"loss {entry['loss']:.4f}", *tops], entry["step"] - self._before
+            facts, done, now = [f"loss {entry['loss']:.4f}", *tops], entry["step"] - self._seen, self._clock()
             if done:  # an earlier run may have stopped after the last step of an epoch
-                per_step = (self._clock() - self._start) / done
+                per_step = (now - self._time) / done  # of this epoch, because the first one is slower than the others
                 left = tqdm.format_interval(per_step * (self._steps - entry["step"]))
                 facts += [f"{entry['images_per_second']:.0f} images/s", f"{left} left"]
+            self._seen, self._time = entry["step"], now
             print(f"epoch {entry['epoch']}/{self._epochs}: {', '.join(facts)}", file=sys.stderr, flush=True)
         elif tops and not self._bar.disable:
             tqdm.write(f"epoch {entry['epoch']}: {', '.join(tops)}", file=sys.stderr)

@@ -70,10 +70,12 @@ def test_evaluate_writes_table_json_and_plot(folder, capsys):
     digits = ("evaluate", "--checkpoint", folder / "digits.pt", "--data", "digits")
     assert hydravit(*digits, "--out", out, "--seconds", 0.1, "--heads", "1,3") == 0
     table = capsys.readouterr().out
-    assert "GMACs" in table and "599 images" in table
+    assert "GMACs" in table and "top-5 %" in table
+    part = "a third of every class"
+    assert f"599 images of digits, {part}; " in table and ", batch 64\n" in table
     results = json.loads((out / "results.json").read_text())
     assert [row["heads"] for row in results["widths"]] == [1, 3]
-    assert results["data"] == {"source": "digits", "split": "test", "skipped": 0}
+    assert results["data"] == {"source": "digits", "split": "test", "part": part, "skipped": 0}
     assert (out / "results.png").exists()
     assert hydravit(*digits, "--accuracy-only", "--heads", "all") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["1", "3"]

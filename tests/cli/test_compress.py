@@ -30,6 +30,10 @@ def hydravit(*arguments):
     return main([str(argument) for argument in arguments])
 
 
+def compress(checkpoint, *arguments):
+    return hydravit("compress", "--checkpoint", checkpoint, *arguments)
+
+
 @pytest.mark.parametrize(
     ("method", "geometry", "widths"),
     [
@@ -41,7 +45,7 @@ def hydravit(*arguments):
 )
 def test_every_other_command_takes_the_result(method, geometry, widths, vit, digits, tmp_path, capsys):
     out = tmp_path / "narrow.safetensors"
-    assert hydravit("compress", vit, "--method", *method, "--data", "digits", "--images", 100, "--out", out) == 0
+    assert compress(vit, "--method", *method, "--data", "digits", "--images", 100, "--out", out) == 0
     printed = capsys.readouterr().out
     assert f"geometry {geometry}, heads {widths}" in printed and "differ by" in printed
     checkpoint = read_checkpoint(out)
@@ -56,13 +60,13 @@ def test_every_other_command_takes_the_result(method, geometry, widths, vit, dig
     assert hydravit("evaluate", "--checkpoint", out, "--data", "digits", "--accuracy-only", "--heads", "all") == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:5]] == list("1234")
     again = tmp_path / "again.safetensors"
-    assert hydravit("compress", out, "--method", "wpac", "--data", "digits", "--out", again) == 0
+    assert compress(out, "--method", "wpac", "--data", "digits", "--out", again) == 0
 
 
 def test_the_same_command_gives_the_same_file(vit, tmp_path):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for file in files:
-        assert hydravit("compress", vit, "--method", "wpac", "--data", "digits", "--out", file) == 0
+        assert compress(vit, "--method", "wpac", "--data", "digits", "--out", file) == 0
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -75,8 +79,8 @@ def test_wrong_arguments_are_one_line(vit, tmp_path, capsys):
         ("--method", "wpac", "--data", "cifar10", *out[2:]): "neither digits, fashion-mnist nor a folder",
     }
     for arguments, message in cases.items():
-        assert hydravit("compress", vit, *arguments) == 2
+        assert compress(vit, *arguments) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     with pytest.raises(SystemExit):
-        hydravit("compress", vit, "--method", "magic", *out)
+        compress(vit, "--method", "magic", *out)

@@ -144,6 +144,15 @@ def test_the_classifiers_rows_follow_the_names_of_classes(photos, checkpoint):
     torch.testing.assert_close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
 
 
+@pytest.fixture
+def settings(tmp_path):
+    def write(text):
+        (tmp_path / "settings.yaml").write_text(text)
+        return tmp_path / "settings.yaml"
+
+    return write
+
+
 # The summary --------------------------------------------------------------------------------------------------------
 
 
@@ -169,8 +178,15 @@ def test_before_training_it_is_said_what_was_decided_and_by_what(photos, tmp_pat
         f"learning rate 0.001 (recipe photos) after {warmup}, a cosine to 1e-05",
     ):
         assert line in out.splitlines() or f" {line}" in out.splitlines(), line
-    assert f"output {tmp_path / 'out'}" in out and "device cpu (--device), backend reference, float32" in out
+    assert f"output {tmp_path / 'out'}" in out and "device cpu, backend reference, float32" in out
     assert not err.count("warning")
+
+
+def test_of_a_file_of_settings_its_name_is_said(photos, settings, tmp_path, capsys):
+    file = settings("config: tiny\nepochs: 1\nimage_size: 32\nbatch_size: 4\ndepth: 2\n")
+    out, _ = summary(capsys, "--data", photos, "--set-from", file, "--set", "depth=1", "--out", tmp_path / "out")
+    for text in (f"32x32 pixels ({file})", "64 channels (--set)", f"1 epochs ({file})", f"with 4 images ({file})"):
+        assert text in out
 
 
 def test_fine_tuning_says_so_and_evaluates(photos, checkpoint, tmp_path, capsys):
@@ -203,15 +219,6 @@ def test_usual_data_sets_keep_their_own_statistics():
 
 
 # A file of settings --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def settings(tmp_path):
-    def write(text):
-        (tmp_path / "settings.yaml").write_text(text)
-        return tmp_path / "settings.yaml"
-
-    return write
 
 
 def test_a_file_decides_as_arguments_would(settings):

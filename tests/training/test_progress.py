@@ -37,6 +37,17 @@ def test_elsewhere_a_line_per_epoch(monkeypatch):
     assert shown(monkeypatch, False, validated) == line
 
 
+def test_the_time_that_is_left_is_judged_by_the_last_epoch(monkeypatch):
+    """The first one is slower: it allocates, compiles and reads files that nothing has cached."""
+    clock, stream = FakeClock(), Stream(False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(10, 100, 20, clock=clock.now) as progress:
+        for epoch, seconds in ((3, 60.0), (4, 10.0)):
+            clock.sleep(seconds)
+            progress.epoch(ENTRY | {"epoch": epoch, "step": 10 * epoch})
+    assert [line.split(", ")[-1] for line in stream.getvalue().splitlines()] == ["07:00 left", "01:00 left"]
+
+
 def test_an_epoch_whose_steps_an_earlier_run_has_done(monkeypatch):
     stream = Stream(False)
     monkeypatch.setattr(sys, "stderr", stream)

@@ -104,7 +104,9 @@ def test_a_run_is_replaced_only_if_asked(run, capsys):
 def test_a_finished_run_is_trained_for_longer(run, tmp_path, capsys):
     assert train(run, "--resume") == 0 and epochs_in_log(run) == [1, 2]  # nothing is left to do
     assert train(run, "--resume", "--epochs", 4) == 0
-    assert "after step 4, epochs is 4; it was 2" in capsys.readouterr().out and epochs_in_log(run) == [1, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert "after step 4, epochs is 4; it was 2" in said and epochs_in_log(run) == [1, 2, 3, 4]
+    assert f"goes on from {run}/checkpoint.pt after step 4; trained widths:" in said
     about = description(run)
     assert about["recipe"]["epochs"] == 4 and [start["step"] for start in about["starts"]] == [0, 4, 4]
     assert about["starts"][-1]["changed"] == {"epochs": [2, 4]}
@@ -122,7 +124,7 @@ def test_after_a_loss_that_is_not_finite_training_goes_on_otherwise(tmp_path, ca
     one_step_per_epoch = ["--batch-size", 1198, "--epochs", 3]
     line = fails(capsys, out, *QUICK, *one_step_per_epoch, "--lr", 1e30)
     assert "the loss is nan in step 1 (epoch 2, batch 1)" in line
-    assert f"{out}/checkpoint.pt holds the state after step 0: --resume goes on from it" in line
+    assert f"{out}/checkpoint.pt holds the state after step 0: go on with: hydravit train --out {out} --resume" in line
     assert train(out, "--resume", "--lr", 1e-3) == 0
     assert "after step 0, lr is 0.001; it was 1e+30" in capsys.readouterr().out
     assert epochs_in_log(out) == [1, 2, 3]
