@@ -16,8 +16,9 @@ from hydravit.cli import main
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(find_spec("timm") is None, reason="timm is not installed")]
 
-EPOCHS = 4
+QUICK = ("--set", "image_size=32", "--epochs", "4")
 COLOURS = {"blue": (60, 90, 200), "green": (60, 180, 70), "red": (200, 60, 60), "grey": (128, 128, 128)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -34,27 +35,26 @@ def photos(tmp_path_factory):
 
 
 def arguments(photos, out, *more):
-    recipe = ["train", "--recipe", "hydravit-imagenet", "--config", "tiny", "--set", "image_size=32"]
-    return [*recipe, "--data", str(photos), "--epochs", str(EPOCHS), "--out", str(out), "--accuracy-only", *more]
+    recipe = ["train", "--recipe", "hydravit-imagenet", "--config", "tiny"]
+    return [*recipe, "--data", str(photos), "--out", str(out), "--accuracy-only", *more]
 
 
-def train_and_kill(out, *command):
-    """Start a training in a process of its own and kill it, with what it started, after its first epoch."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+def train_and_kill(out, *command, epoch=1):
+    """Start a training in a process of its own and kill it, with what it started, after that epoch."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stderr:
-        if line.startswith("epoch 1/"):
+        if line.startswith(f"epoch {epoch}/"):
             break
     else:
-        raise AssertionError(f"no epoch was trained, exit code {process.wait()}")
+        raise AssertionError(f"epoch {epoch} was not trained, exit code {process.wait()}")
     trainer = int(re.match(r"process (\d+) on", (out / ".lock").read_text())[1])  # rank 0, under torchrun
     os.kill(trainer, signal.SIGKILL)
     process.stderr.read()
     assert process.wait() != 0 and not (out / "model.safetensors").exists()
 
 
-def weights(out):
-    assert len((out / "log.jsonl").read_text().splitlines()) == EPOCHS
+def weights(out, epochs=4):
+    assert len((out / "log.jsonl").read_text().splitlines()) == epochs
     results = json.loads((out / "results.json").read_text())
     assert [row["heads"] for row in results["widths"]] == [1, 2, 3] and results["environment"]["images"] == 68
     return (out / "model.safetensors").read_bytes()
@@ -63,19 +63,19 @@ def weights(out):
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert main(arguments(photos, out)) == 0
+    assert main(arguments(photos, out, *QUICK)) == 0
     return weights(out)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_bit(photos, whole, tmp_path, workers):
-    assert main(arguments(photos, tmp_path, "--workers", str(workers))) == 0
+    assert main(arguments(photos, tmp_path, *QUICK, "--workers", str(workers))) == 0
     assert weights(tmp_path) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed(photos, whole, tmp_path, workers):
-    options = arguments(photos, tmp_path, "--workers", str(workers))
+    options = arguments(photos, tmp_path, *QUICK, "--workers", str(workers))
     train_and_kill(tmp_path, sys.executable, "-m", "hydravit", *options)
     assert main([*options, "--resume"]) == 0
     assert weights(tmp_path) == whole
@@ -85,10 +85,21 @@ def test_killed_and_resumed(photos, whole, tmp_path, workers):
 
 def test_two_ranks_killed_and_resumed(photos, tmp_path):
     def run(name, *more):
-        return [*TORCHRUN, "-m", "hydravit", *arguments(photos, tmp_path / name, *more)]
+        return [*TORCHRUN, "-m", "hydravit", *arguments(photos, tmp_path / name, *QUICK, *more)]
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(run("whole"), check=True, capture_output=True, env=environment)
+    subprocess.run(run("whole"), check=True, capture_output=True, env=ENVIRONMENT)
     train_and_kill(tmp_path / "parts", *run("parts"))
-    subprocess.run(run("parts", "--resume"), check=True, capture_output=True, env=environment)
+    subprocess.run(run("parts", "--resume"), check=True, capture_output=True, env=ENVIRONMENT)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_epochs_at_the_recipes_size(photos, tmp_path, ranks):
+    """It is killed twice, and has another number of workers every time. Those above compare the bits, at 32 pixels."""
+    command = [sys.executable] if ranks == 1 else TORCHRUN
+    options = arguments(photos, tmp_path, "--epochs", "20")
+    command = [*command, "-m", "hydravit", *options]
+    train_and_kill(tmp_path, *command, "--workers", "0", epoch=6)
+    train_and_kill(tmp_path, *command, "--workers", "1", "--resume", epoch=12)
+    subprocess.run([*command, "--workers", "2", "--resume"], check=True, capture_output=True, env=ENVIRONMENT)
+    weights(tmp_path, epochs=20)
