@@ -76,6 +76,16 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def openvino(monkeypatch):
+    """OpenVINO, whose ``compile_model`` takes the process's only ``Core``: see ``openvino_core``."""
+    package = pytest.importorskip("openvino")
+    from bench.peers.runtimes import openvino_core
+
+    monkeypatch.setattr("openvino._ov_api.Core", openvino_core)
+    return package
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
     """The module of the CUDA network, compiled for this CPU: the emulator of tests/cuda computes what a GPU would."""

@@ -69,7 +69,7 @@ def test_every_block_has_a_language_that_is_checked(page):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=by_name)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # adapted weights are warnings too
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     """One page is one session: its blocks run in order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     size, classes = IMAGES.get(page.name, (0, 0))
@@ -79,6 +79,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         for block in blocks(page):
             if block.language != "python" or (block.needs and importlib.util.find_spec(block.needs) is None):
                 continue
+            if block.needs == "openvino":
+                request.getfixturevalue("openvino")
             # Empty lines in front, so that an error names the page's own line.
             exec(compile("\n" * block.line + block.text, str(page), "exec"), namespace)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -10,10 +11,10 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -94,7 +95,7 @@ def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Seque
         with compiling():
             path = _exported(".pt2", vit, images, export, **settings)
             network = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-            run = without_gradients(partial(network, images))
+            run = without_gradients(functools.partial(network, images))
             run()
         return run
 
@@ -147,6 +148,19 @@ def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[
 # OpenVINO. ------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The only one of this process, for ever.
+
+    OpenVINO's CPU plugin gives the process another stack for signals, and the one before back when it goes. Of two that
+    go in the order they came in, the second gives the first one's back, which is gone: the next signal with a handler,
+    such as Ctrl-C, is then a segmentation fault (OpenVINO 2026.4).
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _openvino_inference(model: HydraViT, images: Tensor, heads: Sequence[int]):
     if images.is_cuda:
         raise Absent("OpenVINO does not run on NVIDIA GPUs")
@@ -155,11 +169,10 @@ def _openvino_inference(model: HydraViT, images: Tensor, heads: Sequence[int]):
 
     if images.dtype != torch.float32:
         raise Absent("measured in float32 only: the precision of other types is up to OpenVINO")
-    core = openvino.Core()
-    return {k: _openvino_ready(openvino, core, plain_vit(model, k).eval(), images) for k in heads}
+    return {k: _openvino_ready(openvino, plain_vit(model, k).eval(), images) for k in heads}
 
 
-def _openvino_ready(openvino, core, vit: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+def _openvino_ready(openvino, vit: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     def export(path: Path) -> None:
         network = openvino.convert_model(vit, example_input=images, input=[tuple(images.shape)])
         openvino.save_model(network, path, compress_to_fp16=False)
@@ -172,6 +185,7 @@ def _openvino_ready(openvino, core, vit: nn.Module, images: Tensor) -> Callable[
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
     }
+    core = openvino_core()
     compiled = core.compile_model(core.read_model(path, path.with_suffix(".bin")), "CPU", settings)
     logits = images.new_empty(tuple(compiled.output(0).shape))
     request = compiled.create_infer_request()
@@ -192,13 +206,13 @@ PEERS = [
         "aot",
         "AOTInductor of the extracted width, weights frozen and packed",
         opaque=True,
-        inference=partial(_aot_inference, {}),
+        inference=functools.partial(_aot_inference, {}),
     ),
     Peer(
         "aot-max",
         "AOTInductor of the extracted width, weights frozen and packed, max-autotune",
         opaque=True,
-        inference=partial(_aot_inference, {"max_autotune": True}),
+        inference=functools.partial(_aot_inference, {"max_autotune": True}),
     ),
     Peer(
         "onnxruntime",

@@ -160,8 +160,7 @@ def test_onnx(tmp_path, heads, dynamo):
 @at_widths
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_openvino(heads, exported):
-    openvino = pytest.importorskip("openvino")
+def test_openvino(heads, exported, openvino):
     model, x, expected = narrowed("auto", heads)
     if exported:
         program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 
 import plain
 import pytest
@@ -66,6 +69,31 @@ def test_runtimes(name, cache, capfd):
     run = PEERS[name].inference(model, images, HEADS[:1])[HEADS[0]]
     assert close(run(), exact(model, images)[HEADS[0]])
     assert len(files(cache)) == len(first) * 3 / 2
+
+
+_SIGNALLED = """
+import signal, sys
+import torch
+from bench.measuring.workloads import Workload, make_images, make_model
+from bench.peers.runtimes import PEERS
+from hydravit import HydraViTConfig
+
+config = HydraViTConfig(image_size=8, patch_size=4, depth=1, max_heads=1, head_dim=4, num_classes=2)
+workload, cpu = Workload("inference", (1,), 1, config=config), torch.device("cpu")
+peer = next(peer for peer in PEERS if peer.name == "openvino")
+ready = [peer.inference(make_model(workload, cpu), make_images(workload, cpu), (1,)) for _ in range(2)]
+while ready:
+    del ready[0]
+signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+signal.raise_signal(signal.SIGINT)
+sys.exit(1)
+"""
+
+
+def test_a_signal_after_openvino_has_gone_is_handled():
+    pytest.importorskip("openvino")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", _SIGNALLED], check=True, env=environment)
 
 
 @pytest.mark.long
