@@ -151,8 +151,20 @@ def _steps(trainer: Trainer, because: _Reasons) -> list[str]:
     return [
         f"{recipe.epochs * steps} = {recipe.epochs} epochs {because('epochs')} of {steps} steps with {size} images"
         f"{ranks} {because('batch_size')}"
-        + (f"; every epoch leaves {left} other images out, too few for a step" if left else "")
+        + (f"; every epoch leaves {left} other images out, too few for a step" if left else ""),
+        *_widths(recipe),
     ]
+
+
+def _widths(recipe: Recipe) -> list[str]:
+    """Return what a step trains, where that is more than one width."""
+    if not recipe.sandwich:
+        return []
+    between = f"{recipe.sandwich - 2} drawn between them" if recipe.sandwich > 2 else "none between them"
+    teachers = {"": "labels teach all", "widest": "the widest teaches the others", "next": "each teaches the next"}
+    labels = f", and labels with weight {recipe.label_weight:g}" if recipe.label_weight else ""
+    first = f"; the first {recipe.full_epochs} epochs train the widest only" if recipe.full_epochs else ""
+    return [f"a step trains the widest width, the narrowest, {between}; {teachers[recipe.transfer]}{labels}{first}"]
 
 
 def _learning_rate(trainer: Trainer, because: _Reasons) -> list[str]:

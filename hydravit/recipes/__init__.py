@@ -26,6 +26,12 @@ class Recipe:
         heads: widths to train; empty: all.
         weights: how often each of ``heads`` is drawn, relative to the others; empty: equally often.
         per_image: every image of a batch draws its own width, instead of one for the batch.
+        sandwich: how many widths a step trains on all of its images: the widest, the narrowest, and others drawn
+            between them (US-Net, arXiv 1903.05134, section 3.3); 0: one drawn width.
+        transfer: who teaches the other widths of a step: its "widest" (US-Net), or the "next" wider one (Scala, arXiv
+            2412.04786, section 3.3); "": nobody.
+        label_weight: the weight of the cross entropy to the labels for those that are taught (Scala: 1).
+        full_epochs: passes over the data, at the beginning, that train the widest width only (Scala's code: 10).
         rank_shared: all ranks of a distributed run draw the same widths. The paper's do not, and wait for the widest.
         epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.
         batch_size: images per step and rank.
@@ -70,6 +76,10 @@ class Recipe:
     heads: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     per_image: bool = False
+    sandwich: int = 0
+    transfer: str = ""
+    label_weight: float = 0.0
+    full_epochs: int = 0
     rank_shared: bool = True
     epochs: int = 300
     cooldown_epochs: int = 0
@@ -137,6 +147,9 @@ class Recipe:
             self._check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
         self._check("distillation", self.distillation in ("", "hard", "soft"), "'hard' or 'soft', or '' for none")
         self._check("distillation", not self.teacher or bool(self.distillation), "'hard' or 'soft' where a teacher is")
+        self._check_widths()
+
+    def _check_widths(self) -> None:
         largest = self.config.max_heads
         for heads in self.heads:
             self._check("heads", type(heads) is int and 1 <= heads <= largest, f"different integers in 1..{largest}")
@@ -144,6 +157,15 @@ class Recipe:
         if self.weights:
             fits = len(self.weights) == len(self.trained_heads) and min(self.weights) >= 0 and sum(self.weights) > 0
             self._check("weights", fits, f"one number of at least 0 for each of heads {list(self.trained_heads)}")
+        count = len(self.trained_heads)
+        self._check("sandwich", self.sandwich in (0, *range(2, count + 1)), f"0, or 2 to {count}, the number of widths")
+        self._check("sandwich", not (self.sandwich and self.per_image), "0 with per_image")
+        self._check("transfer", self.transfer in ("", "widest", "next"), "'widest' or 'next', or '' for none")
+        self._check("transfer", bool(self.sandwich) or not self.transfer, "'' without sandwich")
+        self._check("label_weight", self.label_weight >= 0, "at least 0")
+        self._check("label_weight", bool(self.transfer) or not self.label_weight, "0 without transfer")
+        fits = type(self.full_epochs) is int and 0 <= self.full_epochs <= self.epochs
+        self._check("full_epochs", fits, f"an integer in 0..{self.epochs}, the epochs")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -260,6 +282,9 @@ RECIPES = {
         random_erasing=0.25,
     ),
 }
+# US-Net's steps (arXiv 1903.05134) in the place of HydraViT's, on the same data: the widest width, two others and the
+# narrowest, which learn from the widest.
+RECIPES["usnet"] = RECIPES["hydravit-imagenet"].replace(sandwich=4, transfer="widest")
 
 
 # Recipes whose model is that of the checkpoint that training starts from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +22,26 @@ class Loss:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
+    def transfer(self, logits: Tensor | tuple[Tensor, Tensor], targets: Tensor, wider: Tensor) -> Tensor:
+        """Compute the losses ``(B,)`` of a width that a wider one of the same step teaches.
+
+        They are the Kullback-Leibler divergence of both widths' probabilities, in the sum over the classes, and
+        ``recipe.label_weight`` times the cross entropy to the targets.
+
+        Args:
+            logits, targets: those of ``__call__``.
+            wider: the wider width's logits ``(B, classes)``; no gradient goes to them.
+        """
+        logits, pupil = _both(logits)
+        ours, theirs = (F.log_softmax(each, dim=1) for each in (pupil, wider.detach().to(pupil.dtype)))
+        loss = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+        if not self.recipe.label_weight:
+            return loss
+        return self.recipe.label_weight * self._to_labels(logits, targets) + loss
+
+    def _to_labels(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=self.recipe.smoothing, reduction="none")
+
     def __call__(self, logits: Tensor | tuple[Tensor, Tensor], targets: Tensor, taught: Tensor | None = None) -> Tensor:
         """Compute the losses ``(B,)``, float32.
 
@@ -30,8 +51,8 @@ class Loss:
             taught: the teacher's logits ``(B, classes)``; for distillation only.
         """
         recipe = self.recipe
-        logits, pupil = (each.float() for each in (logits if isinstance(logits, tuple) else (logits, logits)))
-        loss = F.cross_entropy(logits, targets, label_smoothing=recipe.smoothing, reduction="none")
+        logits, pupil = _both(logits)
+        loss = self._to_labels(logits, targets)
         if taught is None:
             return loss
         taught = taught.float()
@@ -42,3 +63,15 @@ class Loss:
             ours, theirs = (F.log_softmax(each / t, dim=1) for each in (pupil, taught))
             term = t**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
         return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * term
+
+
+def pupil(logits: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return the logits that learn from a teacher, and teach: of a distilled model, those of the distillation token."""
+    return logits[1] if isinstance(logits, tuple) else logits
+
+
+def _both(logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the logits that learn from labels, and those that learn from a teacher, at least in float32."""
+    first, second = logits if isinstance(logits, tuple) else (logits, logits)
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return first.to(dtype), second.to(dtype)

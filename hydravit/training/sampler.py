@@ -1,4 +1,4 @@
-"""A random choice of the width, or the widths, that the next batch trains."""
+"""Random choices of the width, or the widths, that the next step trains."""
 
 from __future__ import annotations
 
@@ -43,6 +43,22 @@ class WidthSampler:
         self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self.per_image = per_image
         self._generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + rank)
+
+    def sandwich(self, count: int) -> list[int]:
+        """Draw ``count`` different widths, the widest first: it, the narrowest, and others between them.
+
+        US-Net (arXiv 1903.05134, section 3.3) draws those between independently of each other. Here they differ.
+
+        Raises:
+            RuntimeError: fewer than ``count - 2`` widths between them have a weight above 0.
+        """
+        narrowest, widest = int(self._heads.min()), int(self._heads.max())
+        inner = (self._heads > narrowest) & (self._heads < widest)
+        drawn: list[int] = []
+        if count > 2:
+            chosen = torch.multinomial(self._weights[inner], count - 2, generator=self._generator)
+            drawn = sorted(self._heads[inner][chosen].tolist(), reverse=True)
+        return [widest, *drawn, narrowest]
 
     def draw(self, batch: int) -> int | Tensor:
         """Draw the width of the next batch, or an int64 tensor ``(batch,)`` with one width per image."""

@@ -1,4 +1,4 @@
-"""The training loop: one width per step, or one per image."""
+"""The training loop: one width per step, one per image, or several one after another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hydravit.recipes import Recipe
 from hydravit.training.batches import Batches
 from hydravit.training.folder import RunFolder
 from hydravit.training.gradients import SliceGradients
-from hydravit.training.losses import Loss
+from hydravit.training.losses import Loss, pupil
 from hydravit.training.optimization import freeze, make_average, make_optimizer, make_scheduler
 from hydravit.training.progress import Progress
 from hydravit.training.resuming import Interrupt, load_state, save_state
@@ -46,6 +46,9 @@ class Interrupted(RuntimeError):
 
 class Trainer:
     """Trains a model by a recipe; every step draws a width and trains that (HydraViT, arXiv 2409.17978, section 3).
+
+    A recipe's ``sandwich`` trains several widths in a step, on the same images: their losses add up, and a wider one
+    can teach a narrower one (``transfer``). That costs the sum of their forward and backward passes and one update.
 
     Gradients are in place (``SliceGradients``), so that backward, clearing and clipping cost what the width costs. So
     do the optimizer and the average of the weights if the recipe's ``optimizer`` is ``"active"``. Under torchrun every
@@ -173,7 +176,7 @@ class Trainer:
                 self._network = torch.compile(self._network, backend=self.recipe.compile)
             if self.recipe.grad_checkpointing:
                 self.model.set_grad_checkpointing(True)
-            if self.model.config.distilled and self.teacher is not None:
+            if self.model.config.distilled and (self.teacher is not None or self.recipe.transfer):
                 self.model.set_distilled_training(True)
             steps = self.recipe.epochs * len(self.batches)
             shown = Progress(self.recipe.epochs, steps, self.step, shown=self.progress)
@@ -208,12 +211,12 @@ class Trainer:
         start, done = time.perf_counter(), 0
         for images, labels in self._loaded():
             self._before = self._random_state() if self._due else {}
-            heads = self.sampler.draw(len(images))
-            loss = self._step(images, labels, heads)
+            widths = self._draw(len(images))
+            loss = self._step(images, labels, widths)
             self.batch += 1
             self.step += 1
             done += len(images)
-            progress.step(self.epoch + 1, loss, heads)
+            progress.step(self.epoch + 1, loss, widths[0] if len(widths) == 1 else widths)
             self._stop_if_asked(interrupt)
             if self.checkpoint_steps and self.step % self.checkpoint_steps == 0:
                 self._due = True
@@ -236,27 +239,44 @@ class Trainer:
                 self.save()
             raise
 
-    def _step(self, images: Tensor, labels: Tensor, heads: int | Tensor) -> float:
-        """Do one optimizer step; return the batch's mean loss."""
+    def _draw(self, batch: int) -> Sequence[int | Tensor]:
+        """Draw the widths that a step trains one after another. Each is a number of heads, or one for every image."""
+        if self.epoch < self.recipe.full_epochs:
+            return [max(self.heads)]
+        if self.recipe.sandwich:
+            return self.sampler.sandwich(self.recipe.sandwich)
+        return [self.sampler.draw(batch)]
+
+    def _step(self, images: Tensor, labels: Tensor, widths: Sequence[int | Tensor]) -> float:
+        """Do one optimizer step; return the mean loss of an image at a width."""
         self._zero_gradients()
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-        widths = torch.as_tensor(heads, dtype=torch.int64, device="cpu").expand(len(images))
-        parts, losses = min(self.recipe.accumulate, len(images)), []
+        parts, losses, trained = min(self.recipe.accumulate, len(images)), [], []
         for part in torch.arange(len(images), dtype=torch.int64, device="cpu").tensor_split(parts):
             start, stop = int(part[0]), int(part[-1]) + 1
+            wider: Tensor | None = None  # the logits of the width that teaches the next one
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                logits = self._network(images[start:stop], heads=heads if isinstance(heads, int) else heads[start:stop])
                 taught = None if self.teacher is None else self.teacher(images[start:stop])
-            loss = self.loss(logits, labels[start:stop], taught)
-            self.scaler.scale(loss.sum() / len(images)).backward()
-            losses.append(loss.detach())
-        image_losses = torch.cat(losses).double().cpu()
-        self._check(image_losses, widths)
+            for heads in widths:
+                own = heads if isinstance(heads, int) else heads[start:stop]
+                with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+                    logits = self._network(images[start:stop], heads=own)
+                if wider is None:
+                    loss = self.loss(logits, labels[start:stop], taught)
+                else:
+                    loss = self.loss.transfer(logits, labels[start:stop], wider)
+                self.scaler.scale(loss.sum() / len(images)).backward()
+                losses.append(loss.detach())
+                trained.append(torch.as_tensor(own, dtype=torch.int64, device="cpu").expand(stop - start))
+                if self.recipe.transfer == "next" or (self.recipe.transfer and wider is None):
+                    wider = pupil(logits).detach()
+        image_losses, trained_widths = torch.cat(losses).double().cpu(), torch.cat(trained)
+        self._check(image_losses, trained_widths)
         if self._due:
             self.save(self._before)
-        self._track(image_losses, widths)
+        self._track(image_losses, trained_widths)
         self._update()
         return float(image_losses.mean())
 
