@@ -151,7 +151,9 @@ class HydraViT(Ends):
             raise ValueError(f"heads must be in 1..{self.config.max_heads}, not {heads}")
         if not torch.compiler.is_compiling() and heads not in self._subnetworks:
             self.config.sizes.validate(self._make_subnetwork(heads))
-        position(self.allowed_heads, heads, "was not trained (model.allow_untrained = True allows it)")
+        position(
+            self.allowed_heads, heads, "was not trained (model.allow_untrained = True, --allow-untrained, allows it)"
+        )
 
     def subnetwork(self, heads: int) -> Subnetwork:
         """Return what one width reads. Raise ``TypeError`` or ``ValueError`` for a width that is not allowed."""

@@ -245,7 +245,7 @@ class Drill:
             ends = self._ranks(folder, RECIPE, {dying: fault})
             assert ends[dying].code == -signal.SIGKILL, ends
             self._one_line(ends[1 - dying], folder.path, 2)
-            ends = self._ranks(folder, ["--resume"])
+            ends = self._ranks(folder, _resuming(folder))
             assert [end.code for end in ends] == [0, 0], ends
             self._same(folder, whole)
 
@@ -320,7 +320,7 @@ class Drill:
         assert folder.model.read_bytes() == whole.model.read_bytes(), f"{folder}: other weights"
         logs = [[json.loads(line) for line in each.log.read_text().splitlines()] for each in (folder, whole)]
         for entry in logs[0] + logs[1]:
-            del entry["images_per_second"]
+            entry.pop("images_per_second", None)
         assert logs[0] == logs[1], f"{folder}: another log"
         left = sorted(file.name for file in folder.path.iterdir())
         assert left == sorted(file.name for file in whole.path.iterdir()), left

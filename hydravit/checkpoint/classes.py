@@ -31,7 +31,8 @@ def with_classes(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
         elif not missing:
             weights[name] = tensor.index_select(-2 if classifier[1] == "weight" else -1, rows)
     if missing:
-        what = f"{len(missing)} of the data's {len(names)} classes are unknown to it, e.g. {missing[0]!r}"
+        unknown = f"{len(missing)} of the data's {len(names)} classes are unknown to it, e.g. {missing[0]!r}"
+        what = f"{unknown}; its classifier is left out"
     else:
         what = f"its classifier's {len(own)} rows are matched by name with the data's {len(names)} classes"
     warnings.warn(f"{checkpoint.where}{what}", stacklevel=2)

@@ -33,6 +33,7 @@ class Checkpoint:
     trained_heads: tuple[int, ...] | None = None
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
+    split_seed: int | None = None  # of the folder that it was trained on: ``seed`` of ``load_dataset``
     method: str | None = None  # what made the widths, where it was not training: "wpac, 1024 images of photos/"
     path: Path | None = None
     known: Mapping[str, Any] = field(default_factory=dict)  # without a config, the fields known of it
@@ -101,6 +102,7 @@ def save_checkpoint(
     trained_heads: Iterable[int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: Iterable[str] | None = None,
+    split_seed: int | None = None,
     method: str | None = None,
 ) -> None:
     """Write the weights and all that a user of them needs, whole or not at all.
@@ -109,6 +111,7 @@ def save_checkpoint(
         path: ends in ``.safetensors``, ``.pt`` or ``.pth``.
         model: a ``HydraViT``, also one wrapped in DDP or ``torch.compile``.
         trained_heads: the widths that were trained; None: those of the model.
+        split_seed: ``seed`` of ``load_dataset``, by which the images were held out that it was not trained on.
         method: what made the widths, where it was not training; ``hydravit info`` shows it.
     Raises:
         TypeError: ``model`` is no ``HydraViT``.
@@ -128,6 +131,7 @@ def save_checkpoint(
         trained_heads=model.trained_heads if trained_heads is None else trained_heads,
         preprocessing=preprocessing,
         class_names=class_names,
+        split_seed=split_seed,
         method=method,
     )
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -151,6 +155,7 @@ def model_metadata(
     trained_heads: Iterable[int] | None = None,
     preprocessing: Preprocessing | None = None,
     class_names: Iterable[str] | None = None,
+    split_seed: int | None = None,
     method: str | None = None,
 ) -> dict:
     """Return what our files hold beside the weights, as plain values; arguments are those of ``save_checkpoint``."""
@@ -160,6 +165,7 @@ def model_metadata(
         "trained_heads": [plain_int(k) for k in trained] if isinstance(trained, Iterable) else trained,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else list(class_names),
+        "split_seed": plain_int(split_seed),
         "method": method,
     }
     metadata = json.loads(json.dumps(metadata))  # both formats hold the same plain values
@@ -171,8 +177,8 @@ def _parse_metadata(metadata: object) -> dict:
     """Return the fields of a ``Checkpoint``; raise ``ValueError`` or ``TypeError`` for anything unexpected."""
     if not isinstance(metadata, dict):
         raise ValueError(f"metadata {METADATA!r} must be a dict, not {type(metadata).__name__}")
-    config, heads, preprocessing, names, method = (
-        metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names", "method")
+    config, heads, preprocessing, names, seed, method = (
+        metadata.get(key) for key in ("config", "trained_heads", "preprocessing", "class_names", "split_seed", "method")
     )
     config = None if config is None else HydraViTConfig.from_dict(config)
     if heads is not None:
@@ -184,6 +190,8 @@ def _parse_metadata(metadata: object) -> dict:
             raise ValueError(f"class_names must be strings, not {names!r}")
         if config and len(names) != config.num_classes:
             raise ValueError(f"class_names must be {config.num_classes}, as num_classes, not {len(names)}")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"split_seed must be an integer, not {seed!r}")
     if method is not None and not isinstance(method, str):
         raise ValueError(f"method must be a string, not {method!r}")
     return {
@@ -191,5 +199,6 @@ def _parse_metadata(metadata: object) -> dict:
         "trained_heads": None if heads is None else tuple(sorted(set(heads))),
         "preprocessing": None if preprocessing is None else Preprocessing.from_dict(preprocessing),
         "class_names": None if names is None else tuple(names),
+        "split_seed": seed,
         "method": method,
     }

@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         if os.environ.get("HYDRAVIT_DEBUG") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        named = isinstance(error, OSError) and error.filename and error.strerror
+        message = f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())  # type: ignore[union-attr]
+        message = message or type(error).__name__
         print(f"hydravit: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,11 @@ def take_settings_from_file(args: argparse.Namespace) -> None:
     fields, decided, named = [], {}, {setting.partition("=")[0] for setting in args.set}
     for name, value in settings.items():
         if name not in (*_ARGUMENTS, *known):
-            raise ValueError(f"{args.set_from}: {name!r} is no field of the recipe or the model, nor recipe or config")
+            hint = did_you_mean(name, [*_ARGUMENTS, *known])
+            raise ValueError(
+                f"{args.set_from}: {name!r} is no field of the recipe or the model, nor recipe or config"
+                + (f"; {hint}" if hint else "")
+            )
         if name not in named and getattr(args, name, None) is None:
             decided[name] = args.set_from
         if name not in _ARGUMENTS:
@@ -52,6 +58,12 @@ def take_settings_from_file(args: argparse.Namespace) -> None:
     args.set, args.set_from, args.decided_by_file = [*fields, *args.set], None, decided
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question about the name that is most like ``name``, or "" if none is."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def _argument(file: str, name: str, value: object) -> object:
     """Return a value of a file as the command line would have it."""
     if name == "heads" and isinstance(value, list):
@@ -59,7 +71,8 @@ def _argument(file: str, name: str, value: object) -> object:
     texts = {"recipe": "demo", "config": "small", "heads": "1-6"}
     example = texts[name] if name in texts else getattr(Recipe(), name)
     try:
-        if isinstance(value, bool) != isinstance(example, bool) or isinstance(value, (dict, list)):
+        cut = isinstance(example, int) and isinstance(value, float)
+        if cut or isinstance(value, bool) != isinstance(example, bool) or isinstance(value, (dict, list)):
             raise TypeError
         return type(example)(value)  # YAML takes 1e-3 for text
     except (TypeError, ValueError):

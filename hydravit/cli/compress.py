@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         compressed,
         preprocessing=preprocessing,
         class_names=checkpoint.class_names,
+        split_seed=checkpoint.split_seed,
         method=f"{' '.join(chosen)}, {min(args.images, len(dataset))} images of {args.data}",
     )
     widths = ", ".join(map(str, compressed.allowed_heads))

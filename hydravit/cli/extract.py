@@ -64,13 +64,15 @@ def run(args: argparse.Namespace) -> None:
         trained_heads=_nested(model, config, args.heads),
         preprocessing=checkpoint.preprocessing,
         class_names=checkpoint.class_names,
+        split_seed=checkpoint.split_seed,
         method=checkpoint.method,
     )
     arguments = extract_config(model, args.heads)
-    arguments["norm_layer"] = f"partial(torch.nn.LayerNorm, eps={subnetwork.eps})"
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
     kind = "VisionTransformerDistilled" if config.distilled else "VisionTransformer"
-    print(f"timm's {kind}(" + ", ".join(f"{name}={value}" for name, value in arguments.items()) + ")")
+    written = [f"{name}={value!r}" for name, value in arguments.items() if name != "norm_layer"]
+    written.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={subnetwork.eps})")
+    print(f"timm.models.vision_transformer.{kind}({', '.join(written)})")
 
 
 def _nested(model: HydraViT, plain: HydraViTConfig, heads: int) -> tuple[int, ...] | None:

@@ -53,7 +53,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names images and their classes, for ``load_data``."""
     parser.add_argument("--data", required=True, help="digits, fashion-mnist[:FOLDER], or a folder of class folders")
     parser.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="of a folder that has no test folder; the training's"
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="of a folder that has no test folder (default: the one that CHECKPOINT was trained with, or 0)",
     )
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable image files out and count them")
     add_workers_argument(parser)
@@ -130,7 +133,7 @@ def load_data(
     dataset = load_dataset(
         args.data,
         split=split,
-        seed=args.split_seed,
+        seed=(checkpoint.split_seed or 0) if args.split_seed is None else args.split_seed,
         skip_corrupt=args.skip_corrupt,
         preprocessing=preprocessing,
         class_names=checkpoint.class_names,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hydravit.cli.choices import recipe_name
-from hydravit.data import Dataset, kind_of
+from hydravit.data import Dataset, kind_of, usual_preprocessing
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.report import aligned, count
 from hydravit.preprocessing import IMAGENET_MEAN
@@ -105,7 +105,10 @@ def _images(trainer: Trainer, training: Dataset, because: _Reasons) -> list[str]
     if recipe.mean:
         source = "the checkpoint's" if recipe.checkpoint else "the recipe's"
     else:
-        source = "ImageNet's, usual for photos" if images.mean == IMAGENET_MEAN else "the data's"
+        usual = usual_preprocessing(recipe.data)
+        source = "ImageNet's, usual for photos" if usual.mean == IMAGENET_MEAN else "the data's"
+        if len(usual.mean) != len(images.mean):
+            source += ", a mean over its channels"
     heavy = {name: getattr(recipe, name) for name in ("rand_augment", "color_jitter", "random_erasing")}
     light = {"light": True} if recipe.augment and not any(heavy.values()) else {}
     mixed = {name: getattr(recipe, name) for name in ("mixup", "cutmix")}
@@ -129,6 +132,8 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         start = f"starts from {recipe.checkpoint}"
     else:
         start = f"starts from random weights of seed {recipe.seed}"
+    average = f"; its moving average, ema {recipe.ema:g}, is what is evaluated and saved" if recipe.ema else ""
+    drawn = "a width for every image" if recipe.per_image else "a width for every step"
     rows = []
     for heads in trainer.heads:
         params, macs = cost(config, model.subnetwork(heads))
@@ -138,7 +143,8 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         f"{config.depth} layers, {config.max_heads} heads of {config.head_dim} channels {because.of_model('depth')}, "
         f"patches of {config.patch_size} pixels, {config.num_classes} classes (the data's)",
         *frozen,
-        f"{start}; trained widths:",
+        f"{start}{average}",
+        f"trained widths, {'several in a step' if recipe.sandwich else drawn}:",
         *aligned(["heads", "params", "GMACs"], rows).splitlines(),
     ]
 
@@ -147,11 +153,16 @@ def _steps(trainer: Trainer, because: _Reasons) -> list[str]:
     recipe, steps = trainer.recipe, len(trainer.batches)
     size = min(recipe.batch_size, len(trainer.batches.dataset) // trainer.world)
     left = len(trainer.batches.dataset) - steps * size * trainer.world
+    batch = (
+        f"(all that there are; batch_size is {recipe.batch_size})"
+        if size < recipe.batch_size
+        else because("batch_size")
+    )
     ranks = f" on each of {trainer.world} processes" if trainer.world > 1 else ""
     return [
         f"{recipe.epochs * steps} = {recipe.epochs} epochs {because('epochs')} of {steps} steps with {size} images"
-        f"{ranks} {because('batch_size')}"
-        + (f"; every epoch leaves {left} other images out, too few for a step" if left else ""),
+        f"{ranks} {batch}"
+        + (f"; of every epoch's random order the last {left} images fill no step and are left out" if left else ""),
         *_widths(recipe),
     ]
 
@@ -172,12 +183,14 @@ def _learning_rate(trainer: Trainer, because: _Reasons) -> list[str]:
     peak = max(trainer.scheduler.base_lrs)
     scaled = f", {recipe.lr:g} for {recipe.lr_batch} images" if recipe.lr_batch else ""
     falling = f", layer decay {recipe.layer_decay:g}" if recipe.layer_decay < 1 else ""
+    now = f"; goes on at {max(trainer.scheduler.get_last_lr()):.3g}" if trainer.step else ""
+    clipped = f", gradients clipped to norm {recipe.clip_norm:g}" if recipe.clip_norm else ""
     cooldown = f" and {recipe.cooldown_epochs} epochs there" if recipe.cooldown_epochs else ""
     return [
         f"{peak:.3g} {because('lr')[:-1]}{scaled}) after {recipe.warmup_epochs:.3g} epochs of warm-up "
-        f"{because.of_warmup(recipe.warmup_epochs)}, a cosine to {peak * recipe.min_lr / recipe.lr:.3g}{cooldown}",
+        f"{because.of_warmup(recipe.warmup_epochs)}, a cosine to {peak * recipe.min_lr / recipe.lr:.3g}{cooldown}{now}",
         f"AdamW ({recipe.optimizer}), weight decay {recipe.weight_decay:g}, "
-        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}{falling}",
+        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}{clipped}{falling}",
     ]
 
 

@@ -10,13 +10,20 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hydravit.cli import parse_heads
-from hydravit.cli.choices import recipe_name, sizes_of_images, starting_point, take_settings_from_file
+from hydravit.cli.choices import (
+    did_you_mean,
+    recipe_name,
+    sizes_of_images,
+    starting_point,
+    take_settings_from_file,
+)
 from hydravit.cli.loading import (
     about_data,
     add_device_argument,
@@ -25,7 +32,7 @@ from hydravit.cli.loading import (
     usable_device,
 )
 from hydravit.config import HydraViTConfig
-from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe
+from hydravit.recipes import AMP, RECIPES, Recipe, get_recipe, resumed_with
 
 if TYPE_CHECKING:
     from hydravit.training.folder import RunFolder
@@ -94,7 +101,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-corrupt", action="store_const", const=True, help="leave unreadable image files out and count them"
     )
-    parser.add_argument("--split-seed", type=int, metavar="N", help="of a folder that has no test folder")
+    parser.add_argument("--split-seed", type=int, metavar="N", help="of a folder that has no test folder (default: 0)")
     parser.add_argument("--amp", choices=AMP, help="mixed precision (default: the recipe's)")
     for name, kind in (("epochs", int), ("batch_size", int), ("lr", float), ("seed", int)):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="replaces the recipe's")
@@ -114,9 +121,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from hydravit.evaluation.picture import check_plotting
     from hydravit.training.folder import RunFolder
+    from hydravit.training.tensorboard import check_tensorboard
 
     if not args.no_evaluate:
         check_plotting()
+    if args.tensorboard:
+        check_tensorboard()
     device, main = _start_ranks(args.device)
     folder = RunFolder(args.out)
     with folder.lock() if main else contextlib.nullcontext():
@@ -132,6 +142,12 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     if args.recipe is None and resume is not None and (resume.parent / folder.description.name).exists():
         args.recipe = str(resume.parent / folder.description.name)
     recipe = make_recipe(args)
+    others = resumed_with(args.recipe) if resume is None and args.recipe is not None else []
+    if others:
+        text = (
+            f"{args.recipe}: that run got other {', '.join(others)} when it was resumed; this run has them throughout"
+        )
+        warnings.warn(text, stacklevel=2)
     dataset = load_training(recipe)
     preprocessing, class_names = dataset.preprocessing, dataset.class_names
     evaluation = load_held_out(recipe, dataset) if args.validate_every or not args.no_evaluate else None
@@ -155,6 +171,11 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         tensorboard=args.tensorboard,
     )
     changed = {} if resume is None else trainer.resume(resume, verify=args.verify)
+    if trainer.epoch >= recipe.epochs and changed.keys() - {"data"}:
+        raise ValueError(
+            f"{folder}: all {recipe.epochs} epochs are done, so another {', '.join(changed)} changes nothing; "
+            "give more --epochs, or another --out for a new run"
+        )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # every rank has seen what the folder held
     if main:
@@ -182,10 +203,19 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
     if not main:
         return
     trained.trained_heads = recipe.trained_heads
-    save_checkpoint(folder.model, trained, preprocessing=preprocessing, class_names=class_names)
+    save_checkpoint(
+        folder.model, trained, preprocessing=preprocessing, class_names=class_names, split_seed=recipe.split_seed
+    )
     print("wrote", folder.model)
     if not args.no_evaluate:
-        _evaluate(trained, evaluation, args, recipe, folder.model)
+        try:
+            _evaluate(trained, evaluation, args, recipe, folder.model)
+        except KeyboardInterrupt:
+            print(
+                f"hydravit: interrupted: the training is done, its evaluation is not; {_resuming(folder)}",
+                file=sys.stderr,
+            )
+            raise SystemExit(130) from None
 
 
 def _resuming(folder: RunFolder) -> str:
@@ -243,8 +273,9 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     for setting in args.set:
         name, equals, value = setting.partition("=")
         if not equals or name not in config_fields | recipe_fields:
-            known = ", ".join(sorted(recipe_fields) + sorted(config_fields))
-            raise ValueError(f"--set {setting}: expected FIELD=VALUE with a field of the recipe or the model: {known}")
+            fields = [*sorted(recipe_fields), *sorted(config_fields)]
+            expected = did_you_mean(name, fields) or f"expected FIELD=VALUE with one of {', '.join(fields)}"
+            raise ValueError(f"--set {setting}: no field of the recipe or the model; {expected}")
         target, owner = (changes, recipe) if name in recipe_fields else (config_changes, recipe.config)
         target[name] = _parse(setting, value, getattr(owner, name))
     config, decided = starting_point(args, recipe, config_changes)

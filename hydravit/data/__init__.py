@@ -96,7 +96,9 @@ def load_dataset(
 
         root = Path(source)
         if not root.exists() and len(root.parts) == 1:
-            raise ValueError(f"data {str(source)!r} is neither digits, fashion-mnist nor a folder")
+            raise ValueError(
+                f"data {str(source)!r} is neither digits, fashion-mnist nor a folder: {root.absolute()} does not exist"
+            )
         photos = augmentations.PHOTOS if augment else None
         return load_folder(root, split, preprocessing, class_names, photos, skip_corrupt, seed)
     label = agreed_classes(found, class_names, kind)

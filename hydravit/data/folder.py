@@ -60,7 +60,7 @@ def load_folder(
     """Load the part ``split`` of ``root``; arguments and errors are those of ``load_dataset``."""
     chosen_folders, train_folder = split_folders(root, split)
     label = _labels(chosen_folders, train_folder, class_names)
-    files, labels, skipped = [], [], []
+    files, names, labels, skipped = [], [], [], []
     for chosen_folder in chosen_folders:
         for name, folder in class_folders(chosen_folder).items():
             found = files_below(folder)
@@ -68,15 +68,18 @@ def load_folder(
             if bad and not skip_corrupt:
                 path, reason = next(iter(bad.items()))
                 reason += f"; {len(bad)} such files in its folder" if len(bad) > 1 else ""
-                raise ValueError(f"{path}: cannot be read as an image ({reason}); skip_corrupt leaves it out")
+                raise ValueError(
+                    f"{path}: cannot be read as an image ({reason}); skip_corrupt (--skip-corrupt) leaves it out"
+                )
             skipped += [(str(path), reason) for path, reason in bad.items()]
             good = [path for path in found if path not in bad]
             if not good and not skip_corrupt:
-                raise ValueError(f"{folder}: class folder without images; skip_corrupt leaves it out")
+                raise ValueError(f"{folder}: class folder without images; skip_corrupt (--skip-corrupt) leaves it out")
             files += good
+            names += [str(path.relative_to(folder)) for path in good]
             labels += [label[name]] * len(good)
     if chosen_folders == [root] and split != "all":
-        test = held_out(labels, split_seed)
+        test = held_out(labels, split_seed, names)
         chosen = [i for i in range(len(files)) if test[i] == (split == "test")]
         files, labels = [files[i] for i in chosen], [labels[i] for i in chosen]
     if skipped:

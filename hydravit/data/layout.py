@@ -37,7 +37,7 @@ def split_folders(root: Path, split: str) -> tuple[list[Path], Path | None]:
         return [root], root
     chosen = splits if split == "all" else found[split][:1]
     if not chosen:
-        hint = f"; {train} by itself is a source of which a third is held out" if train else ""
+        hint = f"; or take {train} as the data, of which a third is then held out" if train else ""
         raise ValueError(f"{root}: has no folder {' or '.join(SPLIT_FOLDERS[split])} for split {split!r}{hint}")
     used = [*chosen, *found["train"][:1], *found["test"][:1]]
     others = sorted(folder.name for folder in folders.values() if folder not in used)

@@ -314,3 +314,11 @@ def get_recipe(name: str) -> Recipe:
         return Recipe().replace(**{**fields, "config": HydraViTConfig.from_dict(fields["config"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no recipe of a run ({type(error).__name__}: {error})") from error
+
+
+def resumed_with(name: str) -> list[str]:
+    """Return the fields that changed while the run of a ``recipe.json`` was trained; none for other recipes."""
+    if name in RECIPES:
+        return []
+    starts = json.loads(Path(name).read_text(encoding="utf-8")).get("starts", [])
+    return sorted({field for start in starts for field in start.get("changed", {})} - {"data"})

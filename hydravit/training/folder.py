@@ -55,6 +55,7 @@ class RunFolder:
         if self._locked:  # by the caller
             yield
             return
+        new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "a+", encoding="utf-8") as file:
             _take(file, self.path)
@@ -64,6 +65,8 @@ class RunFolder:
                 yield
             finally:
                 self._locked = False
+                if new and [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of the run
+                    shutil.rmtree(self.path)
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""

@@ -27,7 +27,7 @@ def freeze(model: HydraViT, recipe: Recipe) -> None:
         found = [parameter for name, parameter in model.named_parameters() if f"{name}.".startswith(f"{frozen}.")]
         if not found:
             parts = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"recipe: freeze names {frozen!r}, which is no part of the model, as blocks.0 or: {parts}")
+            raise ValueError(f"recipe: freeze: the model has no {frozen!r}; it has {parts}, blocks.0 and so on")
         for parameter in found:
             parameter.requires_grad_(False)
 

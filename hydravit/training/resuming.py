@@ -13,10 +13,11 @@ from hydravit.atomic import atomic_write
 from hydravit.checkpoint.formats import METADATA, read_file, write_torch
 
 _FORMAT = 2
-# A resumed run may train longer than the interrupted one, or so that the loss stays finite.
+# A resumed run may train longer than the interrupted one, or so that the loss stays finite. Its data may have moved:
+# classes and the number of images have to be the same.
 CHANGEABLE = frozenset(
     f"recipe.{name}"
-    for name in "epochs cooldown_epochs lr min_lr warmup_lr warmup_epochs weight_decay clip_norm amp".split()
+    for name in "epochs cooldown_epochs lr min_lr warmup_lr warmup_epochs weight_decay clip_norm amp data".split()
 )
 
 

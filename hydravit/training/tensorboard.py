@@ -8,6 +8,12 @@ from typing import Any
 from hydravit.extras import extra
 
 
+def check_tensorboard() -> None:
+    """Raise ``RuntimeError`` before the work if TensorBoard is missing."""
+    with extra("tensorboard", "TensorBoard"):
+        import torch.utils.tensorboard  # noqa: F401
+
+
 class TensorBoard:
     """Writes log entries of epochs as scalars to event files in ``folder``.
 

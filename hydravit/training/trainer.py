@@ -329,8 +329,9 @@ class Trainer:
             "lr": max(self.scheduler.get_last_lr()),  # with layer decay: that of the classifier
             "loss": sum(s for s, _ in self._losses.values()) / sum(n for _, n in self._losses.values()),
             "loss_per_width": {k: s / n for k, (s, n) in sorted(self._losses.items())},
-            "images_per_second": round(images_per_second, 1),
         }
+        if images_per_second:  # a run that goes on after the last step of an epoch has none of it
+            entry["images_per_second"] = round(images_per_second, 1)
         due = self.validate_every and (self.epoch + 1) % self.validate_every == 0
         if self.validation is not None and due:
             ends = sorted({min(self.heads), max(self.heads)})
@@ -363,6 +364,7 @@ class Trainer:
             "recipe": recipe,
             "config": self.model.config.to_dict(),
             "images": len(self.batches.dataset),
+            "classes": list(self.class_names or ()),
             "ranks": self.world,
             "trainable": [name for name, p in self.model.named_parameters() if p.requires_grad],
         }
@@ -413,6 +415,7 @@ class Trainer:
                 trained_heads=self.heads,
                 preprocessing=self.preprocessing,
                 class_names=self.class_names,
+                split_seed=self.recipe.split_seed,
             )
             save_state(self.folder.checkpoint, state, self._identity(), metadata)
         self.saved_step, self._due = self.step, False

@@ -173,7 +173,8 @@ def test_before_training_it_is_said_what_was_decided_and_by_what(photos, tmp_pat
         "images 32x32 pixels (--set), 3 channel(s), resized by bicubic, centre crop of 0.9",
         "mean 0.485,0.456,0.406, std 0.229,0.224,0.225 (ImageNet's, usual for photos)",
         "model 1 layers, 3 heads of 64 channels (--set), patches of 16 pixels, 3 classes (the data's)",
-        "starts from random weights of seed 0; trained widths:",
+        "starts from random weights of seed 0; its moving average, ema 0.99, is what is evaluated and saved",
+        "trained widths, a width for every image:",
         "steps 3 = 1 epochs (--epochs) of 3 steps with 4 images (--batch-size)",
         f"learning rate 0.001 (recipe photos) after {warmup}, a cosine to 1e-05",
     ):
@@ -252,6 +253,8 @@ def test_arguments_take_precedence_over_the_file(settings):
     ("text", "message"),
     [
         ("epochs: many\n", r"settings.yaml: epochs: expected a value such as 300, not 'many'"),
+        ("epochs: 2.5\n", r"settings.yaml: epochs: expected a value such as 300, not 2.5"),
+        ("epoch: 3\n", r"settings.yaml: 'epoch' is no field of the recipe or the model, .*; did you mean epochs\?"),
         ("epochs: true\n", r"settings.yaml: epochs: expected a value such as 300, not True"),
         ("config: {depth: 3}\n", r"settings.yaml: config: expected a value such as 'small', not \{'depth': 3\}"),
         ("depht: 3\n", r"settings.yaml: 'depht' is no field of the recipe or the model"),
@@ -265,3 +268,82 @@ def test_what_is_no_file_of_settings(settings, text, message):
         recipe_of("--set-from", settings(text))
     with pytest.raises(FileNotFoundError, match="nothing.yaml"):
         recipe_of("--set-from", "nothing.yaml")
+
+
+# Misunderstandings ----------------------------------------------------------------------------------------------------
+
+SMALL = ("--set", "image_size=32", "--set", "depth=1", "--epochs", 2, "--batch-size", 4, "--accuracy-only")
+
+
+def train(*arguments):
+    return main(["train", "--backend", "reference", *map(str, arguments)])
+
+
+def test_a_checkpoint_remembers_what_was_held_out(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train("--data", photos, "--split-seed", 3, "--out", out, *SMALL) == 0
+    table = capsys.readouterr().out
+    for file in ("model.safetensors", "checkpoint.pt"):
+        assert read_checkpoint(out / file).split_seed == 3
+        assert main(["evaluate", "--checkpoint", str(out / file), "--data", str(photos), "--accuracy-only"]) == 0
+        assert "a third of every class by split seed 3" in capsys.readouterr().out
+    evaluated = ["evaluate", "--checkpoint", str(out / "model.safetensors"), "--data", str(photos), "--accuracy-only"]
+    assert main(evaluated) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
+    assert len(rows) == 3 and rows == [line for line in table.splitlines() if line[:5].strip().isdigit()][-3:]
+    assert main([*evaluated, "--split-seed", "0"]) == 0 and "by split seed 0" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_its_data_are_now(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train("--data", "photos", "--out", "out", *SMALL) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train("--out", "../out", "--resume", "--epochs", 3, "--no-evaluate") == 2
+    missing = tmp_path / "elsewhere" / "photos"
+    assert f"nor a folder: {missing} does not exist" in capsys.readouterr().err
+    resumed = ("--out", "../out", "--resume", "--no-evaluate", "--data", "../photos", "--epochs")
+    assert train(*resumed, 3) == 0
+    assert "data is '../photos'; it was 'photos'" in capsys.readouterr().out
+    photos.joinpath("dog").rename(photos / "wolf")
+    assert train(*resumed, 4) == 2
+    assert "classes" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_described_anew(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train("--data", photos, "--out", out, *SMALL) == 0
+    before = (out / "recipe.json").read_bytes()
+    assert train("--out", out, "--resume", "--lr", 1e-5) == 2
+    assert "all 2 epochs are done, so another lr changes nothing; give more --epochs" in capsys.readouterr().err
+    assert (out / "recipe.json").read_bytes() == before
+    assert train("--out", out, "--resume", "--epochs", 3, "--no-evaluate") == 0
+    capsys.readouterr()
+    assert train("--recipe", out / "recipe.json", "--out", tmp_path / "again", "--no-evaluate") == 0
+    assert "recipe.json: that run got other epochs when it was resumed" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_no_folder(photos, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    assert train("--data", photos, "--out", out, "--set", "dept=2") == 2
+    assert "--set dept=2: no field of the recipe or the model; did you mean depth?" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    assert train("--data", photos, "--out", out, "--set", "zzz=2") == 2
+    assert "expected FIELD=VALUE with one of " in capsys.readouterr().err and out.exists()
+
+
+def test_more_images_than_there_are(photos, tmp_path, capsys):
+    assert train("--data", photos, "--out", tmp_path / "out", *SMALL[:-2], 99, "--no-evaluate") == 0
+    assert "1 steps with 12 images (all that there are; batch_size is 99)" in capsys.readouterr().out
+
+
+def test_what_is_interrupted_after_the_training(photos, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hydravit.evaluation.evaluate", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="130"):
+        train("--data", photos, "--out", out, *SMALL)
+    assert f"its evaluation is not; go on with: hydravit train --out {out} --resume" in capsys.readouterr().err

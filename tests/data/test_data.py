@@ -228,9 +228,7 @@ def test_folders_beside_splits_are_no_classes(tmp_path):
         write_image(tmp_path / folder / "1.png")
     with pytest.warns(UserWarning, match="left out dev beside train"):
         assert load_photos(tmp_path, "train").class_names == ("a", "b")
-        with pytest.raises(
-            ValueError, match="has no folder test or .* for split 'test'; .*/train by itself is a source"
-        ):
+        with pytest.raises(ValueError, match="has no folder test or .* for split 'test'; or take .*/train as the data"):
             load_photos(tmp_path, "test")
 
 
@@ -297,6 +295,16 @@ def damage(photos: Path, kind: str) -> Path:
         path = path.with_suffix(".tif")
         Image.new("F", (9, 9)).save(path)
     return path
+
+
+def test_photos_that_come_later_leave_the_others_where_they_are(tmp_path):
+    for label in ("cat", "dog"):
+        for i in range(30):
+            write_image(tmp_path / label / f"{i}.png")
+    before = {str(file) for file in load_photos(tmp_path, "test").files}
+    write_image(tmp_path / "cat" / "another.png")
+    after = {str(file) for file in load_photos(tmp_path, "test").files}
+    assert len(before) == len(after) == 20 and len(before - after) <= 1
 
 
 @pytest.mark.parametrize("kind", ["empty", "foreign", "truncated", "range"])

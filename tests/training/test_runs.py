@@ -106,7 +106,7 @@ def test_a_finished_run_is_trained_for_longer(run, tmp_path, capsys):
     assert train(run, "--resume", "--epochs", 4) == 0
     said = capsys.readouterr().out
     assert "after step 4, epochs is 4; it was 2" in said and epochs_in_log(run) == [1, 2, 3, 4]
-    assert f"goes on from {run}/checkpoint.pt after step 4; trained widths:" in said
+    assert f"goes on from {run}/checkpoint.pt after step 4;" in said and "; goes on at " in said
     about = description(run)
     assert about["recipe"]["epochs"] == 4 and [start["step"] for start in about["starts"]] == [0, 4, 4]
     assert about["starts"][-1]["changed"] == {"epochs": [2, 4]}
