@@ -11,10 +11,12 @@ namespace hydravit {
 namespace portable {
 HYDRAVIT_DECLARE_KERNELS
 }
-#ifdef HYDRAVIT_HAVE_X86
+#ifdef HYDRAVIT_HAVE_AVX2
 namespace avx2 {
 HYDRAVIT_DECLARE_KERNELS
 }
+#endif
+#ifdef HYDRAVIT_HAVE_AVX512
 namespace avx512 {
 HYDRAVIT_DECLARE_KERNELS
 }
@@ -55,8 +57,10 @@ struct Kernels {
    isa::head_backward,                   \
    isa::adamw}
 
-#ifdef HYDRAVIT_HAVE_X86
+#if defined(HYDRAVIT_HAVE_AVX2) || defined(HYDRAVIT_HAVE_AVX512)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#ifdef HYDRAVIT_HAVE_AVX512
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -65,8 +69,10 @@ bool has_avx512() {
 
 // Best first.
 const Kernels kTable[] = {
-#ifdef HYDRAVIT_HAVE_X86
+#ifdef HYDRAVIT_HAVE_AVX512
     HYDRAVIT_KERNELS(avx512, has_avx512),
+#endif
+#ifdef HYDRAVIT_HAVE_AVX2
     HYDRAVIT_KERNELS(avx2, has_avx2),
 #endif
     HYDRAVIT_KERNELS(portable, [] { return true; }),

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     kind = "VisionTransformerDistilled" if config.distilled else "VisionTransformer"
     written = [f"{name}={value!r}" for name, value in arguments.items() if name != "norm_layer"]
     written.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={subnetwork.eps})")
+    print("import functools, torch; from hydravit.timm_models import timm")
     print(f"timm.models.vision_transformer.{kind}({', '.join(written)})")
 
 

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint:
         classes, preprocessing = checkpoint.class_names, checkpoint.preprocessing
         rows["trained widths"] = list(checkpoint.trained_heads) if checkpoint.trained_heads else "not recorded"
+        if checkpoint.split_seed is not None:
+            rows["split seed"] = checkpoint.split_seed
         if checkpoint.method:
             rows["method"] = checkpoint.method
         rows["preprocessing"] = preprocessing.to_dict() if preprocessing else "not recorded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,10 +131,15 @@ def load_data(
     """Return a part of the data, labelled as the model of the checkpoint counts its ``outputs``."""
     from hydravit.data import load_dataset
 
+    known, seed = checkpoint.split_seed, args.split_seed
+    if None not in (known, seed) and known != seed:
+        warnings.warn(
+            f"{checkpoint.where}trained with split seed {known}: seed {seed} holds out other images", stacklevel=2
+        )
     dataset = load_dataset(
         args.data,
         split=split,
-        seed=(checkpoint.split_seed or 0) if args.split_seed is None else args.split_seed,
+        seed=(known or 0) if seed is None else seed,
         skip_corrupt=args.skip_corrupt,
         preprocessing=preprocessing,
         class_names=checkpoint.class_names,

@@ -148,7 +148,12 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
             f"{args.recipe}: that run got other {', '.join(others)} when it was resumed; this run has them throughout"
         )
         warnings.warn(text, stacklevel=2)
-    dataset = load_training(recipe)
+    try:
+        dataset = load_training(recipe)
+    except ValueError as error:
+        if resume is None or args.data is not None:
+            raise
+        raise ValueError(f"{error}; --data says where the images of a resumed run are now") from error
     preprocessing, class_names = dataset.preprocessing, dataset.class_names
     evaluation = load_held_out(recipe, dataset) if args.validate_every or not args.no_evaluate else None
 
@@ -180,6 +185,8 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         torch.distributed.barrier()  # every rank has seen what the folder held
     if main:
         print(training_summary(args, trainer, folder, dataset, evaluation, resume), flush=True)
+        if trainer.epoch >= recipe.epochs:
+            print("no step is left: the run is finished and not trained any further", flush=True)
         for name, (before, now) in changed.items():
             print(f"after step {trainer.step}, {name} is {now!r}; it was {before!r}", flush=True)
         if resume is None:

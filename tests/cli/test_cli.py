@@ -1,7 +1,6 @@
 """The commands end to end on a tiny checkpoint, and what users get for wrong input: one line and exit code 2."""
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -135,12 +134,12 @@ def test_info(folder, capsys):
 def test_extract_writes_a_plain_vit(folder, tmp_path, capsys):
     out = tmp_path / "vit.safetensors"
     assert hydravit("extract", "--checkpoint", folder / "digits.pt", "--heads", 1, "--out", out) == 0
-    call = capsys.readouterr().out.splitlines()[1]
+    imports, call = capsys.readouterr().out.splitlines()[1:]
     assert "embed_dim=4, depth=2, num_heads=1" in call
     if find_spec("timm"):  # the line can be pasted
-        from hydravit.timm_models import timm
-
-        vit = eval(call, {"timm": timm, "torch": torch, "functools": functools})
+        names = {}
+        exec(imports, names)
+        vit = eval(call, names)
         vit.load_state_dict(load_file(out))
     assert load_file(out)["blocks.0.attn.qkv.weight"].shape == (12, 4)
     tops = []

@@ -291,7 +291,11 @@ def test_a_checkpoint_remembers_what_was_held_out(photos, tmp_path, capsys):
     assert main(evaluated) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line[:5].strip().isdigit()]
     assert len(rows) == 3 and rows == [line for line in table.splitlines() if line[:5].strip().isdigit()][-3:]
-    assert main([*evaluated, "--split-seed", "0"]) == 0 and "by split seed 0" in capsys.readouterr().out
+    assert main([*evaluated, "--split-seed", "0"]) == 0
+    said = capsys.readouterr()
+    assert "by split seed 0" in said.out and "trained with split seed 3: seed 0 holds out other images" in said.err
+    assert main(["info", "--checkpoint", str(out / "model.safetensors")]) == 0
+    assert re.search("split seed +3", capsys.readouterr().out)
 
 
 def test_a_run_goes_on_where_its_data_are_now(photos, tmp_path, capsys, monkeypatch):
@@ -301,7 +305,8 @@ def test_a_run_goes_on_where_its_data_are_now(photos, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert train("--out", "../out", "--resume", "--epochs", 3, "--no-evaluate") == 2
     missing = tmp_path / "elsewhere" / "photos"
-    assert f"nor a folder: {missing} does not exist" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"nor a folder: {missing} does not exist; --data says where" in error
     resumed = ("--out", "../out", "--resume", "--no-evaluate", "--data", "../photos", "--epochs")
     assert train(*resumed, 3) == 0
     assert "data is '../photos'; it was 'photos'" in capsys.readouterr().out
