@@ -1,7 +1,18 @@
-"""``python -m hydravit``, for launchers that take a module: ``torchrun -m hydravit train ...``."""
+"""The program ``hydravit``, also as ``python -m hydravit`` for launchers: ``torchrun -m hydravit train ...``."""
 
 import sys
 
-from hydravit.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run one command; return its exit code, or 130 if it is interrupted while it loads torch, which takes seconds."""
+    try:
+        from hydravit.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("hydravit: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

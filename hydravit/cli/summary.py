@@ -89,6 +89,8 @@ def _data(trainer: Trainer, training: Dataset, held_out: Dataset | None, because
     for name, data in parts.items():
         skipped = f", {len(data.skipped)} unreadable left out" if data.skipped else ""
         lines.append(f"{name}: {len(data)} images, {data.origin}{skipped}")
+    if held_out is None:
+        lines.append("held out: not read, because nothing is evaluated")
     counts = [data.labels.bincount(minlength=len(training.class_names)).tolist() for data in parts.values()]
     if len(training.class_names) <= _MANY:
         rows = [[name, *map(str, row)] for name, *row in zip(training.class_names, *counts, strict=True)]
@@ -189,8 +191,9 @@ def _learning_rate(trainer: Trainer, because: _Reasons) -> list[str]:
     return [
         f"{peak:.3g} {because('lr')[:-1]}{scaled}) after {recipe.warmup_epochs:.3g} epochs of warm-up "
         f"{because.of_warmup(recipe.warmup_epochs)}, a cosine to {peak * recipe.min_lr / recipe.lr:.3g}{cooldown}{now}",
-        f"AdamW ({recipe.optimizer}), weight decay {recipe.weight_decay:g}, "
-        f"drop path {recipe.config.drop_path:g}, label smoothing {recipe.smoothing:g}{clipped}{falling}",
+        f"AdamW ({recipe.optimizer}), betas {_numbers(recipe.betas)}, eps {recipe.eps:g}, "
+        f"weight decay {recipe.weight_decay:g}, drop path {recipe.config.drop_path:g}, "
+        f"label smoothing {recipe.smoothing:g}{clipped}{falling}",
     ]
 
 

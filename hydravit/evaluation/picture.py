@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,20 @@ def _draw_latency(axes: Axes, results: dict) -> None:
     if len(ends) == 2:
         ratios = [eager / fused for eager, fused in zip(*ends, strict=True)]
         title += f": {min(ratios):.1f} to {max(ratios):.1f} times as fast"
-    _title(axes, title, f"{machine}, {about['threads']} thread(s); bars: 20 % to 80 % of the calls")
+    bars = "bars: 20 % to 80 % of the calls"
+    if overlapping := _overlapping(rows):
+        bars += f", which overlap at {', '.join(map(str, overlapping))} heads: a busy machine"
+    _title(axes, title, f"{machine}, {about['threads']} thread(s); {bars}")
+
+
+def _overlapping(rows: Sequence[dict]) -> list[int]:
+    """Return the widths at which the calls of both backends took as long: their ratio says little there."""
+    return [
+        row["heads"]
+        for row in rows
+        if {"eager", "fused"} <= set(row["latency_spread_ms"])
+        and row["latency_spread_ms"]["eager"][0] <= row["latency_spread_ms"]["fused"][1]
+    ]
 
 
 def _draw_memory(axes: Axes, results: dict) -> None:

@@ -331,3 +331,21 @@ def test_the_program_ends_quietly_when_its_reader_has_enough():
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+_INTERRUPTED = """
+import builtins
+load = builtins.__import__
+def interrupted(name, *arguments, **options):
+    if name == "torch":
+        raise KeyboardInterrupt
+    return load(name, *arguments, **options)
+builtins.__import__ = interrupted
+from hydravit.__main__ import main
+raise SystemExit(main())
+"""
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line():
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED, "info"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "hydravit: interrupted\n")
