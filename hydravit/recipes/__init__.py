@@ -160,6 +160,10 @@ class Recipe:
         count = len(self.trained_heads)
         self._check("sandwich", self.sandwich in (0, *range(2, count + 1)), f"0, or 2 to {count}, the number of widths")
         self._check("sandwich", not (self.sandwich and self.per_image), "0 with per_image")
+        if self.weights and self.sandwich:
+            ends = (min(self.trained_heads), max(self.trained_heads))
+            drawn = sum(w > 0 for k, w in zip(self.trained_heads, self.weights, strict=True) if k not in ends)
+            self._check("sandwich", self.sandwich <= drawn + 2, f"at most {drawn + 2}: weights leave out the others")
         self._check("transfer", self.transfer in ("", "widest", "next"), "'widest' or 'next', or '' for none")
         self._check("transfer", bool(self.sandwich) or not self.transfer, "'' without sandwich")
         self._check("label_weight", self.label_weight >= 0, "at least 0")

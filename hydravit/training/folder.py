@@ -66,7 +66,7 @@ class RunFolder:
             finally:
                 self._locked = False
                 if new and [file.name for file in self.path.iterdir()] == [".lock"]:  # nothing came of the run
-                    shutil.rmtree(self.path)
+                    shutil.rmtree(self.path, ignore_errors=True)
 
     def clear(self) -> None:
         """Remove the files of an earlier run."""

@@ -49,8 +49,7 @@ class WidthSampler:
 
         US-Net (arXiv 1903.05134, section 3.3) draws those between independently of each other. Here they differ.
 
-        Raises:
-            RuntimeError: fewer than ``count - 2`` widths between them have a weight above 0.
+        ``count - 2`` widths between them need a weight above 0.
         """
         narrowest, widest = int(self._heads.min()), int(self._heads.max())
         inner = (self._heads > narrowest) & (self._heads < widest)

@@ -143,6 +143,7 @@ def test_usnet_on_imagenet():
     [
         ({"sandwich": 1}, "sandwich must be 0, or 2 to 4, the number of widths, not 1"),
         ({"sandwich": 5}, "sandwich must be 0, or 2 to 4"),
+        ({"sandwich": 4, "weights": (1, 0, 2, 1)}, "sandwich must be at most 3: weights leave out the others, not 4"),
         ({"sandwich": 2, "per_image": True}, "sandwich must be 0 with per_image, not 2"),
         ({"transfer": "next"}, "transfer must be '' without sandwich, not 'next'"),
         ({"sandwich": 2, "transfer": "first"}, "transfer must be 'widest' or 'next', or '' for none, not 'first'"),
