@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> None:
     )
     arguments = extract_config(model, args.heads)
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
-    kind = "VisionTransformerDistilled" if config.distilled else "VisionTransformer"
+    kind = "deit.VisionTransformerDistilled" if config.distilled else "vision_transformer.VisionTransformer"
     written = [f"{name}={value!r}" for name, value in arguments.items() if name != "norm_layer"]
     written.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={subnetwork.eps})")
     print("import functools, torch; from hydravit.timm_models import timm")
-    print(f"timm.models.vision_transformer.{kind}({', '.join(written)})")
+    print(f"timm.models.{kind}({', '.join(written)})")
 
 
 def _nested(model: HydraViT, plain: HydraViTConfig, heads: int) -> tuple[int, ...] | None:

@@ -260,7 +260,7 @@ def test_files_and_the_command_line(tmp_path, capsys):
     x = torch.randn(2, 1, 8, 8)
     close(again(x, heads=2), model(x, heads=2))
     assert cli.main(["extract", "--checkpoint", str(path), "--heads", "2", "--out", str(plain)]) == 0
-    assert "timm's VisionTransformerDistilled(" in capsys.readouterr().out
+    assert "\ntimm.models.deit.VisionTransformerDistilled(" in capsys.readouterr().out
     close(hydravit.fused_model(checkpoint=plain, backend="reference").eval()(x), model(x, heads=2))
     assert (
         cli.main(["evaluate", "--checkpoint", str(path), "--data", "digits", "--heads", "2,4", "--accuracy-only"]) == 0

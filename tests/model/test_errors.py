@@ -127,7 +127,8 @@ def test_untrained_widths_are_refused_unless_asked_for(backend):
     model = hydravit.HydraViT(SMALL, trained_heads=(3, 1, 1), backend=backend)
     assert model.heads == 3 and model.allowed_heads == (1, 3)
     for heads in (2, 4, torch.tensor([1, 2])):
-        with pytest.raises(ValueError, match=r"was not trained \(model.allow_untrained = True allows it\).*\[1, 3\]"):
+        message = r"was not trained \(model.allow_untrained = True, --allow-untrained, allows it\).*\[1, 3\]"
+        with pytest.raises(ValueError, match=message):
             model(IMAGES, heads=heads)
     with pytest.raises(ValueError, match="was not trained"):
         model.heads = 2
