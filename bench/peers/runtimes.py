@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import logging
@@ -11,6 +10,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,7 +95,7 @@ def _aot_inference(settings: dict, model: HydraViT, images: Tensor, heads: Seque
         with compiling():
             path = _exported(".pt2", vit, images, export, **settings)
             network = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-            run = without_gradients(functools.partial(network, images))
+            run = without_gradients(partial(network, images))
             run()
         return run
 
@@ -148,7 +148,7 @@ def _onnxruntime_ready(onnxruntime, vit: nn.Module, images: Tensor) -> Callable[
 # OpenVINO. ------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@cache
 def openvino_core() -> Any:
     """The only one of this process, for ever.
 
@@ -206,13 +206,13 @@ PEERS = [
         "aot",
         "AOTInductor of the extracted width, weights frozen and packed",
         opaque=True,
-        inference=functools.partial(_aot_inference, {}),
+        inference=partial(_aot_inference, {}),
     ),
     Peer(
         "aot-max",
         "AOTInductor of the extracted width, weights frozen and packed, max-autotune",
         opaque=True,
-        inference=functools.partial(_aot_inference, {"max_autotune": True}),
+        inference=partial(_aot_inference, {"max_autotune": True}),
     ),
     Peer(
         "onnxruntime",
