@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from hydravit.cli.loading import add_threads_argument
+from hydravit.cli.threads import set_threads
 from hydravit.config import CONFIGS
 from hydravit.recipes import Recipe
 
@@ -90,7 +91,12 @@ def _unfinished(out: Path, training: argparse.Namespace) -> dict | None:
 
 
 def _train(training: argparse.Namespace, out: Path) -> dict:
-    """Train, or resume an interrupted training; return the results of ``evaluate`` on the part that was held out."""
+    """Train, or resume an interrupted training; return the results of ``evaluate`` on the part that was held out.
+
+    One thread trains: in so small a model, two threads that sleep while they wait take more than twice as long.
+    """
+    import torch
+
     from hydravit.checkpoint import read_checkpoint
     from hydravit.cli import train
     from hydravit.cli.loading import about_data
@@ -105,7 +111,12 @@ def _train(training: argparse.Namespace, out: Path) -> dict:
         _say(f"   Going on from {folder.checkpoint}.")
     else:
         training.overwrite = True
-    train.run(training)
+    threads = torch.get_num_threads()
+    set_threads(1)
+    try:
+        train.run(training)
+    finally:
+        set_threads(threads)
     recipe, checkpoint = _recipe(training), read_checkpoint(out / MODEL)
     dataset = load_dataset(recipe.data, split="test", preprocessing=checkpoint.preprocessing)
     model = fused_model(checkpoint=checkpoint, device="cpu")
