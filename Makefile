@@ -2,7 +2,8 @@
 # installs and builds only what it needs itself, any other target the rest.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-INSTALL := .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+# Python compiles a module when it is first imported; compiling all of torch's doubles the time of its installation.
+INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 # An editable install: only native sources, and what steers the installation, make it stale.
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
