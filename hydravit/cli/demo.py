@@ -69,6 +69,7 @@ def _training_arguments(args: argparse.Namespace, out: Path) -> argparse.Namespa
     from hydravit.cli import parser
 
     arguments = ["train", "--recipe", "demo", "--out", str(out), "--device", "cpu", "--no-evaluate"]
+    arguments += ["--checkpoint-every", "10"]  # seconds apart
     if args.epochs is not None:
         arguments += ["--epochs", str(args.epochs)]
     return parser().parse_args(arguments)
