@@ -73,7 +73,7 @@ CXX_FILES = $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name 
 	touch $@
 
 .venv/demo: .venv/torch $(NATIVE)
-	HYDRAVIT_BUILD=cpu $(INSTALL) --no-build-isolation -e '.[demo]'
+	HYDRAVIT_BUILD=cpu HYDRAVIT_CPU_ISAS=native $(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
 # Has all that the demo needs, which then has nothing to do.

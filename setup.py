@@ -8,6 +8,7 @@ HYDRAVIT_BUILD says what must come of it:
     cuda             CPU and CUDA kernels
     none             no library
 What ``cpu`` or ``cuda`` asks for must be built, or the build fails.
+HYDRAVIT_CPU_ISAS names the instruction sets of the CPU kernels, see CMakeLists.txt; without it, they are built for all.
 HYDRAVIT_TORCH_DIR names the directory of the torch package to build against; without it, the installed one is found.
 """
 
@@ -87,7 +88,8 @@ def build_native() -> tuple[list[Path], dict]:
     toolchain = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")] + [shutil.which("nvcc")]
     build = (ELSEWHERE or ROOT / "build") / f"native-{hashlib.sha256(repr(toolchain).encode()).hexdigest()[:8]}"
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
-    options = [f"-DTORCH_ROOT={torch_root}", f"-DPython_EXECUTABLE={sys.executable}"]
+    isas = os.environ.get("HYDRAVIT_CPU_ISAS") or "all"
+    options = [f"-DTORCH_ROOT={torch_root}", f"-DPython_EXECUTABLE={sys.executable}", f"-DHYDRAVIT_CPU_ISAS={isas}"]
 
     def compile_with(cuda: str) -> dict:
         run(cmake, "-S", ROOT, "-B", build, *generator, *options, f"-DHYDRAVIT_CUDA={cuda}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import ISAS, why_not
 
 import hydravit_kernels
 from hydravit_kernels import __main__ as build_report
@@ -200,7 +201,7 @@ def test_failed_build_ships_no_earlier_library(source):
 @pytest.mark.long
 @pytest.mark.needs("native")
 def test_what_each_mode_makes_of_nvcc(source, tmp_path):
-    """Of one that does not work, and notes its calls; the CPU kernels are compiled once."""
+    """Of one that does not work, and notes its calls; the first build makes kernels for this processor only."""
     calls, nvcc = tmp_path / "calls", tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexit 1\n')
@@ -208,12 +209,15 @@ def test_what_each_mode_makes_of_nvcc(source, tmp_path):
     path = {"PATH": f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"}
 
     install = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site", ".")
-    result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", **path)
+    result = python(*install, cwd=source, HYDRAVIT_BUILD="cpu", HYDRAVIT_CPU_ISAS="native", **path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not calls.exists()
     result = python("-m", "hydravit_kernels", cwd=tmp_path / "site", HYDRAVIT_BUILD="cpu")
     assert str(tmp_path / "site") in result.stdout, result.stderr
     assert "none: switched off for this build" in result.stdout
+    best = next(isa for isa in ISAS if not why_not(f"isa {isa}"))
+    built = "portable" if best == "portable" else f"portable {best}"
+    assert f" {built}; this processor runs {best}\n" in result.stdout
 
     result, _ = build(source, HYDRAVIT_BUILD="cuda", **path)
     assert result.returncode and calls.exists()
@@ -222,6 +226,8 @@ def test_what_each_mode_makes_of_nvcc(source, tmp_path):
     result, target = build(source, HYDRAVIT_BUILD="auto", **path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " True " in load(target, HYDRAVIT_BUILD="cpu").stdout
+    built = f'"cpu_isas": "{_native.build_info["cpu_isas"]}"'
+    assert built in (target / "hydravit_kernels" / "_build_info.py").read_text()
     result = load(target, HYDRAVIT_BUILD="cuda")
     assert "has no CUDA kernels: CMake found no working nvcc" in result.stderr
 
@@ -246,14 +252,14 @@ def make(source):
 def test_the_demo_installs_and_builds_no_more_than_it_needs(make):
     fresh = make("demo")
     (install,) = [line for line in fresh.splitlines() if " -e " in line]
-    assert "-e '.[demo]'" in install and install.startswith("HYDRAVIT_BUILD=cpu ")
+    assert "-e '.[demo]'" in install and install.startswith("HYDRAVIT_BUILD=cpu HYDRAVIT_CPU_ISAS=native ")
     assert "hydravit demo" in make("demo", "torch", "demo") and "pip" not in make("demo")
 
 
 @pytest.mark.needs("program make")
 def test_the_tests_bring_the_rest_and_the_demo_then_needs_nothing(make):
     after = make("test", "torch", "demo")
-    assert "-e '.[test]'" in after and "HYDRAVIT_BUILD" not in after and "-m venv" not in after
+    assert "-e '.[test]'" in after and "HYDRAVIT_" not in after and "-m venv" not in after
     assert "touch .venv/demo .venv/test" in after
     for target in ("demo", "test"):
         assert "pip" not in make(target, "torch", "demo", "test")

@@ -68,7 +68,7 @@ def measure_latency(
     differences = {k: _compare(models, images, k) for k in heads}
     runs = [(k, name, model) for k in heads for name, model in models.items()]
     samples: dict[tuple[int, str], list[float]] = {(k, name): [] for k, name, _ in runs}
-    for k, _, model in runs * 2:  # warms up caches, thread pools and clocks
+    for k, _, model in runs:  # warms up caches, thread pools and clocks, as the comparison did
         _time(model, images, k)
     start, limit = time.perf_counter(), seconds * len(runs)
     with tqdm(desc="time every width", unit="call", total=None, disable=not progress, leave=False) as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,7 +11,7 @@ from hydravit.config import HydraViTConfig
 from hydravit.evaluation.cost import costs
 from hydravit.evaluation.evaluate import environment, latency_row
 from hydravit.evaluation.latency import backends_to_time, measure_latency
-from hydravit.evaluation.memory import measure_memory
+from hydravit.evaluation.memory import Memory, measure_memory
 from hydravit.factory import fused_model
 from hydravit.integers import plain_int
 
@@ -52,7 +53,11 @@ def measure_supernet(
     parameter = next(model.parameters())
     image = torch.randn(1, *model.config.image_shape, dtype=torch.float32, device="cpu").to(parameter)
     timings = measure_latency(models, image, heads, seconds=seconds, progress=progress)
-    used = {name: measure_memory(each, heads, batch_size=1) for name, each in models.items()} if memory else {}
+    used: dict[str, Memory] = {}
+    if memory:  # each in a process of its own, for which a thread waits
+        with ThreadPoolExecutor() as pool:
+            measured = pool.map(lambda each: measure_memory(each, heads, batch_size=1), models.values())
+            used = dict(zip(models, measured, strict=True))
     counted = costs(model.config)
     rows = [
         {

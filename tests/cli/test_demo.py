@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+import torch
 
 from hydravit.checkpoint import read_checkpoint
 from hydravit.cli import demo, main, train
@@ -29,17 +30,21 @@ def run(out, monkeypatch):
     monkeypatch.setattr(supernet, "measure_memory", lambda model, heads, batch_size: nothing)
 
     def run(epochs=1):
-        return main(["demo", "--out", str(out), "--config", "tiny", "--epochs", str(epochs), "--seconds", "0.001"])
+        few = ["--config", "tiny", "--epochs", str(epochs), "--seconds", "0.001", "--threads", "2"]
+        code = main(["demo", "--out", str(out), *few])
+        assert torch.get_num_threads() == 2
+        return code
 
     return run
 
 
 @pytest.fixture
 def trainings(monkeypatch):
-    """The arguments of every training that was started."""
+    """The arguments of every training that was started, each on one thread."""
     started, original = [], train.run
 
     def noted(args):
+        assert torch.get_num_threads() == 1
         started.append(args)
         original(args)
 
