@@ -41,6 +41,7 @@ _CHECKS = {
     "act_layer": (lambda value: isinstance(value, str) and value in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
     "fc_norm": (lambda value: value is None or type(value) is bool, "None, True or False"),
     "geometry": (lambda value: isinstance(value, str), "a name of hydravit.geometry.GEOMETRIES"),
+    "width_steps": (lambda value: value is None or (type(value) is int and value >= 1), "None or an integer from 1 on"),
 }
 
 
@@ -59,8 +60,9 @@ def check_image_size(size: object, patch_size: int) -> tuple[int, int]:
 class HydraViTConfig:
     """A Vision Transformer of ``max_heads`` heads that holds a smaller one for every number of heads below.
 
-    The defaults are ViT-B/16 at 224 px, whose first 3 and 6 heads have the shapes of ViT-Ti and ViT-S (HydraViT, arXiv
-    2409.17978, section 3). Fields have the names of timm's ``VisionTransformer`` wherever it has one.
+    A width is counted in heads, or in finer steps where the method cuts heads (``width_steps``). The defaults are
+    ViT-B/16 at 224 px, whose first 3 and 6 heads have the shapes of ViT-Ti and ViT-S (HydraViT, arXiv 2409.17978,
+    section 3). Fields have the names of timm's ``VisionTransformer`` wherever it has one.
 
     Args:
         image_size: pixels of a side, or (height, width); divisible by ``patch_size``.
@@ -90,8 +92,11 @@ class HydraViTConfig:
         layer_scale: initial value of a learnt per-channel scale of each branch (arXiv 2103.17239), or None.
         drop_path: largest drop-path rate; grows linearly over the blocks.
         norm_eps: epsilon of every layer norm.
-        separate_classifiers: the widths (in heads) that have a classifier of their own; empty: one serves all.
+        separate_classifiers: the widths that have a classifier of their own; empty: one serves all.
         geometry: the nesting method, a name of ``hydravit.geometry.GEOMETRIES``.
+        width_steps: the number of equal steps in which the width is counted, 1 to this; None: ``max_heads``, so that a
+            width is a number of heads. Scala's 16 make width 4 the first quarter of all channels.
+        narrowest: the narrowest width that there is. Scala cuts it from the other end of every axis than those between.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -117,6 +122,8 @@ class HydraViTConfig:
     norm_eps: float = 1e-6
     separate_classifiers: tuple[int, ...] = ()
     geometry: str = "hydravit"
+    width_steps: int | None = None
+    narrowest: int = 1
 
     def __post_init__(self):
         for name, (valid, expected) in _CHECKS.items():
@@ -136,18 +143,20 @@ class HydraViTConfig:
             )
         if self.fc_norm is (self.pool in ("avg", "avgmax", "max")):
             object.__setattr__(self, "fc_norm", None)  # so that equal models have equal configs
+        if type(self.narrowest) is not int or not 1 <= self.narrowest <= self.widths:
+            raise ValueError(f"narrowest must be an integer in 1..{self.widths}, the widths, not {self.narrowest!r}")
         if self.hidden_of(1) < 1 or abs(self.mlp_ratio * self.embed - self.hidden) > 1e-6:  # a rounded quotient will do
             raise ValueError(
-                "mlp_ratio times the residual's channels must be an integer, and no less than the heads, "
+                "mlp_ratio times the residual's channels must be an integer, and no less than the widths, "
                 f"not {self.mlp_ratio} * {self.embed}"
             )
         widths = self.separate_classifiers
         if not isinstance(widths, (tuple, list, set, frozenset, range)):
-            raise ValueError(f"separate_classifiers must be a tuple of numbers of heads, not {widths!r}")
+            raise ValueError(f"separate_classifiers must be a tuple of widths, not {widths!r}")
         widths = [plain_int(heads) for heads in widths]
         for heads in widths:
-            if type(heads) is not int or not 1 <= heads <= self.max_heads:
-                raise ValueError(f"separate_classifiers: {heads!r} is not a number of heads in 1..{self.max_heads}")
+            if type(heads) is not int or not 1 <= heads <= self.widths:
+                raise ValueError(f"separate_classifiers: {heads!r} is not a width in 1..{self.widths}")
         object.__setattr__(self, "separate_classifiers", tuple(sorted(set(widths))))
 
     @property
@@ -156,13 +165,30 @@ class HydraViTConfig:
         return self.max_heads * self.head_dim
 
     @property
+    def widths(self) -> int:
+        """The full width, in heads or in ``width_steps``."""
+        return self.width_steps or self.max_heads
+
+    def width_name(self, width: int) -> str:
+        """Return what people call a width: its heads, or with ``width_steps`` its share of the full one."""
+        return str(width) if self.width_steps is None else f"{width / self.width_steps:.4g}"
+
+    def width_of(self, share: float) -> int:
+        """Return the width of that share of the full one, 0.4375 of 16 steps is 7. Raise ``ValueError`` if none is."""
+        width = round(share * self.widths)
+        if not self.narrowest <= width <= self.widths or abs(width - share * self.widths) > 1e-6:
+            shares = ", ".join(f"{k / self.widths:.4g}" for k in range(self.narrowest, self.widths + 1))
+            raise ValueError(f"width={share:g} is none of the model's: {shares}")
+        return width
+
+    @property
     def hidden(self) -> int:
         """Channels between the full fc1 and fc2."""
         return round(self.mlp_ratio * self.embed)
 
     def hidden_of(self, heads: int) -> int:
-        """Hidden channels of a width: the share of its heads."""
-        return self.hidden * heads // self.max_heads
+        """Hidden channels of a width: its share, rounded down."""
+        return self.hidden * heads // self.widths
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -110,13 +110,22 @@ def _uniform(
 
 def hydravit(config: HydraViTConfig, heads: int) -> Subnetwork:
     """The first ``heads`` heads and the matching first channels of everything else (arXiv 2409.17978, section 3)."""
-    embed = heads * config.head_dim
+    whole = _whole_heads(config, heads)
+    embed = whole * config.head_dim
     return _uniform(
         config,
         heads,
-        _per_role_attention(config, embed, heads, config.head_dim),
+        _per_role_attention(config, embed, whole, config.head_dim),
         MlpSlice(0, embed, 0, config.hidden_of(heads)),
     )
+
+
+def _whole_heads(config: HydraViTConfig, width: int) -> int:
+    if config.widths == config.max_heads:
+        return width
+    if config.max_heads * width % config.widths:
+        raise ValueError(f"width {width}/{config.widths} of {config.max_heads} heads is no integer")
+    return config.max_heads * width // config.widths
 
 
 def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
@@ -125,15 +134,21 @@ def sortednet(config: HydraViTConfig, heads: int) -> Subnetwork:
     SortedNet, arXiv 2309.00255. ``heads * head_dim`` must be divisible by ``max_heads``. The attention scale stays the
     full model's.
     """
-    embed = heads * config.head_dim
-    if embed % config.max_heads:
-        raise ValueError(f"sortednet: embed {embed} is not divisible by {config.max_heads} heads")
+    head_dim = _narrow_head(config, heads)
+    embed = config.max_heads * head_dim
     return _uniform(
         config,
         heads,
-        _per_role_attention(config, embed, config.max_heads, embed // config.max_heads),
+        _per_role_attention(config, embed, config.max_heads, head_dim),
         MlpSlice(0, embed, 0, config.hidden_of(heads)),
     )
+
+
+def _narrow_head(config: HydraViTConfig, width: int) -> int:
+    """The channels of a head where all heads are kept and cut to the width's share."""
+    if config.head_dim * width % config.widths:
+        raise ValueError(f"width {width}/{config.widths} of a head's {config.head_dim} channels is no integer")
+    return config.head_dim * width // config.widths
 
 
 def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
@@ -141,13 +156,13 @@ def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
     return _uniform(
         config,
         heads,
-        _per_role_attention(config, config.embed, heads, config.head_dim),
+        _per_role_attention(config, config.embed, _whole_heads(config, heads), config.head_dim),
         MlpSlice(0, config.embed, 0, config.hidden_of(heads)),
     )
 
 
 def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """The first ``heads / max_heads`` of the hidden channels, and all of the rest (MatFormer, arXiv 2310.07707)."""
+    """The first ``heads / widths`` of the hidden channels, and all of the rest (MatFormer, arXiv 2310.07707)."""
     return _uniform(
         config,
         heads,
@@ -165,7 +180,7 @@ def uniform_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
     return _uniform(
         config,
         heads,
-        _narrow_attention(config, config.max_heads, config.head_dim * heads // config.max_heads),
+        _narrow_attention(config, config.max_heads, config.head_dim * heads // config.widths),
         MlpSlice(0, config.embed, 0, config.hidden_of(heads)),
     )
 
@@ -187,46 +202,75 @@ def full_attention(config: HydraViTConfig) -> AttentionSlice:
     return _per_role_attention(config, config.embed, config.max_heads, config.head_dim)
 
 
-# The values of `HydraViTConfig.geometry`: the methods in which a number of heads names a width.
+def scala(
+    config: HydraViTConfig, embed: int, *, suffix: bool, per_role: bool = False, width: int | None = None
+) -> Subnetwork:
+    """The first ``embed`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
+
+    This follows the released checkpoints. They cut the qkv weight as one block of ``3 * embed`` rows, and split that
+    into queries, keys and values, so a subnetwork's queries may be the full model's key rows. With ``per_role`` they
+    are query rows, as keys are key rows. The attention scale stays the full model's, and epsilon is 1e-5.
+
+    ``width`` names the subnetwork; None: as one of all heads.
+    """
+    if not 1 <= embed <= config.embed or embed % config.max_heads:
+        raise ValueError(f"scala: embed {embed} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
+    hidden = round(config.mlp_ratio * embed)
+    channel = config.embed - embed if suffix else 0
+    row, distance = (channel, config.embed) if per_role else (3 * channel, embed)
+    head_dim = embed // config.max_heads
+    attention = AttentionSlice(
+        channel, embed, row, row + distance, row + 2 * distance, channel,
+        config.max_heads, head_dim, head_dim, head_dim, config.head_dim**-0.5,
+    )  # fmt: skip
+    mlp = MlpSlice(channel, embed, config.hidden - hidden if suffix else 0, hidden)
+    return _uniform(config, config.max_heads if width is None else width, attention, mlp, eps=1e-5)
+
+
+def scala_released(config: HydraViTConfig, width: int, *, per_role: bool = False) -> Subnetwork:
+    """Scala as in its released code: the last channels of every axis; of the narrowest and the full width, the first.
+
+    The narrowest width, which every step trains, then shares few weights with those between, or none (Isolated
+    Activation, section 3.2).
+    """
+    between = config.narrowest < width < config.widths
+    embed = config.max_heads * _narrow_head(config, width)
+    return scala(config, embed, suffix=between, per_role=per_role, width=width)
+
+
+def scala_per_role(config: HydraViTConfig, width: int) -> Subnetwork:
+    """The released code's Scala, but queries, keys and values keep their roles."""
+    return scala_released(config, width, per_role=True)
+
+
+def scala_paper(config: HydraViTConfig, width: int) -> Subnetwork:
+    """Scala as in the paper (equations 2 and 3): the first channels of every axis; of the narrowest width, the last."""
+    embed = config.max_heads * _narrow_head(config, width)
+    return scala(config, embed, suffix=width == config.narrowest, width=width)
+
+
+# The values of `HydraViTConfig.geometry`: the methods in which a number names a width.
 GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "hydravit": hydravit,
     "sortednet": sortednet,
     "dynabert": dynabert,
     "matformer": matformer,
     "skd": uniform_skd,
+    "scala": scala_released,
+    "scala-paper": scala_paper,
+    "scala-per-role": scala_per_role,
 }
 
 
 def every_width(config: HydraViTConfig) -> dict[int, Subnetwork]:
     """Return the validated subnetworks of all widths that the config's geometry has, in ascending order."""
     found = {}
-    for heads in range(1, config.max_heads + 1):
+    for heads in range(config.narrowest, config.widths + 1):
         try:
             found[heads] = config.sizes.validate(GEOMETRIES[config.geometry](config, heads))
-        except ValueError:  # a width that SortedNet's heads do not divide, or one without a classifier
+        except ValueError:  # a width whose heads would be no integers, or one without a classifier
             continue
     return found
-
-
-def scala(config: HydraViTConfig, embed: int, *, suffix: bool) -> Subnetwork:
-    """The first ``embed`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
-
-    This follows the released checkpoints. They cut the qkv weight as one block of ``3 * embed`` rows, and split that
-    into queries, keys and values, so a subnetwork's queries may be the full model's key rows. The attention scale stays
-    the full model's, and epsilon is 1e-5.
-    """
-    if not 1 <= embed <= config.embed or embed % config.max_heads:
-        raise ValueError(f"scala: embed {embed} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
-    hidden = round(config.mlp_ratio * embed)
-    channel = config.embed - embed if suffix else 0
-    row = 3 * channel
-    head_dim = embed // config.max_heads
-    attention = AttentionSlice(
-        channel, embed, row, row + embed, row + 2 * embed, channel,
-        config.max_heads, head_dim, head_dim, head_dim, config.head_dim**-0.5,
-    )  # fmt: skip
-    mlp = MlpSlice(channel, embed, config.hidden - hidden if suffix else 0, hidden)
-    return _uniform(config, config.max_heads, attention, mlp, eps=1e-5)
 
 
 def skd(config: HydraViTConfig, lengths: Sequence[tuple[int, int]]) -> Subnetwork:

@@ -42,7 +42,8 @@ class HydraViT(Ends):
 
     Args:
         config: the full model.
-        heads: active heads from now on; None for all. Every call can name its own: ``model(images, heads=3)``.
+        heads: active heads from now on; None for all. Every call can name its own: ``model(images, heads=3)``. Where
+            the config counts widths in finer steps, ``heads`` is a number of these.
         trained_heads: widths that were trained; calls may name no others, unless ``model.allow_untrained`` is True.
             None: calls may name any width.
         backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``. The backend is selected when the
@@ -147,8 +148,8 @@ class HydraViT(Ends):
             raise TypeError(
                 f"heads must be an int, an integer tensor (B,) or a Subnetwork, not {kind} {str(heads):.40}"
             )
-        if not 1 <= heads <= self.config.max_heads:
-            raise ValueError(f"heads must be in 1..{self.config.max_heads}, not {heads}")
+        if not self.config.narrowest <= heads <= self.config.widths:
+            raise ValueError(f"heads must be in {self.config.narrowest}..{self.config.widths}, not {heads}")
         if not torch.compiler.is_compiling() and heads not in self._subnetworks:
             self.config.sizes.validate(self._make_subnetwork(heads))
         position(
@@ -186,7 +187,7 @@ class HydraViT(Ends):
         subnetworks = tuple(self.subnetwork(k) for k in used)
         if len(used) == 1 and not compiling:
             return Selection(subnetworks, None)
-        beyond = self.config.max_heads + 1
+        beyond = self.config.widths + 1
         index_of = torch.tensor(
             [used.index(k) if k in used else -1 for k in range(beyond + 1)], dtype=torch.int64, device="cpu"
         )
@@ -314,7 +315,7 @@ class HydraViT(Ends):
         if self.slice_gradients is not None and torch.is_grad_enabled():
             self.slice_gradients.mark(selection.subnetworks)
         fused = self._fused()
-        if fused.full_only and selection.subnetworks != (self._make_subnetwork(self.config.max_heads),):
+        if fused.full_only and selection.subnetworks != (self._make_subnetwork(self.config.widths),):
             raise ValueError(f"heads: only the full width is possible, because {fused.full_only}")
         return images, selection, fused
 

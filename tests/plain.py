@@ -46,8 +46,34 @@ def prefix(config, heads):
     return Subnetwork(list(range(width)), [layer] * config.depth, config.norm_eps, list(range(config.num_classes)))
 
 
+def scala(config, share, narrowest, *, paper=False, per_role=False):
+    """Scala, section 3.2: ``share`` of every axis from its end, as the code has it; of both extremes, from its start.
+
+    In the paper it is from the start, and of the narrowest from the end. The rows of qkv are one axis, unless
+    ``per_role`` makes them three.
+    """
+    last = share == narrowest if paper else narrowest < share < 1
+
+    def part(axis):
+        count = int(share * len(axis))
+        return axis[len(axis) - count :] if last else axis[:count]
+
+    channels, rows = list(range(config.embed)), list(range(3 * config.embed))
+    embed = part(channels)
+    if per_role:
+        query, key, value = ([role * config.embed + i for i in embed] for role in range(3))
+    else:
+        rows, count = part(rows), len(embed)
+        query, key, value = rows[:count], rows[count : 2 * count], rows[2 * count :]
+    hidden = part(list(range(config.hidden)))
+    layer = Layer(query, key, value, embed, config.max_heads, config.head_dim**-0.5, hidden)
+    return Subnetwork(embed, [layer] * config.depth, 1e-5, list(range(config.num_classes)))
+
+
 def forward(parameters, config, subnetwork, images, maps=None):
     """Logits of ``images (B, C, height, width)`` from full ``parameters`` (a state dict, any dtype).
+
+    Those of a distilled model are a pair: the class token's and the distillation token's.
 
     A list given as ``maps`` receives, per layer, the softmax matrices ``(B, heads, N, N)``; None for a skipped branch.
     """
@@ -67,7 +93,7 @@ def forward(parameters, config, subnetwork, images, maps=None):
         images.reshape(b, c, h // size, size, w // size, size).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * size**2)
     )
     x = patches @ p["patch_embed.proj.weight"].flatten(1)[e].T + p["patch_embed.proj.bias"][e]
-    prefix = [p[t][:, :, e].expand(b, -1, -1) for t in ("cls_token", "reg_token") if t in p]
+    prefix = [p[t][:, :, e].expand(b, -1, -1) for t in ("cls_token", "dist_token", "reg_token") if t in p]
     if config.no_embed_class:
         x = torch.cat([*prefix, x + p["pos_embed"][:, :, e]], dim=1)
     else:
@@ -101,10 +127,13 @@ def forward(parameters, config, subnetwork, images, maps=None):
             y = F.linear(y, pick(name + "mlp.fc2.weight", e, layer.hidden), pick(name + "mlp.fc2.bias", e))
             x = x + (y * p[name + "ls2.gamma"][e] if name + "ls2.gamma" in p else y)
 
-    if config.pool == "token":
-        x = norm(x, "norm")[:, 0]
-    else:
-        x = norm(x[:, config.prefix_tokens :].mean(1), "fc_norm")
-    weight, bias = p["head.weight"], p["head.bias"]
-    rows = weight.reshape(-1, weight.shape[-1])[subnetwork.classes]
-    return F.linear(x, rows[:, e], bias.reshape(-1)[subnetwork.classes])
+    def classify(x, name):
+        weight, bias = p[name + ".weight"], p[name + ".bias"]
+        rows = weight.reshape(-1, weight.shape[-1])[subnetwork.classes]
+        return F.linear(x, rows[:, e], bias.reshape(-1)[subnetwork.classes])
+
+    if config.pool != "token":
+        return classify(norm(x[:, config.prefix_tokens :].mean(1), "fc_norm"), "head")
+    x = norm(x, "norm")
+    logits = classify(x[:, 0], "head")
+    return (logits, classify(x[:, 1], "head_dist")) if "dist_token" in p else logits

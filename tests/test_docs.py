@@ -129,7 +129,7 @@ def check_hydravit(arguments):
     if arguments[0] == "train" and not files & set(arguments) and args.recipe != "runs/demo/recipe.json":
         make_recipe(args)
     if arguments[0] in ("evaluate", "predict") and args.heads is not None:  # readers try these on the demo's model
-        cli.parse_heads(args.heads, get_recipe("demo").config.max_heads)
+        cli.parse_heads(args.heads, get_recipe("demo").config.widths)
     if arguments[0] == "info" and "--checkpoint" not in arguments:
         assert cli.main(arguments) == 0
 

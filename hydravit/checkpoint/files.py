@@ -182,9 +182,9 @@ def _parse_metadata(metadata: object) -> dict:
     )
     config = None if config is None else HydraViTConfig.from_dict(config)
     if heads is not None:
-        most = config.max_heads if config else math.inf
+        most = config.widths if config else math.inf
         if not isinstance(heads, list) or not heads or any(type(k) is not int or not 1 <= k <= most for k in heads):
-            raise ValueError(f"trained_heads must be numbers of heads in 1..{most}, not {heads!r}")
+            raise ValueError(f"trained_heads must be widths in 1..{most}, not {heads!r}")
     if names is not None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"class_names must be strings, not {names!r}")

@@ -30,7 +30,6 @@ def add_parser(subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser, "default: all trained")
-    parser.set_defaults(heads="all")
     add_data_arguments(parser)
     parser.add_argument("--split", default="test", choices=["train", "test", "all"], help="(default: %(default)s)")
     parser.add_argument(

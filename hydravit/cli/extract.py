@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hydravit.cli.images import add_image_arguments, with_images
-from hydravit.cli.loading import add_reading_arguments, read_weights
+from hydravit.cli.loading import add_reading_arguments, add_width_arguments, chosen_heads, read_weights
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
 
@@ -26,7 +26,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
     add_reading_arguments(parser)
     add_image_arguments(parser)
-    parser.add_argument("--heads", required=True, type=int, metavar="K", help="the width")
+    add_width_arguments(parser, "the width", required=True)
     parser.add_argument("--allow-untrained", action="store_true", help="also a width the checkpoint was not trained at")
     parser.add_argument("--out", required=True, metavar="FILE", help=".safetensors, .pt or .pth")
 
@@ -45,11 +45,16 @@ def run(args: argparse.Namespace) -> None:
         **fields,
     )
     checkpoint = with_images(checkpoint, model.config, args, assume=False)
-    weights, subnetwork = extract(model, args.heads), model.subnetwork(args.heads)
+    chosen = chosen_heads(args, model)
+    if len(chosen) != 1:
+        raise ValueError(f"expected one width, not {', '.join(map(model.config.width_name, chosen))}")
+    weights, subnetwork = extract(model, chosen[0]), model.subnetwork(chosen[0])
     heads, width = subnetwork.attention[0].heads, subnetwork.embed.embed
     config = resolve_config(
         model.config,
         geometry="hydravit",  # its full width is the plain ViT
+        width_steps=None,
+        narrowest=1,
         max_heads=heads,
         head_dim=width // heads,
         mlp_ratio=subnetwork.mlp[0].hidden / width,
@@ -61,13 +66,13 @@ def run(args: argparse.Namespace) -> None:
     save_checkpoint(
         args.out,
         plain,
-        trained_heads=_nested(model, config, args.heads),
+        trained_heads=_nested(model, config, chosen[0]),
         preprocessing=checkpoint.preprocessing,
         class_names=checkpoint.class_names,
         split_seed=checkpoint.split_seed,
         method=checkpoint.method,
     )
-    arguments = extract_config(model, args.heads)
+    arguments = extract_config(model, chosen[0])
     print(f"wrote {args.out}: {sum(p.numel() for p in plain.parameters())} parameters")
     kind = "deit.VisionTransformerDistilled" if config.distilled else "vision_transformer.VisionTransformer"
     written = [f"{name}={value!r}" for name, value in arguments.items() if name != "norm_layer"]

@@ -26,12 +26,22 @@ def add_model_arguments(parser: argparse.ArgumentParser, heads_help: str) -> Non
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="weights: .safetensors, .pt or .pth")
     add_reading_arguments(parser)
     add_image_arguments(parser)
-    parser.add_argument("--heads", default=None, metavar="LIST", help=f"3,6,12 or 3-12 or all ({heads_help})")
+    add_width_arguments(parser, f"3,6,12 or 3-12 or all ({heads_help})")
     parser.add_argument("--allow-untrained", action="store_true", help="also widths the checkpoint was not trained at")
     parser.add_argument("--backend", default="auto", help="native, reference, ...; an explicit one runs or is an error")
     add_device_argument(parser)
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     add_threads_argument(parser)
+
+
+def add_width_arguments(parser: argparse.ArgumentParser, heads_help: str, required: bool = False) -> None:
+    """Add three ways to name widths, for ``chosen_heads``."""
+    ways = parser.add_mutually_exclusive_group(required=required)
+    ways.add_argument("--heads", metavar="LIST", help=heads_help)
+    ways.add_argument("--width", metavar="LIST", help="shares of the full width, such as 0.25,0.4375")
+    ways.add_argument(
+        "--budget", type=float, metavar="MACS", help="the widest of at most so many multiply-accumulates, such as 1.2e9"
+    )
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,16 +163,37 @@ def about_data(source: str, split: str, dataset: Dataset) -> dict[str, Any]:
     return {"source": source, "split": split, "part": dataset.origin, "skipped": len(dataset.skipped)}
 
 
-def chosen_heads(args: argparse.Namespace, model: HydraViT) -> tuple[int, ...]:
-    """Return the widths that ``--heads`` names; ``all`` names all that the model allows."""
-    if args.heads.strip().lower() == "all":
-        return model.allowed_heads
-    heads = parse_heads(args.heads, model.config.max_heads)
+def chosen_heads(args: argparse.Namespace, model: HydraViT, otherwise: str = "all") -> tuple[int, ...]:
+    """Return the widths that ``--heads``, ``--width`` or ``--budget`` names; ``otherwise`` where none is given.
+
+    ``all`` names all that the model allows, ``widest`` the widest of them.
+    """
+    if args.budget is not None:
+        from hydravit.evaluation import widest_within
+
+        return (widest_within(model, args.budget),)
+    text = otherwise if args.heads is None else args.heads.strip().lower()
+    if args.width is not None:
+        heads = tuple(sorted({model.config.width_of(_share(part)) for part in args.width.split(",")}))
+    elif text in ("all", "widest"):
+        return model.allowed_heads if text == "all" else model.allowed_heads[-1:]
+    else:
+        heads = parse_heads(text, model.config.widths)
     refused = [k for k in heads if k not in model.allowed_heads]
     if refused:
-        trained = list(model.allowed_heads)
-        raise ValueError(f"heads {refused} were not trained; trained: {trained} (--allow-untrained uses them anyway)")
+        counted = "heads" if model.config.width_steps is None else "width"
+        names, trained = (", ".join(map(model.config.width_name, each)) for each in (refused, model.allowed_heads))
+        raise ValueError(
+            f"{counted} [{names}] were not trained; trained: [{trained}] (--allow-untrained uses them anyway)"
+        )
     return heads
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"width {text!r}: expected shares of the full width, such as 0.25,0.4375") from None
 
 
 def usable_device(name: str) -> torch.device:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     model, checkpoint, preprocessing = load_model(args)
     if not model.num_classes:
         raise ValueError(f"{args.checkpoint}: the model has no classifier")
-    heads = (model.allowed_heads[-1],) if args.heads is None else chosen_heads(args, model)
+    heads = chosen_heads(args, model, otherwise="widest")
     names = checkpoint.class_names or tuple(str(label) for label in range(model.num_classes))
     files = [file for path in args.images for file in image_files(path)]
     answers = []
@@ -72,7 +72,12 @@ def _batches(files, preprocessing, size: int, skip_corrupt: bool) -> Iterator[tu
 
 @torch.inference_mode()
 def _predict(model, files, images, heads, names, top: int) -> list[dict]:
-    """Return per file ``{"file", "widths": [{"heads", "classes": [{"name", "label", "probability"}]}]}``."""
+    """Return per file ``{"file", "widths": [{"heads", "classes": [{"name", "label", "probability"}]}]}``.
+
+    Where widths are no heads, they have their share of the full one too, ``"width"``.
+    """
+    from hydravit.evaluation.evaluate import width_row
+
     parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
     answers: list[dict[str, Any]] = [{"file": str(file), "widths": []} for file in files]
@@ -86,7 +91,7 @@ def _predict(model, files, images, heads, names, top: int) -> list[dict]:
                 {"name": names[label], "label": label, "probability": value}
                 for value, label in zip(row, row_labels, strict=True)
             ]
-            answer["widths"].append({"heads": k, "classes": classes})
+            answer["widths"].append({**width_row(model.config, k), "classes": classes})
     return answers
 
 
@@ -96,6 +101,7 @@ def _print(answers: list[dict], many_widths: bool) -> None:
         for width in answer["widths"]:
             texts = [f"{entry['probability']:.3f} {entry['name']}" for entry in width["classes"]]
             if many_widths:
-                print(f"  k={width['heads']:<3} " + "  ".join(texts))
+                name = f"width={width['width']:<6}" if "width" in width else f"k={width['heads']:<3}"
+                print(f"  {name} " + "  ".join(texts))
             else:
                 print("\n".join(f"  {text}" for text in texts))

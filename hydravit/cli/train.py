@@ -291,10 +291,10 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     config = dataclasses.replace(config, **sizes, **config_changes)
     changes = _schedule(recipe, changes.get("epochs", recipe.epochs)) | changes
     # A recipe's widths are those of its own model, so another model does not take them.
-    if config.max_heads != recipe.config.max_heads or args.heads is not None:
+    if config.widths != recipe.config.widths or args.heads is not None:
         changes = {"heads": (), "weights": (), **changes}
     if args.heads is not None:
-        changes["heads"] = parse_heads(args.heads, config.max_heads)
+        changes["heads"] = parse_heads(args.heads, config.widths)
     return recipe.replace(config=config, **changes)
 
 

@@ -1,7 +1,7 @@
 """The accuracy of every width, and its cost: parameters, multiply-accumulates, latency and memory."""
 
 from hydravit.evaluation.accuracy import accuracy, interval
-from hydravit.evaluation.cost import Cost, cost, costs
+from hydravit.evaluation.cost import Cost, cost, costs, widest_within
 from hydravit.evaluation.evaluate import evaluate
 from hydravit.evaluation.picture import plot
 from hydravit.evaluation.report import format_accuracy, format_supernet, format_table, write_json, write_results
@@ -19,6 +19,7 @@ __all__ = [
     "interval",
     "measure_supernet",
     "plot",
+    "widest_within",
     "write_json",
     "write_results",
 ]

@@ -42,6 +42,18 @@ def _parameter_shapes(config: HydraViTConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def widest_within(model: HydraViT, macs: float) -> int:
+    """Return the widest width that a call may name with at most so many multiply-accumulates of an image.
+
+    Raises ``ValueError`` if even the narrowest has more.
+    """
+    found = {heads: cost(model.config, model.subnetwork(heads)).macs for heads in model.allowed_heads}
+    within = [heads for heads, each in found.items() if each <= macs]
+    if not within:
+        raise ValueError(f"budget {macs:g}: the narrowest width has {min(found.values()):g} multiply-accumulates")
+    return max(within, key=found.__getitem__)
+
+
 def costs(config: HydraViTConfig) -> dict[int, Cost]:
     """Return the cost of every width that the config's nesting method has."""
     return {heads: cost(config, subnetwork) for heads, subnetwork in every_width(config).items()}

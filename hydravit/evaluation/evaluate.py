@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hydravit.config import HydraViTConfig
 from hydravit.evaluation.accuracy import SizedDataset, accuracy, interval
 from hydravit.evaluation.cost import cost
 from hydravit.evaluation.environment import commit, cpu_name
@@ -44,7 +45,8 @@ def evaluate(
     Returns:
         ``{"widths": [...], "environment": {...}}``, ready for JSON. Per width:
 
-        * ``heads``, ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
+        * ``heads``; where widths are no heads, ``width``, the share of the full one as people read it;
+        * ``params``, ``gmacs``: 10^9 multiply-accumulates of an image;
         * ``top1``, ``top5``: percent (top5 counts all classes if there are fewer than 5);
         * ``top1_interval``: the 95 % interval of top1, in percent, that this number of images allows;
         * ``e4m3_top1``, ``e4m3_top5``: the same with rounded weights, if asked for;
@@ -82,7 +84,7 @@ def evaluate(
         timing = timings.get(k, {})
         rows.append(
             {
-                "heads": k,
+                **width_row(model.config, k),
                 "params": params,
                 "gmacs": macs / 1e9,
                 "top1": accuracies[k][0],
@@ -104,6 +106,11 @@ def evaluate(
         "memory": used.measured,
     }
     return {"widths": rows, "environment": about}
+
+
+def width_row(config: HydraViTConfig, heads: int) -> dict:
+    """Return the entries of a result's row that name the width."""
+    return {"heads": heads} | ({} if config.width_steps is None else {"width": config.width_name(heads)})
 
 
 def latency_row(timing: dict[str, dict[str, float]]) -> dict:

@@ -56,18 +56,22 @@ def _title(axes: Axes, title: str, below: str) -> None:
     axes.text(0, 1.02, below, transform=axes.transAxes, size=9, color=_GREY, va="bottom")
 
 
-def _width_axis(axes: Axes, rows: list[dict], label: str) -> list[int]:
+def _width_axis(axes: Axes, rows: list[dict]) -> list[int]:
     heads = [row["heads"] for row in rows]
-    axes.set_xticks(heads)
+    shares = all("width" in row for row in rows)
+    if shares:
+        axes.set_xticks(heads, [row["width"] for row in rows], rotation=60, size=8)
+    else:
+        axes.set_xticks(heads)
     axes.set_xlim(min(heads) - 0.5, max(heads) + 0.5)
-    axes.set_xlabel(label)
+    axes.set_xlabel("width (share of the full one)" if shares else "width (active heads)")
     axes.grid(axis="y", alpha=0.3)
     return heads
 
 
 def _draw_accuracy(axes: Axes, results: dict) -> None:
     rows = results["widths"]
-    heads = _width_axis(axes, rows, "width (active heads)")
+    heads = _width_axis(axes, rows)
     top1 = [row["top1"] for row in rows]
     below = [row["top1"] - row["top1_interval"][0] for row in rows]
     above = [row["top1_interval"][1] - row["top1"] for row in rows]
@@ -85,7 +89,7 @@ def _draw_accuracy(axes: Axes, results: dict) -> None:
 
 def _draw_latency(axes: Axes, results: dict) -> None:
     rows = results["widths"]
-    heads = _width_axis(axes, rows, "width (active heads)")
+    heads = _width_axis(axes, rows)
     ends = []
     for name, style in _WAYS.items():
         middle = [row["latency_ms"][name] for row in rows]
@@ -108,14 +112,15 @@ def _draw_latency(axes: Axes, results: dict) -> None:
         title += f": {min(ratios):.1f} to {max(ratios):.1f} times as fast"
     bars = "bars: 20 % to 80 % of the calls"
     if overlapping := _overlapping(rows):
-        bars += f", which overlap at {', '.join(map(str, overlapping))} heads: a busy machine"
+        unit = "" if "width" in rows[0] else " heads"
+        bars += f", which overlap at {', '.join(overlapping)}{unit}: a busy machine"
     _title(axes, title, f"{machine}, {about['threads']} thread(s); {bars}")
 
 
-def _overlapping(rows: Sequence[dict]) -> list[int]:
+def _overlapping(rows: Sequence[dict]) -> list[str]:
     """Return the widths at which the calls of both backends took as long: their ratio says little there."""
     return [
-        row["heads"]
+        row.get("width", str(row["heads"]))
         for row in rows
         if {"eager", "fused"} <= set(row["latency_spread_ms"])
         and row["latency_spread_ms"]["eager"][0] <= row["latency_spread_ms"]["fused"][1]

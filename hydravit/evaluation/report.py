@@ -23,10 +23,10 @@ def format_table(results: dict) -> str:
     accuracies = {name: label for name, label in accuracies.items() if all(name in row for row in results["widths"])}
     if results["environment"]["classes"] <= 5:  # among the first five of them is every class
         accuracies = {name: label for name, label in accuracies.items() if not name.endswith("top5")}
-    header = ["heads", "params", "GMACs", *accuracies.values(), "eager ms", "fused ms", "memory MiB"]
+    header = [_counted(results), "params", "GMACs", *accuracies.values(), "eager ms", "fused ms", "memory MiB"]
     rows = [
         [
-            str(row["heads"]),
+            _name(row),
             count(row["params"]),
             _number(row["gmacs"], 4),
             *(f"{row[name]:.2f}" for name in accuracies),
@@ -51,7 +51,7 @@ def format_accuracy(results: dict) -> str:
     """Format cost and top-1 accuracy of ``evaluate``'s results, with the interval that the number of images allows."""
     rows = [
         [
-            str(row["heads"]),
+            _name(row),
             count(row["params"]),
             count(row["gmacs"] * 1e9),
             f"{row['top1']:.1f}",
@@ -59,20 +59,20 @@ def format_accuracy(results: dict) -> str:
         ]
         for row in results["widths"]
     ]
-    return aligned(["heads", "params", "MACs", "top-1 %", "95 % interval"], rows)
+    return aligned([_counted(results), "params", "MACs", "top-1 %", "95 % interval"], rows)
 
 
 def format_supernet(results: dict) -> str:
     """Format the results of ``measure_supernet`` as a table, with lines on how they were measured."""
     about = results["environment"]
     weights = about["weights_mib"]
-    header = ["heads", "params", "GMACs"]
+    header = [_counted(results), "params", "GMACs"]
     for name in ("eager", "ours"):
         header += [f"{name} ms", "20-80 %"]
     header += ["eager/ours", "eager MiB", "ours MiB"]
     rows = []
     for row in results["widths"]:
-        cells = [str(row["heads"]), count(row["params"]), _number(row["gmacs"])]
+        cells = [_name(row), count(row["params"]), _number(row["gmacs"])]
         for name in ("eager", "fused"):
             spread = row["latency_spread_ms"].get(name)
             cells += [_number(row["latency_ms"][name]), "-" if spread is None else "-".join(map(_number, spread))]
@@ -104,6 +104,15 @@ def faster(row: dict) -> float | None:
     """Return how many times as long as ours eager PyTorch takes at a width."""
     eager, fused = row["latency_ms"]["eager"], row["latency_ms"]["fused"]
     return None if fused is None else eager / fused
+
+
+def _counted(results: dict) -> str:
+    """Return what the widths are called by: "heads", or "width" where they are shares of the full one."""
+    return "width" if all("width" in row for row in results["widths"]) else "heads"
+
+
+def _name(row: dict) -> str:
+    return row.get("width", str(row["heads"]))
 
 
 def _source(results: dict) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from hydravit.config import HydraViTConfig
 from hydravit.evaluation.cost import costs
-from hydravit.evaluation.evaluate import environment, latency_row
+from hydravit.evaluation.evaluate import environment, latency_row, width_row
 from hydravit.evaluation.latency import backends_to_time, measure_latency
 from hydravit.evaluation.memory import Memory, measure_memory
 from hydravit.factory import fused_model
@@ -61,7 +61,7 @@ def measure_supernet(
     counted = costs(model.config)
     rows = [
         {
-            "heads": k,
+            **width_row(model.config, k),
             "params": counted[k].params,
             "gmacs": counted[k].macs / 1e9,
             **latency_row(timings[k]),

@@ -28,6 +28,9 @@ class Recipe:
         per_image: every image of a batch draws its own width, instead of one for the batch.
         sandwich: how many widths a step trains on all of its images: the widest, the narrowest, and others drawn
             between them (US-Net, arXiv 1903.05134, section 3.3); 0: one drawn width.
+        bins: draw each width between the ends from a range of its own. Where the ranges cannot be equally long, those
+            above are longer by one ("upper", as in Scala's code) or those below ("lower", as in its paper, section
+            3.2). "": draw all of them from all.
         transfer: who teaches the other widths of a step: its "widest" (US-Net), or the "next" wider one (Scala, arXiv
             2412.04786, section 3.3); "": nobody.
         label_weight: the weight of the cross entropy to the labels for those that are taught (Scala: 1).
@@ -77,6 +80,7 @@ class Recipe:
     weights: tuple[float, ...] = ()
     per_image: bool = False
     sandwich: int = 0
+    bins: str = ""
     transfer: str = ""
     label_weight: float = 0.0
     full_epochs: int = 0
@@ -150,10 +154,10 @@ class Recipe:
         self._check_widths()
 
     def _check_widths(self) -> None:
-        largest = self.config.max_heads
-        for heads in self.heads:
-            self._check("heads", type(heads) is int and 1 <= heads <= largest, f"different integers in 1..{largest}")
-        self._check("heads", len(set(self.heads)) == len(self.heads), f"different integers in 1..{largest}")
+        first, last = self.config.narrowest, self.config.widths
+        different = len(set(self.heads)) == len(self.heads)
+        within = all(type(heads) is int and first <= heads <= last for heads in self.heads)
+        self._check("heads", different and within, f"different integers in {first}..{last}")
         if self.weights:
             fits = len(self.weights) == len(self.trained_heads) and min(self.weights) >= 0 and sum(self.weights) > 0
             self._check("weights", fits, f"one number of at least 0 for each of heads {list(self.trained_heads)}")
@@ -164,6 +168,9 @@ class Recipe:
             ends = (min(self.trained_heads), max(self.trained_heads))
             drawn = sum(w > 0 for k, w in zip(self.trained_heads, self.weights, strict=True) if k not in ends)
             self._check("sandwich", self.sandwich <= drawn + 2, f"at most {drawn + 2}: weights leave out the others")
+        self._check("bins", self.bins in ("", "upper", "lower"), "'upper' or 'lower', or '' for none")
+        fits = not self.bins or (self.sandwich > 2 and not self.weights)
+        self._check("bins", fits, "'' with weights, and without a sandwich of 3 or more")
         self._check("transfer", self.transfer in ("", "widest", "next"), "'widest' or 'next', or '' for none")
         self._check("transfer", bool(self.sandwich) or not self.transfer, "'' without sandwich")
         self._check("label_weight", self.label_weight >= 0, "at least 0")
@@ -178,7 +185,8 @@ class Recipe:
     @property
     def trained_heads(self) -> tuple[int, ...]:
         """The widths that are trained."""
-        return self.heads or self.config.separate_classifiers or tuple(range(1, self.config.max_heads + 1))
+        config = self.config
+        return self.heads or config.separate_classifiers or tuple(range(config.narrowest, config.widths + 1))
 
     def replace(self, **values) -> Recipe:
         """Return a recipe with some fields replaced. Raise ``ValueError`` for an unknown field or a wrong value."""
@@ -289,6 +297,37 @@ RECIPES = {
 # US-Net's steps (arXiv 1903.05134) in the place of HydraViT's, on the same data: the widest width, two others and the
 # narrowest, which learn from the widest.
 RECIPES["usnet"] = RECIPES["hydravit-imagenet"].replace(sandwich=4, transfer="widest")
+# Scala's DeiT-S (arXiv 2412.04786, and its public code): 4 GPUs with 256 images each. The code also halves the learning
+# rate in the first ten epochs, which the paper does not say and this does not do.
+RECIPES["scala"] = RECIPES["hydravit-imagenet"].replace(
+    config=resolve_config(
+        "small", geometry="scala", width_steps=16, narrowest=4, distilled=True, norm_eps=1e-5, drop_path=0.1
+    ),
+    heads=(),
+    sandwich=4,
+    bins="upper",
+    transfer="next",
+    label_weight=1.0,
+    full_epochs=10,
+    rank_shared=True,
+    epochs=100,
+    cooldown_epochs=0,
+    batch_size=256,
+    lr=2e-3,
+    min_lr=5e-6,  # 1e-5 and 1e-6 at 1024 images per step: with these the rates are scaled here
+    warmup_lr=5e-7,
+    warmup_epochs=3.0,
+    distillation="hard",
+    teacher="deit_small_patch16_224",
+    rand_augment="rand-m1-mstd0.5-inc1",
+    amp="fp16",
+)
+RECIPES["scala-paper"] = RECIPES["scala"].replace(
+    config=resolve_config(RECIPES["scala"].config, geometry="scala-paper"), bins="lower"
+)
+RECIPES["scala-per-role"] = RECIPES["scala"].replace(
+    config=resolve_config(RECIPES["scala"].config, geometry="scala-per-role")
+)
 
 
 # Recipes whose model is that of the checkpoint that training starts from.

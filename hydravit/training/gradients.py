@@ -92,7 +92,7 @@ class SliceGradients:
                 )
         self._check_buffers()
         if torch.compiler.is_compiling():  # symbolic widths would each need a graph: mark all
-            subnetworks = [self.model.subnetwork(self.model.config.max_heads)]
+            subnetworks = [self.model.subnetwork(self.model.config.widths)]
         self._last_forward = tuple(subnetworks)
         self._marked.update(self._last_forward)
 

@@ -56,7 +56,7 @@ def test_trained_widths_are_kept_once_and_ascending(tmp_path):
     for name in ("ours.safetensors", "theirs.pt"):
         assert read_checkpoint(tmp_path / name).trained_heads == (2, 4)
     for wrong in ([], [5], [1, "2"], 3):
-        with pytest.raises(ValueError, match=r"trained_heads must be numbers of heads in 1\.\.4"):
+        with pytest.raises(ValueError, match=r"trained_heads must be widths in 1\.\.4"):
             save_checkpoint(tmp_path / "a.pt", model, trained_heads=wrong)
 
 

@@ -239,5 +239,5 @@ def test_evaluate_refuses(model, dataset):
 def test_the_picture_says_where_a_ratio_says_little():
     spreads = {1: ([4.0, 8.0], [2.0, 3.0]), 2: ([4.0, 8.0], [2.0, 4.5])}
     rows = [{"heads": k, "latency_spread_ms": {"eager": pair[0], "fused": pair[1]}} for k, pair in spreads.items()]
-    assert picture._overlapping(rows) == [2]
+    assert picture._overlapping(rows) == ["2"]
     assert picture._overlapping([{"heads": 3, "latency_spread_ms": {"eager": [1.0, 2.0]}}]) == []

@@ -101,10 +101,10 @@ def test_images(model, images, error, message):
         ({"no_embed_class": 1}, ValueError, "no_embed_class must be True or False, not 1"),
         ({"qkv_bias": None}, ValueError, "qkv_bias must be True or False, not None"),
         ({"mlp_ratio": 0.3}, ValueError, "mlp_ratio times the residual.s channels must be an integer"),
-        ({"separate_classifiers": (1, 9)}, ValueError, "separate_classifiers: 9 is not a number of heads"),
-        ({"separate_classifiers": (True,)}, ValueError, "separate_classifiers: True is not a number of heads"),
-        ({"separate_classifiers": (1, "2")}, ValueError, "separate_classifiers: '2' is not a number of heads"),
-        ({"separate_classifiers": 3}, ValueError, "separate_classifiers must be a tuple of numbers of heads, not 3"),
+        ({"separate_classifiers": (1, 9)}, ValueError, "separate_classifiers: 9 is not a width in 1..4"),
+        ({"separate_classifiers": (True,)}, ValueError, "separate_classifiers: True is not a width in 1..4"),
+        ({"separate_classifiers": (1, "2")}, ValueError, "separate_classifiers: '2' is not a width in 1..4"),
+        ({"separate_classifiers": 3}, ValueError, "separate_classifiers must be a tuple of widths, not 3"),
         ({"geometry": ["scala"]}, ValueError, r"geometry must be a name .*not \['scala'\]"),
         ({"geometry": "onion"}, ValueError, "geometry: unknown 'onion'"),
     ],
@@ -183,7 +183,7 @@ def test_a_geometry_lacks_some_widths():
     """SortedNet keeps all heads, so a width must divide into them; separate classifiers exist for their widths only."""
     model = hydravit.fused_model(config=SMALL, head_dim=6, mlp_ratio=2.0, geometry="sortednet")
     assert model.allowed_heads == (2, 4)
-    with pytest.raises(ValueError, match="sortednet: embed 6 is not divisible by 4 heads"):
+    with pytest.raises(ValueError, match="width 1/4 of a head's 6 channels is no integer"):
         model(IMAGES, heads=1)
     assert hydravit.fused_model(config=SMALL, separate_classifiers=(1, 2)).heads == 2
 

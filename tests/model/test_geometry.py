@@ -45,6 +45,27 @@ def test_scala_mixes_roles(width, suffix):
     assert (attention.scale, attention.heads, attention.head_dim, resolved.eps) == (0.125, 6, width // 6, 1e-5)
 
 
+def test_widths_in_steps():
+    """Methods that cut heads have finer widths than heads; those of whole heads have what these steps allow."""
+    sixteenths = {"width_steps": 16, "narrowest": 4}
+    scala = resolve_config("small", geometry="scala", **sixteenths)
+    assert [s.embed.embed for s in geometry.every_width(scala).values()] == list(range(96, 385, 24))
+    assert [scala.width_name(k) for k in (4, 7, 16)] == ["0.25", "0.4375", "1"]
+    assert scala.width_of(0.4375) == 7 and resolve_config("small").width_of(0.5) == 3
+    for share in (0.1875, 0.45, 1.0625):
+        with pytest.raises(ValueError, match=r"width=[0-9.]+ is none of the model's: 0.25, 0.3125, 0.375"):
+            scala.width_of(share)
+    assert [*geometry.every_width(resolve_config("base", **sixteenths))] == [4, 8, 12, 16]  # 3, 6, 9 and 12 heads
+    matformer = geometry.every_width(resolve_config("base", **sixteenths, geometry="matformer"))
+    assert [s.mlp[0].hidden for s in matformer.values()] == list(range(768, 3073, 192))
+    dynabert = geometry.every_width(resolve_config("base", width_steps=4, geometry="dynabert")).values()
+    assert [s.attention[0].heads for s in dynabert] == [3, 6, 9, 12]
+    assert [s.mlp[0].hidden for s in dynabert] == [768, 1536, 2304, 3072]
+    for wrong in ({"width_steps": 0}, {"width_steps": 2.5}, {"narrowest": 0}, {"narrowest": 7}, {"narrowest": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            resolve_config("small", **wrong)
+
+
 def test_skd_segments_inside_heads():
     resolved = DEIT_S.sizes.validate(geometry.skd(DEIT_S, [(24, 480)] * 11 + [(0, 0)]))
     slices = geometry.parameter_slices(DEIT_S, resolved)

@@ -136,6 +136,44 @@ def test_scala_suffix_with_fused_rows(backend):
         geometry.scala(config, 30, suffix=True)
 
 
+SIXTEENTHS = {"image_size": 16, "depth": 1, "max_heads": 2, "head_dim": 64, "width_steps": 16, "narrowest": 4}
+
+
+@pytest.mark.parametrize("method", ["scala", "scala-paper", "scala-per-role"])
+@pytest.mark.parametrize("width", [4, 5, 7, 11, 13, 16])  # heads of 16, 20, 28, 44, 52 and 64 channels
+def test_scala_by_its_width(backend, method, width):
+    config = resolve_config(SMALL, **SIXTEENTHS, geometry=method)
+    form = {"paper": method == "scala-paper", "per_role": method == "scala-per-role"}
+    check(make(backend, config), width, plain.scala(config, width / 16, 4 / 16, **form), images_for(config))
+
+
+def test_scala_with_one_width_per_image(backend):
+    config = resolve_config(SMALL, **SIXTEENTHS, geometry="scala")
+    widths = [16, 4, 13, 5]
+    subnetworks = [plain.scala(config, width / 16, 4 / 16) for width in widths]
+    check(make(backend, config), torch.tensor(widths), subnetworks, images_for(config, 4))
+
+
+@pytest.mark.parametrize("method", ["scala", "scala-paper", "scala-per-role"])
+def test_only_widths_that_together_exceed_the_full_one_share_weights_with_scalas_narrowest(method):
+    """Isolated Activation: others read nothing that the narrowest reads, but the bias of the classifier."""
+    config = resolve_config(SMALL, **SIXTEENTHS, geometry=method)
+    model, images = make("reference", config), images_for(config)
+    read = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in model.named_parameters()}
+    slices = geometry.parameter_slices(config, model.subnetwork(4))
+    for name in read:
+        inside = [torch.cat([torch.arange(start, start + length) for start, length in axis]) for axis in slices[name]]
+        read[name][torch.meshgrid(*inside, indexing="ij")] = True
+    for width in range(5, 17):
+        model.zero_grad()
+        model(images, heads=width).square().sum().backward()
+        shared = {name for name, p in model.named_parameters() if (p.grad[read[name]] != 0).any()}
+        if width <= 12:
+            assert shared == {"head.bias"}, width
+        else:
+            assert {"blocks.0.mlp.fc1.weight", "blocks.0.attn.proj.weight", "norm.weight"} <= shared, width
+
+
 def test_skd_widths_per_layer(backend):
     """A prefix inside every head, its own width in every layer, skipped branches; the stream is whole."""
     config = resolve_config(SMALL, depth=4)
