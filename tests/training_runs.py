@@ -41,15 +41,15 @@ class Images(torch.utils.data.Dataset):
         return self.images[index] + noise, int(self.labels[index])
 
 
-def make_model(seed=0, backend="reference", **changes):
+def make_model(seed=0, backend="reference", config=CONFIG, **changes):
     torch.manual_seed(seed)
-    return shake(HydraViT(dataclasses.replace(CONFIG, **changes), backend=backend))
+    return shake(HydraViT(dataclasses.replace(config, **changes), backend=backend))
 
 
 def train(out=None, recipe=RECIPE, stop_at=None, resume=False, dataset=None, **options):
     """The trainer after its run, or after SIGTERM in step ``stop_at``."""
     dataset = Images() if dataset is None else dataset
-    model = make_model(drop_path=0.2, separate_classifiers=recipe.config.separate_classifiers)
+    model = make_model(config=recipe.config, drop_path=0.2)
     trainer = Trainer(model, recipe, dataset, out=out, progress=False, **options)
     if resume:
         trainer.resume(out / "checkpoint.pt")

@@ -139,7 +139,7 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
     rows = []
     for heads in trainer.heads:
         params, macs = cost(config, model.subnetwork(heads))
-        rows.append([str(heads), count(params), f"{macs / 1e9:.4g}"])
+        rows.append([config.width_name(heads), count(params), f"{macs / 1e9:.4g}"])
     frozen = [f"frozen: {', '.join(recipe.freeze)}"] if recipe.freeze else []
     return [
         f"{config.depth} layers, {config.max_heads} heads of {config.head_dim} channels {because.of_model('depth')}, "
@@ -147,7 +147,7 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         *frozen,
         f"{start}{average}",
         f"trained widths, {'several in a step' if recipe.sandwich else drawn}:",
-        *aligned(["heads", "params", "GMACs"], rows).splitlines(),
+        *aligned(["heads" if config.width_steps is None else "width", "params", "GMACs"], rows).splitlines(),
     ]
 
 
@@ -174,6 +174,7 @@ def _widths(recipe: Recipe) -> list[str]:
     if not recipe.sandwich:
         return []
     between = f"{recipe.sandwich - 2} drawn between them" if recipe.sandwich > 2 else "none between them"
+    between += ", one from each of equal ranges" if recipe.bins else ""
     teachers = {"": "labels teach all", "widest": "the widest teaches the others", "next": "each teaches the next"}
     labels = f", and labels with weight {recipe.label_weight:g}" if recipe.label_weight else ""
     first = f"; the first {recipe.full_epochs} epochs train the widest only" if recipe.full_epochs else ""

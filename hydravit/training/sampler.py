@@ -44,17 +44,25 @@ class WidthSampler:
         self.per_image = per_image
         self._generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + rank)
 
-    def sandwich(self, count: int) -> list[int]:
+    def sandwich(self, count: int, bins: str = "") -> list[int]:
         """Draw ``count`` different widths, the widest first: it, the narrowest, and others between them.
 
-        US-Net (arXiv 1903.05134, section 3.3) draws those between independently of each other. Here they differ.
+        US-Net (arXiv 1903.05134, section 3.3) draws those between independently of each other. Here they differ, and
+        ``count - 2`` of them need a weight above 0.
 
-        ``count - 2`` widths between them need a weight above 0.
+        With ``bins`` each comes from a range of its own, in which all are equally likely (Scala, arXiv 2412.04786,
+        section 3.2). The ranges are equally long, or those above are longer by one ("upper"), or those below ("lower").
         """
         narrowest, widest = int(self._heads.min()), int(self._heads.max())
         inner = (self._heads > narrowest) & (self._heads < widest)
         drawn: list[int] = []
-        if count > 2:
+        if bins:
+            between, parts = sorted(self._heads[inner].tolist()), count - 2
+            up = parts - 1 if bins == "lower" else 0
+            for i in reversed(range(parts)):
+                first, stop = ((len(between) * end + up) // parts for end in (i, i + 1))
+                drawn.append(between[int(torch.randint(first, stop, (), generator=self._generator))])
+        elif count > 2:
             chosen = torch.multinomial(self._weights[inner], count - 2, generator=self._generator)
             drawn = sorted(self._heads[inner][chosen].tolist(), reverse=True)
         return [widest, *drawn, narrowest]

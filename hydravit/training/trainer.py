@@ -244,7 +244,7 @@ class Trainer:
         if self.epoch < self.recipe.full_epochs:
             return [max(self.heads)]
         if self.recipe.sandwich:
-            return self.sampler.sandwich(self.recipe.sandwich)
+            return self.sampler.sandwich(self.recipe.sandwich, self.recipe.bins)
         return [self.sampler.draw(batch)]
 
     def _step(self, images: Tensor, labels: Tensor, widths: Sequence[int | Tensor]) -> float:

@@ -4,6 +4,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_training import assert_equal, cross_entropy, divergence, loop, thirty_steps
 from training_runs import CONFIG, RECIPE, Images, make_model, read_log, train
 
 from hydravit.recipes import RECIPES
@@ -25,39 +26,6 @@ class Still(Images):
         return self.images[index].double(), int(self.labels[index])
 
 
-def divergence(teacher, pupil):
-    """KL(teacher || pupil) from the definition, a mean over the images."""
-    p, q = teacher.detach().softmax(1), pupil.softmax(1)
-    return (p * (p.log() - q.log())).sum(1).mean()
-
-
-def loop(weights, images, labels, drawn, teacher_of, label_weight, lr, decay):
-    """AdamW on the sum of the widths' losses; ``drawn`` has the widths of every step, the widest first."""
-    weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    undecayed = {name for name, w in weights.items() if w.ndim < 2 or name.endswith(("token", "embed"))}
-    moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
-    target = 0.9 * F.one_hot(labels, 5).double() + 0.1 / 5
-    found = []
-    for t, widths in enumerate(drawn, 1):
-        logits, losses = [], []
-        for i, heads in enumerate(widths):
-            logits.append(plain.forward(weights, CONFIG, plain.prefix(CONFIG, heads), images))
-            loss = -(target * logits[i].log_softmax(1)).sum(1).mean()
-            if i and teacher_of:
-                loss = label_weight * loss + divergence(logits[{"widest": 0, "next": i - 1}[teacher_of]], logits[i])
-            losses.append(loss)
-        found.append([loss.item() for loss in losses])
-        gradients = torch.autograd.grad(sum(losses), list(weights.values()))
-        with torch.no_grad():
-            for (name, w), g in zip(weights.items(), gradients, strict=True):
-                m, v = moments[name]
-                w -= 0 if name in undecayed else lr * decay * w
-                m += 0.1 * (g - m)
-                v += 0.001 * (g * g - v)
-                w -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-    return weights, found
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(
     ("teacher_of", "label_weight", "full_epochs"), [("", 0.0, 0), ("widest", 0.0, 0), ("next", 1.0, 4)]
@@ -70,26 +38,24 @@ def test_thirty_steps_are_those_of_a_plain_loop(teacher_of, label_weight, full_e
     model = make_model().double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = Trainer(model, recipe, data, progress=False)
-    drawn, found, draw, track = [], [], trainer._draw, trainer._track
-
-    def note_drawn(count):
-        drawn.append(draw(count))
-        return drawn[-1]
-
-    def note_losses(losses, widths):
-        found.append([float(losses[widths == heads].mean()) for heads in drawn[-1]])
-        track(losses, widths)
-
-    trainer._draw, trainer._track = note_drawn, note_losses
-    trainer.run()
+    drawn, found = thirty_steps(trainer)
     assert all(widths == [4] for widths in drawn[:full_epochs])
     assert {tuple(widths) for widths in drawn[full_epochs:]} == {(4, 3, 1), (4, 2, 1)}
     images, labels = torch.stack([image for image, _ in data]), data.labels
-    weights, losses = loop(before, images, labels, drawn, teacher_of, label_weight, lr, recipe.weight_decay)
-    for ours, expected in zip(found, losses, strict=True):
-        assert ours == pytest.approx(expected, rel=1e-9)
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, weights[name].detach(), rtol=1e-9, atol=1e-12)
+    target = 0.9 * F.one_hot(labels, 5).double() + 0.1 / 5
+
+    def losses_of(weights, widths):
+        logits, losses = [], []
+        for i, heads in enumerate(widths):
+            logits.append(plain.forward(weights, CONFIG, plain.prefix(CONFIG, heads), images))
+            loss = cross_entropy(logits[i], target)
+            if i and teacher_of:
+                loss = label_weight * loss + divergence(logits[{"widest": 0, "next": i - 1}[teacher_of]], logits[i])
+            losses.append(loss)
+        return losses
+
+    weights, losses = loop(before, drawn, losses_of, lr, recipe.weight_decay)
+    assert_equal(model, found, weights, losses)
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------
