@@ -22,7 +22,7 @@ from bench import RESULTS
 from bench.rows import replace_file
 from hydravit import HydraViT, HydraViTConfig
 from hydravit.compression import CalibrationImages, order_heads, wpac
-from hydravit.compression.calibration import Batches, activations
+from hydravit.compression.calibration import Batches, activations, label_logits
 from hydravit.data import load_dataset
 from hydravit.data.dataset import ArrayDataset
 from hydravit.evaluation import costs
@@ -118,7 +118,7 @@ def without_channels(model: HydraViT, batches: Batches, criterion: str, channels
     names = [f"blocks.{layer}.attn.qkv" for layer in range(config.depth)]
     taylor = {name: torch.zeros(3 * config.embed, dtype=torch.float64) for name in names}
     if criterion == "taylor":
-        for found in activations(model, batches, names, _logit_of_label, heads=config.max_heads):
+        for found in activations(model, batches, names, label_logits, heads=config.max_heads):
             for name, (value, gradient) in found.items():
                 taylor[name] += (value * gradient).abs().sum((0, 1))
     for name in names:
@@ -135,10 +135,6 @@ def without_channels(model: HydraViT, batches: Batches, criterion: str, channels
             qkv.weight.mul_(kept[:, None])
             qkv.bias.mul_(kept)
     return model
-
-
-def _logit_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return logits.gather(1, labels[:, None]).sum()
 
 
 @torch.inference_mode()

@@ -97,6 +97,9 @@ class HydraViTConfig:
         width_steps: the number of equal steps in which the width is counted, 1 to this; None: ``max_heads``, so that a
             width is a number of heads. Scala's 16 make width 4 the first quarter of all channels.
         narrowest: the narrowest width that there is. Scala cuts it from the other end of every axis than those between.
+        cuts: SKD's nested list (arXiv 2511.11683), with geometry ``"skd"``: every entry ``(layer, branch, channels)``
+            leaves that many channels of each head (branch ``"attn"``) or of the hidden ones (``"mlp"``), and 0 skips
+            the branch. The full width has none of the cuts, each width below it one more, and width 1 all.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -124,6 +127,7 @@ class HydraViTConfig:
     geometry: str = "hydravit"
     width_steps: int | None = None
     narrowest: int = 1
+    cuts: tuple[tuple[int, str, int], ...] = ()
 
     def __post_init__(self):
         for name, (valid, expected) in _CHECKS.items():
@@ -143,9 +147,11 @@ class HydraViTConfig:
             )
         if self.fc_norm is (self.pool in ("avg", "avgmax", "max")):
             object.__setattr__(self, "fc_norm", None)  # so that equal models have equal configs
+        self._check_cuts()
         if type(self.narrowest) is not int or not 1 <= self.narrowest <= self.widths:
             raise ValueError(f"narrowest must be an integer in 1..{self.widths}, the widths, not {self.narrowest!r}")
-        if self.hidden_of(1) < 1 or abs(self.mlp_ratio * self.embed - self.hidden) > 1e-6:  # a rounded quotient will do
+        hidden = self.mlp_ratio * self.embed  # a rounded quotient will do
+        if abs(hidden - self.hidden) > 1e-6 or (self.hidden_of(1) < 1 and not self.cuts):
             raise ValueError(
                 "mlp_ratio times the residual's channels must be an integer, and no less than the widths, "
                 f"not {self.mlp_ratio} * {self.embed}"
@@ -159,6 +165,23 @@ class HydraViTConfig:
                 raise ValueError(f"separate_classifiers: {heads!r} is not a width in 1..{self.widths}")
         object.__setattr__(self, "separate_classifiers", tuple(sorted(set(widths))))
 
+    def _check_cuts(self) -> None:
+        """Raise ``ValueError`` unless every cut leaves less of its branch than the one before."""
+        if not isinstance(self.cuts, (tuple, list)) or not all(isinstance(cut, (tuple, list)) for cut in self.cuts):
+            raise ValueError(f"cuts must be a tuple of (layer, branch, channels), not {self.cuts!r:.80}")
+        cuts = tuple(tuple(map(plain_int, cut)) for cut in self.cuts)
+        object.__setattr__(self, "cuts", cuts)
+        if cuts and (self.geometry != "skd" or self.width_steps is not None):
+            raise ValueError("cuts need geometry='skd' and width_steps=None")
+        left = {(layer, "attn"): self.head_dim for layer in range(self.depth)}
+        left |= {(layer, "mlp"): self.hidden for layer in range(self.depth)}
+        for cut in cuts:
+            branch, channels = cut[:2], cut[2] if len(cut) == 3 else None
+            if branch not in left or type(channels) is not int or not 0 <= channels < left[branch]:
+                most = f", which has {left[branch]} channels" if branch in left else ""
+                raise ValueError(f"cuts: {cut!r} is no (layer, 'attn' or 'mlp', fewer channels){most}")
+            left[branch] = channels
+
     @property
     def embed(self) -> int:
         """Channels of the full residual, ``D``."""
@@ -166,8 +189,8 @@ class HydraViTConfig:
 
     @property
     def widths(self) -> int:
-        """The full width, in heads or in ``width_steps``."""
-        return self.width_steps or self.max_heads
+        """The full width, in heads or in ``width_steps``; one more than there are ``cuts``."""
+        return len(self.cuts) + 1 if self.cuts else self.width_steps or self.max_heads
 
     def width_name(self, width: int) -> str:
         """Return what people call a width: its heads, or with ``width_steps`` its share of the full one."""

@@ -171,12 +171,17 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
     )
 
 
-def uniform_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
+def nested_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
     """All heads, each cut to its first channels, so that they are as wide as ``heads`` whole ones, rounded down.
 
     The hidden channels are cut to the same share, and the residual is whole: SKD (arXiv 2511.11683) with the same
-    lengths in every layer.
+    lengths in every layer. With ``config.cuts`` every layer has lengths of its own.
     """
+    if config.cuts:
+        lengths = [{"attn": config.head_dim, "mlp": config.hidden} for _ in range(config.depth)]
+        for layer, branch, channels in config.cuts[: config.widths - heads]:
+            lengths[layer][branch] = channels
+        return skd(config, [(each["attn"], each["mlp"]) for each in lengths])._replace(heads=heads)
     return _uniform(
         config,
         heads,
@@ -255,7 +260,7 @@ GEOMETRIES: dict[str, Callable[[HydraViTConfig, int], Subnetwork]] = {
     "sortednet": sortednet,
     "dynabert": dynabert,
     "matformer": matformer,
-    "skd": uniform_skd,
+    "skd": nested_skd,
     "scala": scala_released,
     "scala-paper": scala_paper,
     "scala-per-role": scala_per_role,

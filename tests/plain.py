@@ -70,6 +70,20 @@ def scala(config, share, narrowest, *, paper=False, per_role=False):
     return Subnetwork(embed, [layer] * config.depth, 1e-5, list(range(config.num_classes)))
 
 
+def skd(config, lengths):
+    """SKD: the first channels of every head and the first hidden ones, ``(r, m)`` per layer; the residual is whole."""
+    full = config.embed
+
+    def inside(role, r):
+        return [role * full + head * config.head_dim + j for head in range(config.max_heads) for j in range(r)]
+
+    layers = [
+        Layer(*(inside(role, r) for role in (0, 1, 2, 0)), config.max_heads, config.head_dim**-0.5, list(range(m)))
+        for r, m in lengths
+    ]
+    return Subnetwork(list(range(full)), layers, config.norm_eps, list(range(config.num_classes)))
+
+
 def forward(parameters, config, subnetwork, images, maps=None):
     """Logits of ``images (B, C, height, width)`` from full ``parameters`` (a state dict, any dtype).
 

@@ -21,6 +21,7 @@ from hydravit.cli.loading import (
 _EXAMPLES = """examples:
   hydravit compress --method wpac --checkpoint deit_small.pth --data imagenet/ --out wpac.safetensors
   hydravit compress --method wpac --balanced --checkpoint deit_small.pth --data imagenet/ --out wpac.safetensors
+  hydravit compress --method wpac --plan latency --checkpoint deit_small.pth --data imagenet/ --out planned.safetensors
   hydravit compress --method order-heads --checkpoint deit_small.pth --data imagenet/ --out ordered.safetensors
   hydravit evaluate --checkpoint wpac.safetensors --data imagenet/ --accuracy-only
 """
@@ -47,6 +48,17 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--fold-mean", action="store_true", help="wpac: keep the mean of the value channels cut away")
     parser.add_argument("--balanced", action="store_true", help="wpac: choose query and key channels by their products")
     parser.add_argument(
+        "--plan",
+        choices=["macs", "params", "latency"],
+        help="wpac: widths that lose, layer by layer, what matters least for this cost; then name them by --budget",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="--plan: of the cost, at the narrowest width (default: 0.125)",
+    )
+    parser.add_argument(
         "--images", type=positive, default=1024, metavar="N", help="of the training part (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of images (default: 0)")
@@ -60,12 +72,17 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from hydravit.checkpoint import check_suffix, save_checkpoint
-    from hydravit.compression import CalibrationImages, order_heads, wpac
+    from hydravit.compression import CalibrationImages, order_heads, plan, wpac
+    from hydravit.evaluation import costs
 
     check_suffix(args.out)
     options = {"fold_mean": args.fold_mean, "balanced": args.balanced}
     if args.method != "wpac" and any(options.values()):
         raise ValueError(f"--fold-mean and --balanced are options of --method wpac, not of {args.method}")
+    if args.plan and args.method != "wpac":
+        raise ValueError(f"--plan is an option of --method wpac, not of {args.method}")
+    if args.keep is not None and not args.plan:
+        raise ValueError("--keep is an option of --plan")
     model, checkpoint, preprocessing = load_model(args)
     dataset = load_data(args, "train", checkpoint, preprocessing, model.num_classes)
     images = CalibrationImages(
@@ -77,7 +94,10 @@ def run(args: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     compressed = wpac(model, images, **options) if args.method == "wpac" else order_heads(model, images)
+    if args.plan:
+        compressed = plan(compressed, images, cost=args.plan, keep=0.125 if args.keep is None else args.keep)
     chosen = [args.method, *(name for name, wanted in options.items() if wanted)]
+    chosen += [f"planned by {args.plan}"] if args.plan else []
     save_checkpoint(
         args.out,
         compressed,
@@ -86,8 +106,12 @@ def run(args: argparse.Namespace) -> None:
         split_seed=checkpoint.split_seed,
         method=f"{' '.join(chosen)}, {min(args.images, len(dataset))} images of {args.data}",
     )
-    widths = ", ".join(map(str, compressed.allowed_heads))
-    print(f"wrote {args.out}: geometry {compressed.config.geometry}, heads {widths}")
+    counted = costs(compressed.config)
+    widths = f"heads {', '.join(map(str, counted))}"
+    if args.plan:
+        first, *_, last = (f"{each.macs / 1e9:.3g}" for each in counted.values())
+        widths = f"{len(counted)} widths of {first} to {last} GMACs"
+    print(f"wrote {args.out}: geometry {compressed.config.geometry}, {widths}")
     print(f"logits at full width differ by {_difference(model, compressed, images):.1e}, relative to the largest")
 
 

@@ -40,7 +40,7 @@ def add_width_arguments(parser: argparse.ArgumentParser, heads_help: str, requir
     ways.add_argument("--heads", metavar="LIST", help=heads_help)
     ways.add_argument("--width", metavar="LIST", help="shares of the full width, such as 0.25,0.4375")
     ways.add_argument(
-        "--budget", type=float, metavar="MACS", help="the widest of at most so many multiply-accumulates, such as 1.2e9"
+        "--budget", metavar="LIST", help="for each number of multiply-accumulates, such as 1.2e9, the widest within it"
     )
 
 
@@ -171,10 +171,10 @@ def chosen_heads(args: argparse.Namespace, model: HydraViT, otherwise: str = "al
     if args.budget is not None:
         from hydravit.evaluation import widest_within
 
-        return (widest_within(model, args.budget),)
+        return tuple(sorted({widest_within(model, _number("budget", part)) for part in args.budget.split(",")}))
     text = otherwise if args.heads is None else args.heads.strip().lower()
     if args.width is not None:
-        heads = tuple(sorted({model.config.width_of(_share(part)) for part in args.width.split(",")}))
+        heads = tuple(sorted({model.config.width_of(_number("width", part)) for part in args.width.split(",")}))
     elif text in ("all", "widest"):
         return model.allowed_heads if text == "all" else model.allowed_heads[-1:]
     else:
@@ -189,11 +189,11 @@ def chosen_heads(args: argparse.Namespace, model: HydraViT, otherwise: str = "al
     return heads
 
 
-def _share(text: str) -> float:
+def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"width {text!r}: expected shares of the full width, such as 0.25,0.4375") from None
+        raise ValueError(f"{name} {text!r}: expected numbers, such as 0.25,0.4375 or 1.2e9") from None
 
 
 def usable_device(name: str) -> torch.device:

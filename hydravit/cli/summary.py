@@ -137,7 +137,8 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
     average = f"; its moving average, ema {recipe.ema:g}, is what is evaluated and saved" if recipe.ema else ""
     drawn = "a width for every image" if recipe.per_image else "a width for every step"
     rows = []
-    for heads in trainer.heads:
+    step = -(-len(trainer.heads) // 20)  # of a list of cuts only some, the widest among them
+    for heads in sorted(trainer.heads)[(len(trainer.heads) - 1) % step :: step]:
         params, macs = cost(config, model.subnetwork(heads))
         rows.append([config.width_name(heads), count(params), f"{macs / 1e9:.4g}"])
     frozen = [f"frozen: {', '.join(recipe.freeze)}"] if recipe.freeze else []
@@ -146,7 +147,8 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         f"patches of {config.patch_size} pixels, {config.num_classes} classes (the data's)",
         *frozen,
         f"{start}{average}",
-        f"trained widths, {'several in a step' if recipe.sandwich else drawn}:",
+        f"trained widths, {'several in a step' if recipe.sandwich else drawn}"
+        + (":" if step == 1 else f"; {len(rows)} of {len(trainer.heads)}:"),
         *aligned(["heads" if config.width_steps is None else "width", "params", "GMACs"], rows).splitlines(),
     ]
 

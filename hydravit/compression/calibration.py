@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from hydravit.data.loading import load_batches
 from hydravit.evaluation.accuracy import SizedDataset
 from hydravit.model import HydraViT
+from hydravit_kernels import Subnetwork
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -75,7 +77,7 @@ def activations(
     names: Sequence[str],
     objective: Callable[[Tensor, Tensor], Tensor],
     *,
-    heads: int,
+    heads: int | Subnetwork,
 ) -> Iterator[dict[str, Activation]]:
     """Run one width of a model and yield, batch by batch, the activations of the modules of these names.
 
@@ -101,7 +103,8 @@ def activations(
                 # Where all parameters are frozen, only images that need a gradient give the outputs one.
                 value = objective(model(images.detach().requires_grad_(), heads=heads), labels)
             if not value.isfinite():
-                raise RuntimeError(f"heads={heads}: the model's logits are not finite")
+                width = heads.heads if isinstance(heads, Subnetwork) else heads
+                raise RuntimeError(f"heads={width}: the model's logits are not finite")
             gradients = torch.autograd.grad(value, [outputs[name] for name in names])
             yield {
                 name: Activation(outputs[name].detach().double(), gradient.double())
@@ -113,6 +116,22 @@ def activations(
             hook.remove()
     if empty:
         raise ValueError("batches: there are none; several passes need a list, a DataLoader or CalibrationImages")
+
+
+def label_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The objective of WPAC: the sum of the labels' own logits."""
+    return logits.gather(1, labels[:, None]).sum()
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The objective of Fisher information: the sum of the images' cross entropies."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def slopes(activation: Activation) -> Tensor:
+    """Return the derivatives ``(B, channels)`` of each image's loss by a factor, 1, before each channel."""
+    products = activation.value * activation.gradient
+    return products.reshape(len(products), -1, products.shape[-1]).sum(1)
 
 
 def _outside(labels: Tensor, model: HydraViT) -> int:

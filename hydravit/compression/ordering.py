@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hydravit.compression.calibration import Activation, Batches, activations
+from hydravit.compression.calibration import Batches, activations, loss, slopes
 from hydravit.compression.source import check_source, rearranged, working_copy
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
@@ -59,30 +58,20 @@ def _measure(model: HydraViT, batches: Batches, heads: int) -> _Importance:
     norms = [f"blocks.{i}.{norm}" for i in layers for norm in ("norm1", "norm2")] + [config.final_norm]
     qkv, hidden = ([f"blocks.{i}.{module}" for i in layers] for module in ("attn.qkv", "mlp.act"))
     total: list[Tensor] = []
-    for found in activations(model, batches, [*norms, *qkv, *hidden], _loss, heads=heads):
+    for found in activations(model, batches, [*norms, *qkv, *hidden], loss, heads=heads):
         of_heads = []
         for name in qkv:
             # A head's output is linear in its values, so a factor of one is a factor of the other.
-            *_, values = _slopes(found[name]).unflatten(1, (3, heads, config.head_dim)).unbind(1)
+            *_, values = slopes(found[name]).unflatten(1, (3, heads, config.head_dim)).unbind(1)
             of_heads.append(values.sum(-1))
-        slopes = (
-            torch.stack([_slopes(found[name]) for name in norms]).sum(0),
+        found_slopes = (
+            torch.stack([slopes(found[name]) for name in norms]).sum(0),
             torch.stack(of_heads, 1),
-            torch.stack([_slopes(found[name]) for name in hidden], 1),
+            torch.stack([slopes(found[name]) for name in hidden], 1),
         )
-        squares = [slope.square().sum(0) for slope in slopes]
+        squares = [slope.square().sum(0) for slope in found_slopes]
         total = [old + new for old, new in zip(total, squares, strict=True)] if total else squares
     return _Importance(*total)
-
-
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def _slopes(activation: Activation) -> Tensor:
-    """The derivative of each image's loss with respect to a factor, 1, before each channel: ``(B, channels)``."""
-    products = activation.value * activation.gradient
-    return products.reshape(len(products), -1, products.shape[-1]).sum(1)
 
 
 def _permuted(model: HydraViT, importance: _Importance) -> dict[str, Tensor]:

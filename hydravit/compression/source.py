@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hydravit.geometry import GEOMETRIES
 from hydravit.model import HydraViT
 
 
@@ -35,7 +36,10 @@ def working_copy(model: HydraViT) -> HydraViT:
 
 def rearranged(model: HydraViT, weights: Mapping[str, Tensor], geometry: str) -> HydraViT:
     """Return a model like this one, with these weights and every width of this nesting method."""
-    config = dataclasses.replace(model.config, geometry=geometry)
+    full = GEOMETRIES[model.config.geometry](model.config, model.config.widths)
+    config = dataclasses.replace(
+        model.config, geometry=geometry, norm_eps=full.eps, width_steps=None, narrowest=1, cuts=()
+    )
     parameter = model.pos_embed
     result = HydraViT(config, backend=model.requested_backend, device=parameter.device, dtype=parameter.dtype)
     result.load_state_dict(weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydravit.compression.calibration import Activation, Batches, activations
+from hydravit.compression.calibration import Activation, Batches, activations, label_logits
 from hydravit.compression.source import check_source, rearranged, working_copy
 from hydravit.config import HydraViTConfig
 from hydravit.model import HydraViT
@@ -114,14 +114,10 @@ def _measure(model: HydraViT, batches: Batches) -> list[_Layer]:
     config = model.config
     layers = [_Layer(config, model.pos_embed.device) for _ in range(config.depth)]
     names = [f"blocks.{i}.{module}" for i in range(config.depth) for module in ("attn.qkv", "mlp.act")]
-    for found in activations(model, batches, names, _logit_of_label, heads=config.max_heads):
+    for found in activations(model, batches, names, label_logits, heads=config.widths):
         for i, layer in enumerate(layers):
             layer.add(found[f"blocks.{i}.attn.qkv"], found[f"blocks.{i}.mlp.act"])
     return layers
-
-
-def _logit_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels[:, None]).sum()
 
 
 def _rearranged_block(

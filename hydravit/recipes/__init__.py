@@ -328,10 +328,21 @@ RECIPES["scala-paper"] = RECIPES["scala"].replace(
 RECIPES["scala-per-role"] = RECIPES["scala"].replace(
     config=resolve_config(RECIPES["scala"].config, geometry="scala-per-role")
 )
-
+# SKD's DeiT-B (arXiv 2511.11683, and its public code): 2 GPUs with 128 images each. It starts from a pretrained ViT to
+# which `hydravit compress --method wpac --plan macs` gave a list of cuts. The paper's grows in the first 50 epochs.
+RECIPES["skd"] = RECIPES["hydravit-imagenet"].replace(
+    config=resolve_config("base", geometry="skd"),
+    heads=(),
+    epochs=150,
+    cooldown_epochs=0,
+    batch_size=128,
+    warmup_epochs=0.0,
+    min_lr=2e-5,  # 1e-5 at 256 images per step: with these the rates are scaled here
+    amp="fp16",
+)
 
 # Recipes whose model is that of the checkpoint that training starts from.
-OF_CHECKPOINTS = ("finetune",)
+OF_CHECKPOINTS = ("finetune", "skd")
 
 
 def usual_recipe(kind: str, checkpoint: bool) -> str:

@@ -178,17 +178,18 @@ def test_skd_widths_per_layer(backend):
     """A prefix inside every head, its own width in every layer, skipped branches; the stream is whole."""
     config = resolve_config(SMALL, depth=4)
     table = [(8, 96), (0, 40), (16, 0), (6, 256)]
-    full, pitch = config.embed, config.head_dim
+    check(make(backend, config), geometry.skd(config, table), plain.skd(config, table), images_for(config))
 
-    def inside(role, r):
-        return [role * full + head * pitch + j for head in range(config.max_heads) for j in range(r)]
 
-    layers = [
-        plain.Layer(*(inside(role, r) for role in (0, 1, 2, 0)), config.max_heads, pitch**-0.5, list(range(m)))
-        for r, m in table
-    ]
-    subnetwork = plain.Subnetwork(list(range(full)), layers, config.norm_eps, list(range(config.num_classes)))
-    check(make(backend, config), geometry.skd(config, table), subnetwork, images_for(config))
+def test_skd_by_its_cuts(backend):
+    """The full width has no cut, the next has the first, and width 1 all of them."""
+    cuts = ((1, "mlp", 96), (0, "attn", 8), (1, "mlp", 0), (0, "attn", 0))
+    lengths = [[(16, 256)] * 2, [(16, 256), (16, 96)], [(8, 256), (16, 96)], [(8, 256), (16, 0)], [(0, 256), (16, 0)]]
+    config = resolve_config(SMALL, geometry="skd", cuts=cuts)
+    subnetworks = {5 - i: plain.skd(config, each) for i, each in enumerate(lengths)}
+    for width, subnetwork in subnetworks.items():
+        check(make(backend, config), width, subnetwork, images_for(config))
+    check(make(backend, config), torch.tensor([5, 1, 3]), [subnetworks[w] for w in (5, 1, 3)], images_for(config))
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -262,7 +262,8 @@ def test_commands_name_widths_by_share_and_budget(trained, tmp_path, capsys):
     [
         (["--width", "0.4375"], "width [0.4375] were not trained; trained: [0.25, 0.5, 0.8125, 1]"),
         (["--width", "0.3"], "width=0.3 is none of the model's: 0.25, 0.3125"),
-        (["--width", "half"], "width 'half': expected shares of the full width, such as 0.25,0.4375"),
+        (["--width", "half"], "width 'half': expected numbers, such as 0.25,0.4375 or 1.2e9"),
+        (["--budget", "1e9,all"], "budget 'all': expected numbers"),
         (["--budget", "10"], "budget 10: the narrowest width has"),
         (["--width", "0.25,0.5"], "expected one width, not 0.25, 0.5"),
         (["--width", "0.25", "--heads", "4"], "not allowed with argument"),
