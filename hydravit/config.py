@@ -151,7 +151,7 @@ class HydraViTConfig:
         if type(self.narrowest) is not int or not 1 <= self.narrowest <= self.widths:
             raise ValueError(f"narrowest must be an integer in 1..{self.widths}, the widths, not {self.narrowest!r}")
         hidden = self.mlp_ratio * self.embed  # a rounded quotient will do
-        if abs(hidden - self.hidden) > 1e-6 or (self.hidden_of(1) < 1 and not self.cuts):
+        if abs(hidden - self.hidden) > 1e-6 or (self.hidden_of(self.narrowest) < 1 and not self.cuts):
             raise ValueError(
                 "mlp_ratio times the residual's channels must be an integer, and no less than the widths, "
                 f"not {self.mlp_ratio} * {self.embed}"
@@ -161,8 +161,8 @@ class HydraViTConfig:
             raise ValueError(f"separate_classifiers must be a tuple of widths, not {widths!r}")
         widths = [plain_int(heads) for heads in widths]
         for heads in widths:
-            if type(heads) is not int or not 1 <= heads <= self.widths:
-                raise ValueError(f"separate_classifiers: {heads!r} is not a width in 1..{self.widths}")
+            if type(heads) is not int or not self.narrowest <= heads <= self.widths:
+                raise ValueError(f"separate_classifiers: {heads!r} is not a width in {self.narrowest}..{self.widths}")
         object.__setattr__(self, "separate_classifiers", tuple(sorted(set(widths))))
 
     def _check_cuts(self) -> None:
@@ -176,11 +176,11 @@ class HydraViTConfig:
         left = {(layer, "attn"): self.head_dim for layer in range(self.depth)}
         left |= {(layer, "mlp"): self.hidden for layer in range(self.depth)}
         for cut in cuts:
-            branch, channels = cut[:2], cut[2] if len(cut) == 3 else None
-            if branch not in left or type(channels) is not int or not 0 <= channels < left[branch]:
-                most = f", which has {left[branch]} channels" if branch in left else ""
+            right = [type(part) for part in cut] == [int, str, int] and cut[:2] in left
+            if not right or not 0 <= cut[2] < left[cut[:2]]:
+                most = f", which has {left[cut[:2]]} channels" if right else ""
                 raise ValueError(f"cuts: {cut!r} is no (layer, 'attn' or 'mlp', fewer channels){most}")
-            left[branch] = channels
+            left[cut[:2]] = cut[2]
 
     @property
     def embed(self) -> int:
@@ -192,16 +192,27 @@ class HydraViTConfig:
         """The full width, in heads or in ``width_steps``; one more than there are ``cuts``."""
         return len(self.cuts) + 1 if self.cuts else self.width_steps or self.max_heads
 
+    @property
+    def counted(self) -> str:
+        """What the number of a width counts: "heads"; "width", where names are shares; or "step" of the ``cuts``."""
+        return "step" if self.cuts else "heads" if self.width_steps is None else "width"
+
     def width_name(self, width: int) -> str:
-        """Return what people call a width: its heads, or with ``width_steps`` its share of the full one."""
+        """Return what people call a width: its number, or with ``width_steps`` its share of the full one."""
         return str(width) if self.width_steps is None else f"{width / self.width_steps:.4g}"
+
+    def label(self, width: int) -> str:
+        """Return the width's name with what it counts: "3 heads", "width 0.4375", "step 12"."""
+        return f"{width} heads" if self.counted == "heads" else f"{self.counted} {self.width_name(width)}"
 
     def width_of(self, share: float) -> int:
         """Return the width of that share of the full one, 0.4375 of 16 steps is 7. Raise ``ValueError`` if none is."""
+        if self.cuts:
+            raise ValueError(f"width={share:g}: the widths of a list of cuts have no shares; name them by a budget")
         width = round(share * self.widths)
-        if not self.narrowest <= width <= self.widths or abs(width - share * self.widths) > 1e-6:
-            shares = ", ".join(f"{k / self.widths:.4g}" for k in range(self.narrowest, self.widths + 1))
-            raise ValueError(f"width={share:g} is none of the model's: {shares}")
+        names = {k: f"{k / self.widths:.4g}" for k in range(self.narrowest, self.widths + 1)}
+        if width not in names or (abs(width - share * self.widths) > 1e-6 and f"{share:.4g}" != names[width]):
+            raise ValueError(f"width={share:g} is none of the model's: {', '.join(names.values())}")
         return width
 
     @property

@@ -162,7 +162,7 @@ def dynabert(config: HydraViTConfig, heads: int) -> Subnetwork:
 
 
 def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """The first ``heads / widths`` of the hidden channels, and all of the rest (MatFormer, arXiv 2310.07707)."""
+    """The width's share of the hidden channels, and all of the rest (MatFormer, arXiv 2310.07707)."""
     return _uniform(
         config,
         heads,
@@ -172,7 +172,7 @@ def matformer(config: HydraViTConfig, heads: int) -> Subnetwork:
 
 
 def nested_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
-    """All heads, each cut to its first channels, so that they are as wide as ``heads`` whole ones, rounded down.
+    """All heads, each cut to the width's share of its channels, the first ones, rounded down.
 
     The hidden channels are cut to the same share, and the residual is whole: SKD (arXiv 2511.11683) with the same
     lengths in every layer. With ``config.cuts`` every layer has lengths of its own.
@@ -181,7 +181,7 @@ def nested_skd(config: HydraViTConfig, heads: int) -> Subnetwork:
         lengths = [{"attn": config.head_dim, "mlp": config.hidden} for _ in range(config.depth)]
         for layer, branch, channels in config.cuts[: config.widths - heads]:
             lengths[layer][branch] = channels
-        return skd(config, [(each["attn"], each["mlp"]) for each in lengths])._replace(heads=heads)
+        return skd(config, [(each["attn"], each["mlp"]) for each in lengths], heads)
     return _uniform(
         config,
         heads,
@@ -208,28 +208,29 @@ def full_attention(config: HydraViTConfig) -> AttentionSlice:
 
 
 def scala(
-    config: HydraViTConfig, embed: int, *, suffix: bool, per_role: bool = False, width: int | None = None
+    config: HydraViTConfig, embed: int, *, suffix: int, per_role: bool = False, width: int | None = None
 ) -> Subnetwork:
-    """The first ``embed`` channels of every axis, or the last (``suffix``), with all heads (Scala, arXiv 2412.04786).
+    """The first ``embed`` channels of every axis, or the last (``suffix`` 1), with all heads (Scala, arXiv 2412.04786).
 
     This follows the released checkpoints. They cut the qkv weight as one block of ``3 * embed`` rows, and split that
     into queries, keys and values, so a subnetwork's queries may be the full model's key rows. With ``per_role`` they
     are query rows, as keys are key rows. The attention scale stays the full model's, and epsilon is 1e-5.
 
-    ``width`` names the subnetwork; None: as one of all heads.
+    ``width`` is the number that names the subnetwork; None: that of the full width. It also selects the classifier,
+    where widths have their own.
     """
     if not 1 <= embed <= config.embed or embed % config.max_heads:
         raise ValueError(f"scala: embed {embed} must be in 1..{config.embed} and divisible by {config.max_heads} heads")
-    hidden = round(config.mlp_ratio * embed)
-    channel = config.embed - embed if suffix else 0
+    hidden = config.hidden * embed // config.embed
+    channel = (config.embed - embed) * suffix
     row, distance = (channel, config.embed) if per_role else (3 * channel, embed)
     head_dim = embed // config.max_heads
     attention = AttentionSlice(
         channel, embed, row, row + distance, row + 2 * distance, channel,
         config.max_heads, head_dim, head_dim, head_dim, config.head_dim**-0.5,
     )  # fmt: skip
-    mlp = MlpSlice(channel, embed, config.hidden - hidden if suffix else 0, hidden)
-    return _uniform(config, config.max_heads if width is None else width, attention, mlp, eps=1e-5)
+    mlp = MlpSlice(channel, embed, (config.hidden - hidden) * suffix, hidden)
+    return _uniform(config, config.widths if width is None else width, attention, mlp, eps=1e-5)
 
 
 def scala_released(config: HydraViTConfig, width: int, *, per_role: bool = False) -> Subnetwork:
@@ -238,9 +239,14 @@ def scala_released(config: HydraViTConfig, width: int, *, per_role: bool = False
     The narrowest width, which every step trains, then shares few weights with those between, or none (Isolated
     Activation, section 3.2).
     """
-    between = config.narrowest < width < config.widths
+    between = _positive((width - config.narrowest) * (config.widths - width))
     embed = config.max_heads * _narrow_head(config, width)
     return scala(config, embed, suffix=between, per_role=per_role, width=width)
+
+
+def _positive(number: int) -> int:
+    """Return 1 for a number above 0, and 0 for 0. No comparison: torch.compile then makes one graph for all widths."""
+    return 2 * number // (number + 1)
 
 
 def scala_per_role(config: HydraViTConfig, width: int) -> Subnetwork:
@@ -251,7 +257,7 @@ def scala_per_role(config: HydraViTConfig, width: int) -> Subnetwork:
 def scala_paper(config: HydraViTConfig, width: int) -> Subnetwork:
     """Scala as in the paper (equations 2 and 3): the first channels of every axis; of the narrowest width, the last."""
     embed = config.max_heads * _narrow_head(config, width)
-    return scala(config, embed, suffix=width == config.narrowest, width=width)
+    return scala(config, embed, suffix=1 - _positive(width - config.narrowest), width=width)
 
 
 # The values of `HydraViTConfig.geometry`: the methods in which a number names a width.
@@ -278,10 +284,12 @@ def every_width(config: HydraViTConfig) -> dict[int, Subnetwork]:
     return found
 
 
-def skd(config: HydraViTConfig, lengths: Sequence[tuple[int, int]]) -> Subnetwork:
+def skd(config: HydraViTConfig, lengths: Sequence[tuple[int, int]], width: int | None = None) -> Subnetwork:
     """The first ``r`` channels of every head and the first ``m`` hidden channels; ``lengths`` has ``(r, m)`` per layer.
 
     SKD, arXiv 2511.11683. The residual and the number of heads stay whole. A 0 skips the layer's branch with its bias.
+    ``width`` is that of ``scala``.
     """
     attention = [_narrow_attention(config, config.max_heads if r else 0, r) for r, _ in lengths]
-    return _subnetwork(config, config.max_heads, attention, [MlpSlice(0, config.embed, 0, m) for _, m in lengths])
+    mlp = [MlpSlice(0, config.embed, 0, m) for _, m in lengths]
+    return _subnetwork(config, config.widths if width is None else width, attention, mlp)

@@ -43,7 +43,7 @@ class HydraViT(Ends):
     Args:
         config: the full model.
         heads: active heads from now on; None for all. Every call can name its own: ``model(images, heads=3)``. Where
-            the config counts widths in finer steps, ``heads`` is a number of these.
+            the config counts widths otherwise (``width_steps``, ``cuts``), ``heads`` is a number of these.
         trained_heads: widths that were trained; calls may name no others, unless ``model.allow_untrained`` is True.
             None: calls may name any width.
         backend: ``"auto"`` or a name of ``hydravit_kernels.available_backends()``. The backend is selected when the
@@ -129,7 +129,8 @@ class HydraViT(Ends):
         """The widths that a call may name, ascending: those of the nesting method, if they were trained."""
         if self.trained_heads is None or self.allow_untrained:
             return tuple(self._subnetworks)
-        return tuple(heads for heads in self._subnetworks if heads in self.trained_heads)
+        trained = frozenset(self.trained_heads)
+        return tuple(heads for heads in self._subnetworks if heads in trained)
 
     def _resolve_subnetworks(self) -> None:
         """Make all subnetworks, and what else follows from the config, so that a call only looks it up."""
@@ -163,7 +164,8 @@ class HydraViT(Ends):
         if torch.compiler.is_compiling():  # a look-up would make one graph for each width
             self._check_heads(heads)
             return self._make_subnetwork(heads)
-        if type(heads) is not int or heads not in self.allowed_heads:
+        trained = self.trained_heads is None or self.allow_untrained or heads in self.trained_heads
+        if type(heads) is not int or heads not in self._subnetworks or not trained:
             self._check_heads(heads)
         return self._subnetworks[heads]
 

@@ -196,6 +196,8 @@ class TimmInterface(nn.Module):
         """
         self._check_no_gradients("prune_intermediate_layers")
         taken = self._blocks_of(indices)
+        if self.config.cuts and len(taken) and max(taken) + 1 < len(self.blocks):
+            raise ValueError("prune_intermediate_layers: config.cuts names all layers; extract the full width first")
         self.blocks = cast("nn.Sequential", self.blocks[: max(taken) + 1])
         self._adopt(dataclasses.replace(self.config, depth=len(self.blocks)))
         final_norm = self.config.final_norm

@@ -23,7 +23,7 @@ ORDER = {
         "model", "atomic", "preprocessing", "checkpoint", "factory", "api", "__init__", "data",
         "torchvision_operators", "timm_models", "evaluation", "compression", "recipes", "training", "cli", "__main__",
     ],
-    "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "compression", "run"],
+    "bench": ["__init__", "rows", "measuring", "peers", "report", "gpu", "checks", "compression", "nestings", "run"],
 }  # fmt: skip
 
 

@@ -314,7 +314,7 @@ class _Adaptation:
             return {}
         heads = self.embed // self.config.head_dim
         self.messages.append(f"a ViT of {heads} heads becomes the first {heads} of {self.config.max_heads}")
-        plain = resolve_config(self.config, separate_classifiers=())
+        plain = resolve_config(self.config, separate_classifiers=(), width_steps=None, narrowest=1)
         slices = parameter_slices(plain, hydravit(plain, heads))
         if self.config.separate_classifiers:
             every_classifier = ((0, len(self.config.separate_classifiers)),)

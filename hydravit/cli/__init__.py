@@ -97,20 +97,20 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_heads(text: str, max_heads: int) -> tuple[int, ...]:
+def parse_heads(text: str, widest: int, narrowest: int = 1) -> tuple[int, ...]:
     """Return the widths, ascending, that ``"all"``, ``"6"``, ``"3,6,12"``, ``"3-12"`` or ``"1,3-5"`` names.
 
-    Raise ``ValueError`` for anything else, and for widths outside ``1..max_heads``.
+    Raise ``ValueError`` for anything else, and for widths outside ``narrowest..widest``.
     """
     if text.strip().lower() == "all":
-        return tuple(range(1, max_heads + 1))
+        return tuple(range(narrowest, widest + 1))
     heads: set[int] = set()
     for part in text.split(","):
         first, dash, last = (piece.strip() for piece in part.partition("-"))
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
             raise ValueError(f"heads {text!r}: expected all, or numbers and ranges such as 3,6,12 or 3-12")
-        if int(first) < 1 or int(last) > max_heads:
-            raise ValueError(f"heads {text!r}: the model has the widths 1..{max_heads}; all names every one")
+        if int(first) < narrowest or int(last) > widest:
+            raise ValueError(f"heads {text!r}: the model has the widths {narrowest}..{widest}; all names every one")
         heads.update(range(int(first), int(last) + 1))
     return tuple(sorted(heads))

@@ -108,6 +108,12 @@ def starting_point(
         told = {name: given[name] for name in _UNTOLD if name in given}
         config = model_config(checkpoint, strict=args.strict is not False, drop_path=drop_path, **told)
         decided["heads"] = checkpoint.trained_heads or ()
+        nesting = recipe.config.geometry
+        if nesting != HydraViTConfig().geometry and config.geometry != nesting:
+            raise ValueError(
+                f"recipe {recipe_name(args)}: the checkpoint must have geometry {nesting!r}, as `hydravit compress "
+                f"--method wpac --plan` makes it, not {config.geometry!r}"
+            )
     known = checkpoint.preprocessing
     if known is not None and len(known.mean) == given.get("in_channels", config.in_channels):
         decided |= {"mean": known.mean, "std": known.std}

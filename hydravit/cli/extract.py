@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         geometry="hydravit",  # its full width is the plain ViT
         width_steps=None,
         narrowest=1,
+        cuts=(),
         max_heads=heads,
         head_dim=width // heads,
         mlp_ratio=subnetwork.mlp[0].hidden / width,
@@ -87,9 +88,10 @@ def _nested(model: HydraViT, plain: HydraViTConfig, heads: int) -> tuple[int, ..
     None, as in the checkpoint: they are not recorded.
     """
     config = model.config
-    if config.geometry != "hydravit" or config.separate_classifiers:  # no widths inside, or classifiers left out
+    inside = config.geometry == "hydravit" and config.counted == "heads"
+    if not inside or config.separate_classifiers:  # no widths inside, or classifiers left out
         return (plain.max_heads,)
     if model.trained_heads is None:
         return None
-    inside = (k for k in model.trained_heads if k < heads and plain.hidden_of(k) == config.hidden_of(k))
-    return (*inside, heads)
+    narrower = (k for k in model.trained_heads if k < heads and plain.hidden_of(k) == config.hidden_of(k))
+    return (*narrower, heads)

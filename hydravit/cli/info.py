@@ -64,4 +64,4 @@ def run(args: argparse.Namespace) -> None:
     for k, (params, macs) in costs(config).items():
         state = "?" if trained is None else "yes" if k in trained else "no"
         table.append([config.width_name(k), state, count(params), f"{macs / 1e9:.4g}"])
-    print(aligned(["heads" if config.width_steps is None else "width", "trained", "params", "GMACs"], table))
+    print(aligned([config.counted, "trained", "params", "GMACs"], table))

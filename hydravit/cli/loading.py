@@ -178,10 +178,10 @@ def chosen_heads(args: argparse.Namespace, model: HydraViT, otherwise: str = "al
     elif text in ("all", "widest"):
         return model.allowed_heads if text == "all" else model.allowed_heads[-1:]
     else:
-        heads = parse_heads(text, model.config.widths)
+        heads = parse_heads(text, model.config.widths, model.config.narrowest)
     refused = [k for k in heads if k not in model.allowed_heads]
     if refused:
-        counted = "heads" if model.config.width_steps is None else "width"
+        counted = model.config.counted
         names, trained = (", ".join(map(model.config.width_name, each)) for each in (refused, model.allowed_heads))
         raise ValueError(
             f"{counted} [{names}] were not trained; trained: [{trained}] (--allow-untrained uses them anyway)"

@@ -149,7 +149,7 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         f"{start}{average}",
         f"trained widths, {'several in a step' if recipe.sandwich else drawn}"
         + (":" if step == 1 else f"; {len(rows)} of {len(trainer.heads)}:"),
-        *aligned(["heads" if config.width_steps is None else "width", "params", "GMACs"], rows).splitlines(),
+        *aligned([config.counted, "params", "GMACs"], rows).splitlines(),
     ]
 
 

@@ -294,16 +294,17 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
     if config.widths != recipe.config.widths or args.heads is not None:
         changes = {"heads": (), "weights": (), **changes}
     if args.heads is not None:
-        changes["heads"] = parse_heads(args.heads, config.widths)
+        changes["heads"] = parse_heads(args.heads, config.widths, config.narrowest)
     return recipe.replace(config=config, **changes)
 
 
 def _schedule(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return the recipe's warm-up and cool-down, in proportion where so few epochs have no room for them."""
-    if recipe.warmup_epochs + recipe.cooldown_epochs < epochs:
+    """Return the recipe's warm-up, cool-down and epochs of the full width, in proportion where so few have no room."""
+    if max(recipe.warmup_epochs + recipe.cooldown_epochs, 2 * recipe.full_epochs) < epochs:
         return {}
     share = epochs / recipe.epochs
     return {
+        "full_epochs": int(recipe.full_epochs * share),
         "warmup_epochs": recipe.warmup_epochs * share,
         "cooldown_epochs": int(recipe.cooldown_epochs * share),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 from hydravit.compression.calibration import Batches, activations, loss, slopes
 from hydravit.compression.source import check_source, working_copy
 from hydravit.config import HydraViTConfig
-from hydravit.evaluation.cost import cost
+from hydravit.evaluation.cost import cost as cost_of
 from hydravit.evaluation.latency import with_backend
 from hydravit.geometry import skd
 from hydravit.model import HydraViT
@@ -43,7 +44,8 @@ def plan(
     Importance is the empirical Fisher information of a factor, 1, before a channel: the mean over images of the squared
     derivative of the loss, as in ``order_heads``. The paper's is a share of the answers that are wrong without the
     whole branch, for which it runs the network once more per branch; the shares of branches without which more answers
-    are right are negative, and the published code never cuts these.
+    are right are negative, and the published code never cuts these. That code also scores a cut by the mean importance
+    of all that is behind it, not by that of its own group, and so ranks inner groups too low.
 
     Args:
         model: one of ``wpac``, trained or not; it stays as it is.
@@ -73,7 +75,7 @@ def plan(
         if not good:
             raise ValueError(f"plan: {name} must be {expected}, not {value!r}")
     working = working_copy(model)
-    prices = _prices(working, cost)
+    prices = _prices(model, cost)
     full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
     total = sum(prices[branch] * n for (_, branch), n in full.items())
     cuts: list[Cut] = []
@@ -84,6 +86,8 @@ def plan(
         for cut in _next_cuts(working, batches, left, prices, groups, budget):
             cuts.append(cut)
             left[cut[:2]] = cut[2]
+    if not cuts:
+        raise ValueError(f"plan: keep {keep} leaves no room for a cut of one group")
     parameter = model.pos_embed
     planned = dataclasses.replace(config, width_steps=None, narrowest=1, cuts=tuple(cuts))
     result = HydraViT(planned, backend=model.requested_backend, device=parameter.device, dtype=parameter.dtype)
@@ -179,9 +183,11 @@ def _prices(model: HydraViT, kind: str) -> dict[str, float]:
     halves = {branch: {key: n // 2 if key[1] == branch else n for key, n in full.items()} for branch in ("attn", "mlp")}
     subnetworks = {"": _subnetwork(config, full)} | {name: _subnetwork(config, each) for name, each in halves.items()}
     if kind == "latency":
-        found = _latencies(with_backend(model, "auto"), subnetworks)
+        timed = with_backend(copy.deepcopy(model).eval(), "auto")
+        timed.packed_inference = None  # packed weights serve none of the widths that cut heads
+        found = _latencies(timed, subnetworks)
     else:
-        found = {name: float(getattr(cost(config, each), kind)) for name, each in subnetworks.items()}
+        found = {name: float(getattr(cost_of(config, each), kind)) for name, each in subnetworks.items()}
     fewer = {name: config.depth * (n - n // 2) for name, n in _channels(config).items()}
     return {name: max(found[""] - found[name], 1e-9 * found[""]) / fewer[name] for name in halves}
 

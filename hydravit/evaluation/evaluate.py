@@ -110,7 +110,7 @@ def evaluate(
 
 def width_row(config: HydraViTConfig, heads: int) -> dict:
     """Return the entries of a result's row that name the width."""
-    return {"heads": heads} | ({} if config.width_steps is None else {"width": config.width_name(heads)})
+    return {"heads": heads} | ({"width": config.width_name(heads)} if config.counted == "width" else {})
 
 
 def latency_row(timing: dict[str, dict[str, float]]) -> dict:
@@ -134,5 +134,6 @@ def environment(model: HydraViT) -> dict:
         "torch": torch.__version__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "backend": model.backend,
+        "counted": model.config.counted,
         "commit": commit(),
     }

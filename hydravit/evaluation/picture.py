@@ -56,22 +56,24 @@ def _title(axes: Axes, title: str, below: str) -> None:
     axes.text(0, 1.02, below, transform=axes.transAxes, size=9, color=_GREY, va="bottom")
 
 
-def _width_axis(axes: Axes, rows: list[dict]) -> list[int]:
+def _width_axis(axes: Axes, results: dict) -> list[int]:
+    rows = results["widths"]
     heads = [row["heads"] for row in rows]
-    shares = all("width" in row for row in rows)
-    if shares:
+    counted = results["environment"].get("counted", "heads")
+    if counted == "width":
         axes.set_xticks(heads, [row["width"] for row in rows], rotation=60, size=8)
-    else:
+    elif counted == "heads":
         axes.set_xticks(heads)
     axes.set_xlim(min(heads) - 0.5, max(heads) + 0.5)
-    axes.set_xlabel("width (share of the full one)" if shares else "width (active heads)")
+    labels = {"heads": "active heads", "width": "share of the full one", "step": "step of the list of cuts"}
+    axes.set_xlabel(f"width ({labels[counted]})")
     axes.grid(axis="y", alpha=0.3)
     return heads
 
 
 def _draw_accuracy(axes: Axes, results: dict) -> None:
     rows = results["widths"]
-    heads = _width_axis(axes, rows)
+    heads = _width_axis(axes, results)
     top1 = [row["top1"] for row in rows]
     below = [row["top1"] - row["top1_interval"][0] for row in rows]
     above = [row["top1_interval"][1] - row["top1"] for row in rows]
@@ -89,7 +91,7 @@ def _draw_accuracy(axes: Axes, results: dict) -> None:
 
 def _draw_latency(axes: Axes, results: dict) -> None:
     rows = results["widths"]
-    heads = _width_axis(axes, rows)
+    heads = _width_axis(axes, results)
     ends = []
     for name, style in _WAYS.items():
         middle = [row["latency_ms"][name] for row in rows]
@@ -112,7 +114,7 @@ def _draw_latency(axes: Axes, results: dict) -> None:
         title += f": {min(ratios):.1f} to {max(ratios):.1f} times as fast"
     bars = "bars: 20 % to 80 % of the calls"
     if overlapping := _overlapping(rows):
-        unit = "" if "width" in rows[0] else " heads"
+        unit = " heads" if about.get("counted", "heads") == "heads" else ""
         bars += f", which overlap at {', '.join(overlapping)}{unit}: a busy machine"
     _title(axes, title, f"{machine}, {about['threads']} thread(s); {bars}")
 

@@ -107,8 +107,8 @@ def faster(row: dict) -> float | None:
 
 
 def _counted(results: dict) -> str:
-    """Return what the widths are called by: "heads", or "width" where they are shares of the full one."""
-    return "width" if all("width" in row for row in results["widths"]) else "heads"
+    """Return what the widths are counted in, ``HydraViTConfig.counted``; files of older versions do not say it."""
+    return results["environment"].get("counted", "heads")
 
 
 def _name(row: dict) -> str:

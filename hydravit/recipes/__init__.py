@@ -297,8 +297,8 @@ RECIPES = {
 # US-Net's steps (arXiv 1903.05134) in the place of HydraViT's, on the same data: the widest width, two others and the
 # narrowest, which learn from the widest.
 RECIPES["usnet"] = RECIPES["hydravit-imagenet"].replace(sandwich=4, transfer="widest")
-# Scala's DeiT-S (arXiv 2412.04786, and its public code): 4 GPUs with 256 images each. The code also halves the learning
-# rate in the first ten epochs, which the paper does not say and this does not do.
+# Scala's DeiT-S (arXiv 2412.04786, and its public code): 4 GPUs with 256 images each. Unlike here, its code also halves
+# the learning rate in the first ten epochs, of which the paper says nothing, and its ranks draw widths of their own.
 RECIPES["scala"] = RECIPES["hydravit-imagenet"].replace(
     config=resolve_config(
         "small", geometry="scala", width_steps=16, narrowest=4, distilled=True, norm_eps=1e-5, drop_path=0.1
@@ -319,6 +319,7 @@ RECIPES["scala"] = RECIPES["hydravit-imagenet"].replace(
     warmup_epochs=3.0,
     distillation="hard",
     teacher="deit_small_patch16_224",
+    ema=0.0,  # the code keeps an average and evaluates the weights themselves
     rand_augment="rand-m1-mstd0.5-inc1",
     amp="fp16",
 )
@@ -338,6 +339,7 @@ RECIPES["skd"] = RECIPES["hydravit-imagenet"].replace(
     batch_size=128,
     warmup_epochs=0.0,
     min_lr=2e-5,  # 1e-5 at 256 images per step: with these the rates are scaled here
+    ema=0.0,  # the code keeps an average and takes subnetworks from the weights themselves
     amp="fp16",
 )
 

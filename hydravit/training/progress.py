@@ -16,14 +16,22 @@ class Progress:
     Args:
         epochs, steps: of the whole training.
         done: steps that earlier runs have done.
+        label: what to call a width.
         shown: whether to show anything.
         clock: a clock in seconds.
     """
 
     def __init__(
-        self, epochs: int, steps: int, done: int, *, shown: bool = True, clock: Callable[[], float] = time.monotonic
+        self,
+        epochs: int,
+        steps: int,
+        done: int,
+        label: Callable[[int], str],
+        *,
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self._epochs, self._steps, self._clock = epochs, steps, clock
+        self._epochs, self._steps, self._label, self._clock = epochs, steps, label, clock
         self._seen, self._time = done, clock()  # of the last epoch's end
         terminal = sys.stderr.isatty()
         self._lines = shown and not terminal
@@ -43,7 +51,9 @@ class Progress:
 
     def epoch(self, entry: dict[str, Any]) -> None:
         """Show the log entry of an epoch: its line, or on a terminal its validation only."""
-        tops = [f"top-1 at {heads} heads {top1:.2f} %" for heads, top1 in entry.get("validation_top1", {}).items()]
+        tops = [
+            f"top-1 at {self._label(heads)} {top1:.2f} %" for heads, top1 in entry.get("validation_top1", {}).items()
+        ]
         if self._lines:
             facts, done, now = [f"loss {entry['loss']:.4f}", *tops], entry["step"] - self._seen, self._clock()
             if done:  # an earlier run may have stopped after the last step of an epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ class TensorBoard:
 
     Args:
         done: steps that are done. What an interrupted run wrote about later ones is no longer shown.
+        label: what to call a width.
     """
 
-    def __init__(self, folder: Path, done: int):
+    def __init__(self, folder: Path, done: int, label: Callable[[int], str]):
         with extra("tensorboard", "TensorBoard"):
             from torch.utils.tensorboard import SummaryWriter
 
+        self._label = label
         self._writer: Any = SummaryWriter(str(folder), purge_step=done + 1)
 
     def epoch(self, entry: dict[str, Any]) -> None:
@@ -32,7 +35,7 @@ class TensorBoard:
         for name, value in entry.items():
             if isinstance(value, dict):
                 for heads, number in value.items():
-                    self._writer.add_scalar(f"{name}/{heads} heads", number, entry["step"])
+                    self._writer.add_scalar(f"{name}/{self._label(heads)}", number, entry["step"])
             elif name not in ("epoch", "step"):
                 self._writer.add_scalar(name, value, entry["step"])
         self._writer.flush()

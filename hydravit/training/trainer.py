@@ -163,7 +163,7 @@ class Trainer:
         if self.folder is not None and self.rank == 0:
             self.folder.rewind_log(self.epoch)
             self._describe(self.folder)
-        board = None if self.tensorboard is None else TensorBoard(self.tensorboard, self.step)
+        board = None if self.tensorboard is None else TensorBoard(self.tensorboard, self.step, self.model.config.label)
         if self._in_place:
             self._share_weights()
             self.gradients = SliceGradients(self.model)
@@ -179,7 +179,7 @@ class Trainer:
             if self.model.config.distilled and (self.teacher is not None or self.recipe.transfer):
                 self.model.set_distilled_training(True)
             steps = self.recipe.epochs * len(self.batches)
-            shown = Progress(self.recipe.epochs, steps, self.step, shown=self.progress)
+            shown = Progress(self.recipe.epochs, steps, self.step, self.model.config.label, shown=self.progress)
             with shown as progress:
                 while self.epoch < self.recipe.epochs:
                     self._run_epoch(interrupt, progress, board)

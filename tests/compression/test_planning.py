@@ -45,23 +45,29 @@ def test_widths_are_a_chain_down_to_the_budget(variant):
         (changed,) = [(n, w) for n, w in zip(narrow, wide, strict=True) if n != w]
         assert sum(n < w for n, w in zip(*changed, strict=True)) == 1
     prices = planning._prices(model, "macs")
-    whole = config.depth * (prices["attn"] * config.head_dim + prices["mlp"] * config.hidden)
-    kept = sum(prices["attn"] * r + prices["mlp"] * m for r, m in every[0])
-    assert kept >= 0.125 * whole * (1 - 1e-9)
-    # What is left over is less than the largest operation, which may be several groups at once.
-    largest = max(prices["attn"] * config.head_dim, prices["mlp"] * config.hidden)
-    assert kept - 0.125 * whole <= largest
+    costs_of = [sum(prices["attn"] * r + prices["mlp"] * m for r, m in each) for each in every]
+    largest = max(wide - narrow for narrow, wide in zip(costs_of, costs_of[1:], strict=False))
+    assert (
+        0 <= costs_of[0] - 0.125 * costs_of[-1] + 1e-9 * costs_of[-1] and costs_of[0] - 0.125 * costs_of[-1] < largest
+    )
 
 
 def test_budgets_are_met_within_one_group(trained, digits):
-    planned = plan(wpac(trained, digits.batches), digits.batches, groups=(4, 8))
+    """Where importance falls towards the end of every branch, so that no groups go together."""
+    compressed = wpac(trained, digits.batches)
+    full = {(layer, branch): n for layer in range(3) for branch, n in planning._channels(compressed.config).items()}
+    falling = {branch: torch.arange(n, 0, -1) ** 2.0 for branch, n in full.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            planning, "_importance", lambda model, batches, left: {b: falling[b][:n] for b, n in left.items()}
+        )
+        planned = plan(compressed, digits.batches, groups=(4, 8), rounds=3)
     found = costs(planned.config)
-    steps = [found[w + 1].macs - found[w].macs for w in list(found)[:-1]]
+    prices = planning._prices(compressed, "macs")
+    group = max(prices["attn"] * 1, prices["mlp"] * 4)
     for share in (0.3, 0.5, 0.7, 0.9):
         budget = share * found[max(found)].macs
-        width = widest_within(planned, budget)
-        assert 0 <= budget - found[width].macs < steps[width - 1]
-    assert max(steps) < 0.25 * found[max(found)].macs
+        assert 0 <= budget - found[widest_within(planned, budget)].macs <= group
 
 
 def test_what_matters_least_for_its_cost_goes_first():
@@ -161,6 +167,25 @@ def test_options_are_checked(options, message):
         plan(make(config=SKD), random_batches(SMALL), **options)
 
 
+def test_a_list_without_cuts_is_refused():
+    with pytest.raises(ValueError, match="keep 0.999 leaves no room for a cut of one group"):
+        plan(make(config=SKD), random_batches(SMALL), keep=0.999)
+
+
+def test_what_else_a_list_means():
+    """Widths have classifiers of their own, layers cannot be removed, and shares name no width."""
+    cuts = ((1, "mlp", 96), (0, "attn", 8))
+    own = make(config=SKD, cuts=cuts, separate_classifiers=(1, 3))
+    assert {k: s.head.class_offset for k, s in every_width(own.config).items()} == {1: 0, 3: 10}
+    model = make(config=SKD, cuts=cuts)
+    with pytest.raises(ValueError, match="config.cuts names all layers"):
+        model.prune_intermediate_layers([0])
+    assert len(model.blocks) == 2
+    with pytest.raises(ValueError, match="width=0.5: the widths of a list of cuts have no shares"):
+        model.config.width_of(0.5)
+    assert (model.config.counted, model.config.label(2)) == ("step", "step 2")
+
+
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="geometry 'skd', as wpac makes it, not 'hydravit'"):
         plan(make(), random_batches(SMALL))
@@ -174,6 +199,8 @@ def test_other_models_are_refused():
         ("all", "cuts must be a tuple of"),
         (((0, "attn"),), r"cuts: \(0, 'attn'\) is no"),
         (((0, "head", 3),), "is no"),
+        (((0.0, "attn", 3),), "is no"),
+        ((([0], "attn", 3),), "is no"),
         (((9, "attn", 3),), "is no"),
         (((0, "attn", 16),), "fewer channels.*which has 16 channels"),
         (((0, "attn", 8), (0, "attn", 12)), r"\(0, 'attn', 12\) is no .*which has 8 channels"),
@@ -236,6 +263,14 @@ def test_commands_take_a_planned_model(tmp_path, capsys):
     run("train", "--recipe", "skd", "--checkpoint", out, *data, "--epochs", 1, "--batch-size", 600, "--set", "amp=none",
         "--set", "rand_augment=", "--set", "color_jitter=0", "--set", "random_erasing=0", "--set", "mixup=0",
         "--set", "cutmix=0", "--no-evaluate", "--out", tmp_path / "run")  # fmt: skip
+    assert cli.main(["train", "--recipe", "skd", "--checkpoint", str(tmp_path / "vit.safetensors"), *data,
+                     "--out", str(tmp_path / "other")])  # fmt: skip
+    assert "the checkpoint must have geometry 'skd'" in capsys.readouterr().err
+    run("extract", "--checkpoint", out, "--heads", max(counted), "--out", tmp_path / "full.safetensors")
+    x = digits.images[:4]
+    torch.testing.assert_close(
+        *(fused_model(checkpoint=each).eval()(x) for each in (tmp_path / "full.safetensors", out))
+    )
     trained = read_checkpoint(tmp_path / "run" / "model.safetensors")
     assert trained.config.cuts == checkpoint.config.cuts and trained.trained_heads == tuple(counted)
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]

@@ -51,7 +51,9 @@ def test_widths_in_steps():
     scala = resolve_config("small", geometry="scala", **sixteenths)
     assert [s.embed.embed for s in geometry.every_width(scala).values()] == list(range(96, 385, 24))
     assert [scala.width_name(k) for k in (4, 7, 16)] == ["0.25", "0.4375", "1"]
-    assert scala.width_of(0.4375) == 7 and resolve_config("small").width_of(0.5) == 3
+    assert scala.width_of(0.4375) == 7 and resolve_config("large", width_steps=32).width_of(0.2812) == 9
+    assert (scala.counted, scala.label(7), resolve_config("small").label(3)) == ("width", "width 0.4375", "3 heads")
+    assert resolve_config("small").width_of(0.5) == 3
     for share in (0.1875, 0.45, 1.0625):
         with pytest.raises(ValueError, match=r"width=[0-9.]+ is none of the model's: 0.25, 0.3125, 0.375"):
             scala.width_of(share)

@@ -21,7 +21,7 @@ def shown(monkeypatch, terminal, entry=ENTRY, **options):
     """What the steps 21 to 30 of 100 and their epoch write, a second each."""
     clock, stream = FakeClock(), Stream(terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress(10, 100, 20, clock=clock.now, **options) as progress:
+    with Progress(10, 100, 20, "{} heads".format, clock=clock.now, **options) as progress:
         for _ in range(10):
             clock.sleep(1.0)
             progress.step(3, 1.25, 2)
@@ -41,7 +41,7 @@ def test_the_time_that_is_left_is_judged_by_the_last_epoch(monkeypatch):
     """The first one is slower: it allocates, compiles and reads files that nothing has cached."""
     clock, stream = FakeClock(), Stream(False)
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress(10, 100, 20, clock=clock.now) as progress:
+    with Progress(10, 100, 20, "{} heads".format, clock=clock.now) as progress:
         for epoch, seconds in ((3, 60.0), (4, 10.0)):
             clock.sleep(seconds)
             progress.epoch(ENTRY | {"epoch": epoch, "step": 10 * epoch})
@@ -51,7 +51,7 @@ def test_the_time_that_is_left_is_judged_by_the_last_epoch(monkeypatch):
 def test_an_epoch_whose_steps_an_earlier_run_has_done(monkeypatch):
     stream = Stream(False)
     monkeypatch.setattr(sys, "stderr", stream)
-    with Progress(10, 100, 30) as progress:
+    with Progress(10, 100, 30, str) as progress:
         progress.epoch(ENTRY | {"images_per_second": 0.0})
     assert stream.getvalue() == "epoch 3/10: loss 1.2500\n"
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_training import assert_equal, cross_entropy, divergence, loop, thirty_steps
+from torch._dynamo.testing import CompileCounter
 from training_runs import CONFIG, RECIPE, Images, make_model, train
 
 import hydravit
@@ -101,7 +102,8 @@ def test_stable_sampling(widths, bins, lower, upper):
         found = [step[place] for step in drawn]
         assert set(found) == set(expected)
         for width in expected:
-            assert abs(found.count(width) / 600 - 1 / len(expected)) < 0.1
+            p = 1 / len(expected)
+            assert abs(found.count(width) / 600 - p) <= 5 * (p * (1 - p) / 600) ** 0.5
 
 
 def test_three_ranges():
@@ -207,6 +209,27 @@ def test_the_widest_within_a_budget(trained):
     assert widest_within(model, 1e12) == 16
     with pytest.raises(ValueError, match=f"budget {macs[4] - 1:g}: the narrowest width has {macs[4]:g}"):
         widest_within(model, macs[4] - 1)
+
+
+def test_heads_in_steps_are_extracted_with_their_own_number(tmp_path):
+    """Half of the steps of a HydraViT are half of its heads; the plain ViT counts heads."""
+    model = make_model(config=dataclasses.replace(CONFIG, in_channels=3, width_steps=2))
+    save_checkpoint(tmp_path / "steps.safetensors", model, trained_heads=(1, 2))
+    for given, heads in (("0.5", 2), ("1", 4)):
+        run("extract", "--checkpoint", tmp_path / "steps.safetensors", "--width", given, "--out", tmp_path / "x.pt")
+        plain_vit = hydravit.fused_model(checkpoint=tmp_path / "x.pt")
+        assert (plain_vit.heads, plain_vit.allowed_heads) == (heads, (heads,))
+
+
+@pytest.mark.parametrize("method", ["scala", "scala-paper", "scala-per-role"])
+def test_one_graph_serves_all_widths(method):
+    torch.compiler.reset()
+    model = make_model(config=dataclasses.replace(SCALA, geometry=method)).eval()
+    counter = CompileCounter()
+    graph, images = torch.compile(model, fullgraph=True, backend=counter), torch.randn(2, 1, 8, 8)
+    for width in (16, 4, 5, 9, 13, 15):
+        torch.testing.assert_close(graph(images, heads=width), model(images, heads=width), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 def test_tables_and_pictures_name_the_share(trained, tmp_path):
