@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +18,22 @@ pytestmark = [pytest.mark.long, pytest.mark.skipif(find_spec("timm") is None, re
 QUICK = ("--set", "image_size=32", "--epochs", "4")
 COLOURS = {"blue": (60, 90, 200), "green": (60, 180, 70), "red": (200, 60, 60), "grey": (128, 128, 128)}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+# The command, killed by itself when it has shown an epoch: however busy the machine is, it comes no further.
+KILLED = """
+import os, signal, sys
+from hydravit.cli import main
+from hydravit.training.progress import Progress
+
+def epoch(self, entry, shown=Progress.epoch):
+    shown(self, entry)
+    if entry["epoch"] == int(os.environ["KILLED_AFTER"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Progress.epoch = epoch
+sys.exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +53,17 @@ def arguments(photos, out, *more):
     return [*recipe, "--data", str(photos), "--out", str(out), "--accuracy-only", *more]
 
 
-def train_and_kill(out, *command, epoch=1):
-    """Start a training in a process of its own and kill it, with what it started, after that epoch."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    for line in process.stderr:
-        if line.startswith(f"epoch {epoch}/"):
-            break
-    else:
-        raise AssertionError(f"epoch {epoch} was not trained, exit code {process.wait()}")
-    trainer = int(re.match(r"process (\d+) on", (out / ".lock").read_text())[1])  # rank 0, under torchrun
-    os.kill(trainer, signal.SIGKILL)
-    process.stderr.read()
-    assert process.wait() != 0 and not (out / "model.safetensors").exists()
+def train_and_kill(out, *arguments, ranks=1, epoch=1):
+    """Start a training in processes of its own that dies after that epoch; of two ranks, the first."""
+    out.mkdir(exist_ok=True)
+    script = out.parent / f"{out.name}-killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), script, *arguments]
+    environment = {**ENVIRONMENT, "KILLED_AFTER": str(epoch)}
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
+    shown = re.findall(r"^epoch (\d+)/", done.stderr, re.M)
+    assert shown and int(shown[-1]) == epoch, done.stderr
+    assert done.returncode != 0 and not (out / "model.safetensors").exists()
 
 
 def weights(out, epochs=4):
@@ -76,7 +89,7 @@ def test_workers_change_no_bit(photos, whole, tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_resumed(photos, whole, tmp_path, workers):
     options = arguments(photos, tmp_path, *QUICK, "--workers", str(workers))
-    train_and_kill(tmp_path, sys.executable, "-m", "hydravit", *options)
+    train_and_kill(tmp_path, *options)
     assert main([*options, "--resume"]) == 0
     assert weights(tmp_path) == whole
     evaluate = ["evaluate", "--checkpoint", tmp_path / "model.safetensors", "--data", photos, "--accuracy-only"]
@@ -85,21 +98,21 @@ def test_killed_and_resumed(photos, whole, tmp_path, workers):
 
 def test_two_ranks_killed_and_resumed(photos, tmp_path):
     def run(name, *more):
-        return [*TORCHRUN, "-m", "hydravit", *arguments(photos, tmp_path / name, *QUICK, *more)]
+        command = [sys.executable, *TORCHRUN, "-m", "hydravit", *arguments(photos, tmp_path / name, *QUICK, *more)]
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
 
-    subprocess.run(run("whole"), check=True, capture_output=True, env=ENVIRONMENT)
-    train_and_kill(tmp_path / "parts", *run("parts"))
-    subprocess.run(run("parts", "--resume"), check=True, capture_output=True, env=ENVIRONMENT)
+    run("whole")
+    train_and_kill(tmp_path / "parts", *arguments(photos, tmp_path / "parts", *QUICK), ranks=2)
+    run("parts", "--resume")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_twenty_epochs_at_the_recipes_size(photos, tmp_path, ranks):
     """It is killed twice, and has another number of workers every time. Those above compare the bits, at 32 pixels."""
-    command = [sys.executable] if ranks == 1 else TORCHRUN
     options = arguments(photos, tmp_path, "--epochs", "20")
-    command = [*command, "-m", "hydravit", *options]
-    train_and_kill(tmp_path, *command, "--workers", "0", epoch=6)
-    train_and_kill(tmp_path, *command, "--workers", "1", "--resume", epoch=12)
+    train_and_kill(tmp_path, *options, "--workers", "0", ranks=ranks, epoch=6)
+    train_and_kill(tmp_path, *options, "--workers", "1", "--resume", ranks=ranks, epoch=12)
+    command = [sys.executable, *(TORCHRUN if ranks == 2 else []), "-m", "hydravit", *options]
     subprocess.run([*command, "--workers", "2", "--resume"], check=True, capture_output=True, env=ENVIRONMENT)
     weights(tmp_path, epochs=20)
