@@ -199,7 +199,7 @@ class TimmInterface(nn.Module):
         if self.config.cuts and len(taken) and max(taken) + 1 < len(self.blocks):
             raise ValueError("prune_intermediate_layers: config.cuts names all layers; extract the full width first")
         self.blocks = cast("nn.Sequential", self.blocks[: max(taken) + 1])
-        self._adopt(dataclasses.replace(self.config, depth=len(self.blocks)))
+        self.adopt(dataclasses.replace(self.config, depth=len(self.blocks)))
         final_norm = self.config.final_norm
         if prune_norm if final_norm == "norm" else prune_head:
             setattr(self, final_norm, nn.Identity())
@@ -261,7 +261,7 @@ class TimmInterface(nn.Module):
         if new.grid != config.grid:
             self._check_no_gradients("set_input_size")
             self.pos_embed = nn.Parameter(self._resampled(new).detach(), self.pos_embed.requires_grad)
-        self._adopt(new)
+        self.adopt(new)
         if isinstance(self.patch_embed, PatchEmbed):
             self.patch_embed.set_sizes(new)
 
@@ -299,7 +299,7 @@ class TimmInterface(nn.Module):
         prefix, patches = self.pos_embed.split([self.config.pos_tokens - old[0] * old[1], old[0] * old[1]], dim=1)
         return torch.cat([prefix, resample_positions(patches, old, new)], dim=1)
 
-    def _adopt(self, config: HydraViTConfig) -> None:
+    def adopt(self, config: HydraViTConfig) -> None:
         """Follow a config with other sizes."""
         self.config = config
         for block in self.blocks:

@@ -6,6 +6,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import shlex
@@ -170,6 +171,7 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
         validate_every=args.validate_every,
         mix=make_mix(recipe, dataset),
         teacher=make_teacher(recipe, dataset, device=device, verify=args.verify),
+        calibration=load_training(recipe, augment=False) if recipe.grow_epochs else None,
         checkpoint_every=args.checkpoint_every,
         checkpoint_steps=args.checkpoint_steps,
         workers=args.workers,
@@ -209,7 +211,7 @@ def _train(args: argparse.Namespace, device: torch.device, main: bool, folder: R
             torch.distributed.destroy_process_group()
     if not main:
         return
-    trained.trained_heads = recipe.trained_heads
+    trained.trained_heads = trainer.heads
     save_checkpoint(
         folder.model, trained, preprocessing=preprocessing, class_names=class_names, split_seed=recipe.split_seed
     )
@@ -299,12 +301,14 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _schedule(recipe: Recipe, epochs: int) -> dict[str, Any]:
-    """Return the recipe's warm-up, cool-down and epochs of the full width, in proportion where so few have no room."""
-    if max(recipe.warmup_epochs + recipe.cooldown_epochs, 2 * recipe.full_epochs) < epochs:
+    """Return the recipe's warm-up, cool-down and first epochs, in proportion where so few have no room for them."""
+    first = max(recipe.full_epochs, recipe.grow_epochs)
+    if max(recipe.warmup_epochs + recipe.cooldown_epochs, 2 * first) < epochs:
         return {}
     share = epochs / recipe.epochs
     return {
         "full_epochs": int(recipe.full_epochs * share),
+        "grow_epochs": math.ceil(recipe.grow_epochs * share),
         "warmup_epochs": recipe.warmup_epochs * share,
         "cooldown_epochs": int(recipe.cooldown_epochs * share),
     }

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from hydravit.model import HydraViT
 from hydravit_kernels import Subnetwork
 
 COSTS = ("macs", "params", "latency")
+GROUPS = (8, 32)  # of the channels of a head, and of the hidden ones
 Branch = tuple[int, str]  # a layer, and "attn" or "mlp"
 Cut = tuple[int, str, int]
 
@@ -33,7 +34,7 @@ def plan(
     cost: str = "macs",
     keep: float = 0.125,
     rounds: int = 10,
-    groups: tuple[int, int] = (8, 32),
+    groups: tuple[int, int] = GROUPS,
 ) -> HydraViT:
     """Return the model with a width for every step of a list that cuts what matters least for its cost first.
 
@@ -54,7 +55,7 @@ def plan(
         cost: what a channel costs: multiply-accumulates, parameters, or the ``"latency"`` of one image measured here.
         keep: the share of the full cost of all channels that the narrowest width keeps, about.
         rounds: how often importance is measured.
-        groups: into how many groups the channels of a head and the hidden channels are divided.
+        groups: into how many groups the channels of a head and the hidden channels are divided, if there are so many.
     Returns:
         A model with the same weights whose config has the list (``HydraViTConfig.cuts``).
     Raises:
@@ -69,27 +70,18 @@ def plan(
         ("cost", cost, cost in COSTS, f"one of {', '.join(COSTS)}"),
         ("keep", keep, 0 <= keep < 1, "in [0, 1)"),
         ("rounds", rounds, rounds >= 1, "at least 1"),
-        ("groups", groups, all(1 <= n <= most for n, most in zip(groups, _channels(config).values(), strict=True)),
-         f"two numbers of at most the channels, {(*_channels(config).values(),)}"),
-    ):  # fmt: skip
+        ("groups", groups, min(groups) >= 1, "at least 1"),
+    ):
         if not good:
             raise ValueError(f"plan: {name} must be {expected}, not {value!r}")
-    working = working_copy(model)
-    prices = _prices(model, cost)
-    full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
-    total = sum(prices[branch] * n for (_, branch), n in full.items())
-    cuts: list[Cut] = []
-    left = dict(full)
+    working, prices = working_copy(model), prices_of(model, cost)
+    cuts: tuple[Cut, ...] = ()
     for done in range(1, rounds + 1):
-        removed = sum(prices[branch[1]] * (n - left[branch]) for branch, n in full.items())
-        budget = (1 - keep) * total * done / rounds - removed
-        for cut in _next_cuts(working, batches, left, prices, groups, budget):
-            cuts.append(cut)
-            left[cut[:2]] = cut[2]
+        cuts = grow(working, batches, cuts, (1 - keep) * done / rounds, prices, groups)
     if not cuts:
         raise ValueError(f"plan: keep {keep} leaves no room for a cut of one group")
     parameter = model.pos_embed
-    planned = dataclasses.replace(config, width_steps=None, narrowest=1, cuts=tuple(cuts))
+    planned = dataclasses.replace(config, width_steps=None, narrowest=1, cuts=cuts)
     result = HydraViT(planned, backend=model.requested_backend, device=parameter.device, dtype=parameter.dtype)
     result.load_state_dict(model.state_dict())
     return result.train(model.training)
@@ -108,27 +100,38 @@ class _Operation(NamedTuple):
         return self.importance / self.cost
 
 
-def _next_cuts(
+def grow(
     model: HydraViT,
     batches: Batches,
-    left: Mapping[Branch, int],
+    cuts: Sequence[Cut],
+    share: float,
     prices: Mapping[str, float],
-    groups: tuple[int, int],
-    budget: float,
-) -> list[Cut]:
-    """Return the cuts of least importance for their cost that together cost at most ``budget``, in that order."""
+    groups: tuple[int, int] = GROUPS,
+) -> tuple[Cut, ...]:
+    """Return a list of cuts with more of them, until another one would exceed ``share`` of the cost of all channels.
+
+    Those that come first are of least importance for their cost, in the network that the cuts so far leave.
+
+    Args:
+        model: in evaluation mode, of geometry ``"skd"``; its own list does not matter.
+        prices: what ``prices_of`` returns.
+    """
+    config = model.config
+    full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
+    left = full | {(layer, branch): channels for layer, branch, channels in cuts}
+    budget = sum(prices[branch[1]] * (left[branch] - (1 - share) * n) for branch, n in full.items())
     operations: list[_Operation] = []
     for branch, importance in _importance(model, batches, left).items():
-        count = groups[branch[1] == "mlp"]
-        operations += _operations(branch, importance, _channels(model.config)[branch[1]], count, prices[branch[1]])
-    cuts: list[Cut] = []
+        most, count = _channels(config)[branch[1]], groups[branch[1] == "mlp"]
+        operations += _operations(branch, importance, most, min(count, most), prices[branch[1]])
+    result = [*cuts]
     # Sorting is stable, and the operations of a branch are ascending, so that they keep their order.
     for operation in sorted(operations, key=lambda each: each.density):
         budget -= operation.cost
         if budget < -1e-9 * operation.cost:
             break
-        cuts.append((*operation.branch, operation.channels))
-    return cuts
+        result.append((*operation.branch, operation.channels))
+    return tuple(result)
 
 
 def _operations(branch: Branch, importance: Tensor, full: int, groups: int, price: float) -> list[_Operation]:
@@ -176,8 +179,8 @@ def _channels(config: HydraViTConfig) -> dict[str, int]:
     return {"attn": config.head_dim, "mlp": config.hidden}
 
 
-def _prices(model: HydraViT, kind: str) -> dict[str, float]:
-    """Return what one channel of each head costs, and a hidden channel."""
+def prices_of(model: HydraViT, kind: str = "macs") -> dict[str, float]:
+    """Return what a channel of every head costs, ``"attn"``, and a hidden one, ``"mlp"``; ``kind``: ``plan``'s cost."""
     config = model.config
     full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
     halves = {branch: {key: n // 2 if key[1] == branch else n for key, n in full.items()} for branch in ("attn", "mlp")}

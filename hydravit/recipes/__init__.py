@@ -35,6 +35,9 @@ class Recipe:
             2412.04786, section 3.3); "": nobody.
         label_weight: the weight of the cross entropy to the labels for those that are taught (Scala: 1).
         full_epochs: passes over the data, at the beginning, that train the widest width only (Scala's code: 10).
+        grow_epochs: passes over the data, the first ones, before each of which the list of cuts grows (PIAD of SKD, arXiv
+            2511.11683); 0: it stays as the config has it.
+        keep: the share of the cost of all channels that the narrowest width of a grown list keeps.
         rank_shared: all ranks of a distributed run draw the same widths. The paper's do not, and wait for the widest.
         epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.
         batch_size: images per step and rank.
@@ -84,6 +87,8 @@ class Recipe:
     transfer: str = ""
     label_weight: float = 0.0
     full_epochs: int = 0
+    grow_epochs: int = 0
+    keep: float = 0.125
     rank_shared: bool = True
     epochs: int = 300
     cooldown_epochs: int = 0
@@ -177,6 +182,12 @@ class Recipe:
         self._check("label_weight", bool(self.transfer) or not self.label_weight, "0 without transfer")
         fits = type(self.full_epochs) is int and 0 <= self.full_epochs <= self.epochs
         self._check("full_epochs", fits, f"an integer in 0..{self.epochs}, the epochs")
+        fits = type(self.grow_epochs) is int and 0 <= self.grow_epochs <= self.epochs
+        self._check("grow_epochs", fits, f"an integer in 0..{self.epochs}, the epochs")
+        whole = self.config.geometry == "skd" and self.config.width_steps is None
+        fits = whole and not (self.heads or self.weights or self.config.separate_classifiers)
+        self._check("grow_epochs", fits or not self.grow_epochs, "0 but for geometry 'skd' and all of its widths alike")
+        self._check("keep", 0 <= self.keep < 1, "in [0, 1)")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -329,11 +340,12 @@ RECIPES["scala-paper"] = RECIPES["scala"].replace(
 RECIPES["scala-per-role"] = RECIPES["scala"].replace(
     config=resolve_config(RECIPES["scala"].config, geometry="scala-per-role")
 )
-# SKD's DeiT-B (arXiv 2511.11683, and its public code): 2 GPUs with 128 images each. It starts from a pretrained ViT to
-# which `hydravit compress --method wpac --plan macs` gave a list of cuts. The paper's grows in the first 50 epochs.
+# SKD's DeiT-B (arXiv 2511.11683, and its public code): 2 GPUs with 128 images each. It starts from a pretrained ViT,
+# whose channels `hydravit compress --method wpac` has put in order.
 RECIPES["skd"] = RECIPES["hydravit-imagenet"].replace(
     config=resolve_config("base", geometry="skd"),
     heads=(),
+    grow_epochs=50,
     epochs=150,
     cooldown_epochs=0,
     batch_size=128,

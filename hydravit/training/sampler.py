@@ -33,6 +33,12 @@ class WidthSampler:
         seed: int = 0,
         rank: int = 0,
     ):
+        self.choose_from(heads, weights)
+        self.per_image = per_image
+        self._generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + rank)
+
+    def choose_from(self, heads: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        """Draw from these widths from now on; the random state stays. Raises as the constructor does."""
         widths = [plain_int(k) for k in heads]
         if not widths or len(set(widths)) != len(widths) or any(type(k) is not int for k in widths):
             raise ValueError(f"heads must be one or more different widths, not {widths}")
@@ -41,8 +47,6 @@ class WidthSampler:
             raise ValueError(f"weights must be {len(widths)} numbers of at least 0 and not all 0, not {weights}")
         self._heads = torch.tensor(widths, dtype=torch.int64, device="cpu")
         self._weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
-        self.per_image = per_image
-        self._generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + rank)
 
     def sandwich(self, count: int, bins: str = "") -> list[int]:
         """Draw ``count`` different widths, the widest first: it, the narrowest, and others between them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import signal
 import time
@@ -17,6 +18,8 @@ from torch import Tensor
 import hydravit_kernels as kernels
 from hydravit import __version__
 from hydravit.checkpoint import model_metadata
+from hydravit.compression import CalibrationImages, grow, prices_of
+from hydravit.compression.source import working_copy
 from hydravit.evaluation.accuracy import SizedDataset, accuracy
 from hydravit.evaluation.evaluate import environment
 from hydravit.model import HydraViT
@@ -32,6 +35,7 @@ from hydravit.training.resuming import Interrupt, load_state, save_state
 from hydravit.training.sampler import WidthSampler
 from hydravit.training.tensorboard import TensorBoard
 
+CALIBRATION_IMAGES = 1024
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,6 +70,8 @@ class Trainer:
         validation: data set whose top-1 at the smallest and largest width is logged every ``validate_every`` epochs.
         mix: ``(images, labels) -> (images, targets)`` on every batch, such as timm's ``Mixup``.
         teacher: ``images -> logits (B, classes)`` for the recipe's distillation: see ``make_teacher``.
+        calibration: for the recipe's ``grow_epochs``: the images of training without augmentation, of which some, the
+            same every time, tell what matters.
         checkpoint_every, checkpoint_steps: epochs and steps between checkpoints; 0: only the last. Each is written
             during the next step, when its loss is known to be finite, so that one can go on from every checkpoint.
         workers: processes that load the data.
@@ -86,6 +92,7 @@ class Trainer:
         validate_every: int = 10,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
+        calibration: SizedDataset | None = None,
         checkpoint_every: int = 1,
         checkpoint_steps: int = 0,
         workers: int = 0,
@@ -98,6 +105,9 @@ class Trainer:
             raise ValueError(f"recipe: distillation {recipe.distillation!r} needs a teacher")
         if teacher is not None and not recipe.distillation:
             raise ValueError("recipe: distillation must be 'hard' or 'soft' where there is a teacher, not ''")
+        if recipe.grow_epochs and calibration is None:
+            raise ValueError("recipe: grow_epochs needs calibration images")
+        self.calibration = calibration
         self.amp = AUTOCAST[recipe.amp]
         self.folder = out if out is None or isinstance(out, RunFolder) else RunFolder(out)
         self.preprocessing, self.class_names = preprocessing, class_names
@@ -108,6 +118,8 @@ class Trainer:
         self.tensorboard = self.folder.tensorboard if tensorboard and self.rank == 0 and self.folder else None
         self.device = next(model.parameters()).device
         self.heads = recipe.trained_heads
+        self._config = model.config  # as training starts, without the cuts that come
+        self._grown = 0  # in how many epochs the list of cuts has grown
         for heads in self.heads:
             model.subnetwork(heads)  # refuses a width that the model does not have, before any training
 
@@ -209,6 +221,7 @@ class Trainer:
 
     def _run_epoch(self, interrupt: Interrupt, progress: Progress, board: TensorBoard | None) -> None:
         start, done = time.perf_counter(), 0
+        self._grow()
         for images, labels in self._loaded():
             self._before = self._random_state() if self._due else {}
             widths = self._draw(len(images))
@@ -229,6 +242,30 @@ class Trainer:
         self._losses.clear()
         if self.checkpoint_every and self.epoch % self.checkpoint_every == 0:
             self._due = True
+
+    def _grow(self) -> None:
+        """Extend the list of cuts, once in each of the first epochs (SKD, arXiv 2511.11683, section 3)."""
+        recipe, epoch = self.recipe, self.epoch + 1
+        if self.calibration is None or not self._grown < epoch <= recipe.grow_epochs:
+            return
+        share = (1 - recipe.keep) * epoch / recipe.grow_epochs
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+            images = CalibrationImages(self.calibration, CALIBRATION_IMAGES, seed=recipe.seed)
+            working = working_copy(self.model)
+            cuts = [grow(working, images, self.model.config.cuts, share, prices_of(working))]
+        if self.world > 1:  # other processors may round otherwise
+            dist.broadcast_object_list(cuts)
+        self._adopt(cuts[0])
+        self._grown = epoch
+
+    def _adopt(self, cuts: tuple[tuple[int, str, int], ...]) -> None:
+        """Train the widths of this list from now on."""
+        config = dataclasses.replace(self.model.config, cuts=cuts)
+        for model in {self.model, self.trained}:
+            model.adopt(config)
+            model.heads = config.widths
+        self.heads = tuple(range(1, config.widths + 1)) if cuts else self.heads
+        self.sampler.choose_from(self.heads)
 
     def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the rest of the epoch's batches. If they cannot be loaded, what was trained is saved first."""
@@ -362,7 +399,7 @@ class Trainer:
         del recipe["config"]  # the model has the one that counts
         identity = {
             "recipe": recipe,
-            "config": self.model.config.to_dict(),
+            "config": self._config.to_dict(),
             "images": len(self.batches.dataset),
             "classes": list(self.class_names or ()),
             "ranks": self.world,
@@ -372,7 +409,7 @@ class Trainer:
 
     def _describe(self, folder: RunFolder) -> None:
         """Write what this run is to its folder."""
-        recipe = self.recipe.replace(config=self.model.config)
+        recipe = self.recipe.replace(config=self._config)
         about = {"recipe": recipe.to_dict(), "images": len(self.batches.dataset), "ranks": self.world}
         changed = {"changed": self._changed} if self._changed else {}
         folder.describe(about, {"step": self.step, **changed, "hydravit": __version__, **environment(self.model)})
@@ -409,6 +446,7 @@ class Trainer:
                 "ranks": ranks,
                 "position": [self.epoch, self.batch, self.step],
                 "losses": self._losses,
+                "cuts": [list(map(list, self.model.config.cuts)), self._grown],
             }
             metadata = model_metadata(
                 self.model.config,
@@ -439,6 +477,9 @@ class Trainer:
         epoch, batch, step = state["position"]
         if self.recipe.epochs < epoch + bool(batch):
             raise ValueError(f"{path}: epochs must be at least {epoch + bool(batch)}, not {self.recipe.epochs}")
+        cuts, self._grown = state["cuts"]
+        if self.recipe.grow_epochs:
+            self._adopt(tuple(tuple(cut) for cut in cuts))
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["model_ema"])
