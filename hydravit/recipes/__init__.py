@@ -35,8 +35,8 @@ class Recipe:
             2412.04786, section 3.3); "": nobody.
         label_weight: the weight of the cross entropy to the labels for those that are taught (Scala: 1).
         full_epochs: passes over the data, at the beginning, that train the widest width only (Scala's code: 10).
-        grow_epochs: passes over the data, the first ones, before each of which the list of cuts grows (PIAD of SKD, arXiv
-            2511.11683); 0: it stays as the config has it.
+        grow_epochs: passes over the data, the first ones, before each of which the list of cuts grows (PIAD of SKD,
+            arXiv 2511.11683); 0: it stays as the config has it.
         keep: the share of the cost of all channels that the narrowest width of a grown list keeps.
         rank_shared: all ranks of a distributed run draw the same widths. The paper's do not, and wait for the widest.
         epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.

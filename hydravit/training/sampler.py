@@ -65,7 +65,8 @@ class WidthSampler:
             up = parts - 1 if bins == "lower" else 0
             for i in reversed(range(parts)):
                 first, stop = ((len(between) * end + up) // parts for end in (i, i + 1))
-                drawn.append(between[int(torch.randint(first, stop, (), generator=self._generator))])
+                chosen = torch.randint(first, stop, (), generator=self._generator, dtype=torch.int64, device="cpu")
+                drawn.append(between[int(chosen)])
         elif count > 2:
             chosen = torch.multinomial(self._weights[inner], count - 2, generator=self._generator)
             drawn = sorted(self._heads[inner][chosen].tolist(), reverse=True)
