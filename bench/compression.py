@@ -21,11 +21,11 @@ from tqdm import tqdm
 from bench import RESULTS
 from bench.rows import replace_file
 from hydravit import HydraViT, HydraViTConfig
-from hydravit.compression import CalibrationImages, order_heads, plan, wpac
+from hydravit.compression import CalibrationImages, order_heads, wpac
 from hydravit.compression.calibration import Batches, activations, label_logits
 from hydravit.data import load_dataset
 from hydravit.data.dataset import ArrayDataset
-from hydravit.evaluation import costs, widest_within
+from hydravit.evaluation import costs
 from hydravit.geometry import skd
 from hydravit.recipes import Recipe
 from hydravit.training import Trainer
@@ -100,20 +100,13 @@ def _measure(seed: int, train: ArrayDataset, test: ArrayDataset) -> Iterator[dic
         for name, result in compressed.items():
             yield row(name, kept, result, narrow)
 
-    narrowed = compressed["WPAC"]
-    starts = {
-        "raw heads": model,
-        "ordered heads": order_heads(model, images),
-        "WPAC": narrowed,
-        "WPAC, planned": plan(narrowed, images),
-    }
+    starts = {"raw heads": model, "ordered heads": order_heads(model, images), "WPAC": compressed["WPAC"]}
     for name, start in starts.items():
         recipe = NESTED.replace(seed=seed, config=start.config)
         trained = Trainer(copy.deepcopy(start), recipe, part, progress=False).run().eval()
-        for heads, counted in costs(narrowed.config).items():
-            width = widest_within(start, counted.macs) if start.config.cuts else heads
-            yield row(name, _of_heads(heads), start, width)
-            yield row(f"{name}, trained", _of_heads(heads), trained, width)
+        for heads in start.allowed_heads:
+            yield row(name, _of_heads(heads), start, heads)
+            yield row(f"{name}, trained", _of_heads(heads), trained, heads)
 
 
 def without_channels(model: HydraViT, batches: Batches, criterion: str, channels: int) -> HydraViT:
@@ -159,10 +152,10 @@ def table(results: dict) -> str:
         cells.setdefault((row["method"], row["kept"]), []).append(row["top1"])
     quarters = [_of_channels(count) for count in (1, 2, 3)]
     heads = [_of_heads(count) for count in range(1, VIT.max_heads + 1)]
-    starts = ("raw heads", "ordered heads", "WPAC", "WPAC, planned")
+    starts = ("raw heads", "ordered heads", "WPAC")
     first = _rows("top-1 %, no training", quarters, [*CRITERIA, *OPTIONS], cells)
     second = _rows("top-1 %", heads, [name for start in starts for name in (start, f"{start}, trained")], cells)
-    for name, geometry in (("of HydraViT's widths", "hydravit"), ("of WPAC's, and most of planned ones", "skd")):
+    for name, geometry in (("of HydraViT's widths", "hydravit"), ("of WPAC's", "skd")):
         macs = [f"{cost.macs / 1e6:.2f}" for cost in costs(dataclasses.replace(VIT, geometry=geometry)).values()]
         second.append(f"| MACs {name}, 10^6 | {' | '.join(macs)} |")
     return "\n".join([*first, "", *second])
