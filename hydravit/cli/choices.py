@@ -112,7 +112,7 @@ def starting_point(
         if nesting != HydraViTConfig().geometry and config.geometry != nesting:
             raise ValueError(
                 f"recipe {recipe_name(args)}: the checkpoint must have geometry {nesting!r}, as `hydravit compress "
-                f"--method wpac --plan` makes it, not {config.geometry!r}"
+                f"--method wpac` makes it, not {config.geometry!r}"
             )
     known = checkpoint.preprocessing
     if known is not None and len(known.mean) == given.get("in_channels", config.in_channels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -137,8 +138,7 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
     average = f"; its moving average, ema {recipe.ema:g}, is what is evaluated and saved" if recipe.ema else ""
     drawn = "a width for every image" if recipe.per_image else "a width for every step"
     rows = []
-    step = -(-len(trainer.heads) // 20)  # of a list of cuts only some, the widest among them
-    for heads in sorted(trainer.heads)[(len(trainer.heads) - 1) % step :: step]:
+    for heads in some(sorted(trainer.heads)):
         params, macs = cost(config, model.subnetwork(heads))
         rows.append([config.width_name(heads), count(params), f"{macs / 1e9:.4g}"])
     frozen = [f"frozen: {', '.join(recipe.freeze)}"] if recipe.freeze else []
@@ -148,9 +148,15 @@ def _model(trainer: Trainer, because: _Reasons, resumed: Path | None) -> list[st
         *frozen,
         f"{start}{average}",
         f"trained widths, {'several in a step' if recipe.sandwich else drawn}"
-        + (":" if step == 1 else f"; {len(rows)} of {len(trainer.heads)}:"),
+        + (":" if len(rows) == len(trainer.heads) else f"; {len(rows)} of {len(trainer.heads)}:"),
         *aligned([config.counted, "params", "GMACs"], rows).splitlines(),
     ]
+
+
+def some(widths: Sequence[int], most: int = 20) -> Sequence[int]:
+    """Return at most so many widths, equally far apart, the last among them: a list of cuts can have hundreds."""
+    step = -(-len(widths) // most)
+    return widths[(len(widths) - 1) % step :: step]
 
 
 def _steps(trainer: Trainer, because: _Reasons) -> list[str]:

@@ -259,13 +259,19 @@ def _checkpoint_to_resume(args: argparse.Namespace, folder: RunFolder, main: boo
 
 
 def _evaluate(model, dataset, args: argparse.Namespace, recipe: Recipe, path: Path) -> None:
+    from hydravit.cli.summary import some
     from hydravit.evaluation import evaluate, format_table, write_results
 
     measure = not args.accuracy_only
-    results = evaluate(model.eval(), dataset, latency=measure, memory=measure, progress=sys.stderr.isatty())
+    heads, shown = some(model.allowed_heads), sys.stderr.isatty()
+    results = evaluate(model.eval(), dataset, heads=heads, latency=measure, memory=measure, progress=shown)
     results["data"] = about_data(recipe.data, "test", dataset)
     results["checkpoint"] = str(path)
     print(format_table(results))
+    if len(heads) < len(model.allowed_heads):
+        print(
+            f"{len(heads)} of {len(model.allowed_heads)} widths; `hydravit evaluate` takes any, by --heads or --budget"
+        )
     print("wrote", *write_results(results, args.out))
 
 

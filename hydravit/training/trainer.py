@@ -175,7 +175,7 @@ class Trainer:
         if self.folder is not None and self.rank == 0:
             self.folder.rewind_log(self.epoch)
             self._describe(self.folder)
-        board = None if self.tensorboard is None else TensorBoard(self.tensorboard, self.step, self.model.config.label)
+        board = None if self.tensorboard is None else TensorBoard(self.tensorboard, self.step, self._label)
         if self._in_place:
             self._share_weights()
             self.gradients = SliceGradients(self.model)
@@ -191,7 +191,7 @@ class Trainer:
             if self.model.config.distilled and (self.teacher is not None or self.recipe.transfer):
                 self.model.set_distilled_training(True)
             steps = self.recipe.epochs * len(self.batches)
-            shown = Progress(self.recipe.epochs, steps, self.step, self.model.config.label, shown=self.progress)
+            shown = Progress(self.recipe.epochs, steps, self.step, self._label, shown=self.progress)
             with shown as progress:
                 while self.epoch < self.recipe.epochs:
                     self._run_epoch(interrupt, progress, board)
@@ -242,6 +242,9 @@ class Trainer:
         self._losses.clear()
         if self.checkpoint_every and self.epoch % self.checkpoint_every == 0:
             self._due = True
+
+    def _label(self, heads: int) -> str:
+        return self.model.config.label(heads)
 
     def _grow(self) -> None:
         """Extend the list of cuts, once in each of the first epochs (SKD, arXiv 2511.11683, section 3)."""

@@ -260,7 +260,7 @@ def test_commands_take_a_planned_model(tmp_path, capsys):
     budgets = f"{counted[1].macs},{counted[3].macs + 1}"
     run("evaluate", "--checkpoint", out, *data, "--accuracy-only", "--budget", budgets)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["1", "3"]
-    few = [*data, "--batch-size", 600, "--no-evaluate"]
+    few = [*data, "--batch-size", 600, "--accuracy-only"]
     for setting in ("amp=none", "rand_augment=", "color_jitter=0", "random_erasing=0", "mixup=0", "cutmix=0"):
         few += ["--set", setting]
     run("train", "--recipe", "skd", "--checkpoint", out, *few, "--epochs", 1, "--set", "grow_epochs=0",
@@ -284,6 +284,8 @@ def test_commands_take_a_planned_model(tmp_path, capsys):
         "--out", tmp_path / "grown")  # fmt: skip
     assert "a list of cuts grows in the first 1 epochs; its narrowest width keeps 0.125" in capsys.readouterr().out
     grown = read_checkpoint(tmp_path / "grown" / "model.safetensors")
+    evaluated = json.loads((tmp_path / "grown" / "results.json").read_text())["widths"]
+    assert 10 <= len(evaluated) <= 20 and evaluated[-1]["heads"] == len(grown.config.cuts) + 1
     assert grown.config.cuts and grown.trained_heads == tuple(range(1, len(grown.config.cuts) + 2))
     run("info", "--checkpoint", tmp_path / "grown" / "model.safetensors")
 
