@@ -300,7 +300,7 @@ class TimmInterface(nn.Module):
         return torch.cat([prefix, resample_positions(patches, old, new)], dim=1)
 
     def adopt(self, config: HydraViTConfig) -> None:
-        """Follow a config with other sizes."""
+        """Follow a config of other sizes or widths; the parameters have to fit already."""
         self.config = config
         for block in self.blocks:
             if isinstance(block, Block):

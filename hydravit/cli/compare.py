@@ -41,6 +41,7 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--folds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="FILE", help="a line of JSON for every setting and fold")
+    parser.set_defaults(verify=True)  # of a checkpoint to start from
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
         changed = copy.copy(args)
         changed.set = args.set + shlex.split(setting)
         recipes[setting] = make_recipe(changed)
+        if recipes[setting].grow_epochs:
+            raise ValueError("compare: a list of cuts grows to other widths in every fold: --set grow_epochs=0")
     results = _Results(Path(args.out))
     validation = CrossValidation(args.folds)
     for setting, recipe in recipes.items():

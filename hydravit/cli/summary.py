@@ -180,10 +180,8 @@ def _steps(trainer: Trainer, because: _Reasons) -> list[str]:
 def _widths(recipe: Recipe) -> list[str]:
     """Return what a step trains, where that is more than one width."""
     if recipe.grow_epochs:
-        grows = (
-            f"a list of cuts grows in the first {recipe.grow_epochs} epochs; its narrowest width keeps {recipe.keep:g}"
-        )
-        return [f"{grows} of the cost of all channels, and every step trains one of its widths"]
+        grows = f"a list of cuts grows in the first {recipe.grow_epochs} epoch(s); its narrowest width keeps"
+        return [f"{grows} {recipe.keep:g} of the cost of all channels; its widths are what is trained"]
     if not recipe.sandwich:
         return []
     between = f"{recipe.sandwich - 2} drawn between them" if recipe.sandwich > 2 else "none between them"

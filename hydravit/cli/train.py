@@ -309,7 +309,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 def _schedule(recipe: Recipe, epochs: int) -> dict[str, Any]:
     """Return the recipe's warm-up, cool-down and first epochs, in proportion where so few have no room for them."""
     first = max(recipe.full_epochs, recipe.grow_epochs)
-    if max(recipe.warmup_epochs + recipe.cooldown_epochs, 2 * first) < epochs:
+    if epochs >= recipe.epochs or max(recipe.warmup_epochs + recipe.cooldown_epochs, 2 * first) < epochs:
         return {}
     share = epochs / recipe.epochs
     return {

@@ -13,7 +13,7 @@ Example:
 
 from hydravit.compression.calibration import CalibrationImages
 from hydravit.compression.ordering import order_heads
-from hydravit.compression.planning import grow, plan, prices_of
+from hydravit.compression.planning import plan
 from hydravit.compression.wpac import wpac
 
-__all__ = ["CalibrationImages", "grow", "order_heads", "plan", "prices_of", "wpac"]
+__all__ = ["CalibrationImages", "order_heads", "plan", "wpac"]

@@ -37,7 +37,7 @@ class Recipe:
         full_epochs: passes over the data, at the beginning, that train the widest width only (Scala's code: 10).
         grow_epochs: passes over the data, the first ones, before each of which the list of cuts grows (PIAD of SKD,
             arXiv 2511.11683); 0: it stays as the config has it.
-        keep: the share of the cost of all channels that the narrowest width of a grown list keeps.
+        keep: the share of the cost of all channels that the narrowest width of a grown list keeps, at the least.
         rank_shared: all ranks of a distributed run draw the same widths. The paper's do not, and wait for the widest.
         epochs: passes over the data, of which the last ``cooldown_epochs`` run at ``min_lr``.
         batch_size: images per step and rank.
@@ -184,9 +184,12 @@ class Recipe:
         self._check("full_epochs", fits, f"an integer in 0..{self.epochs}, the epochs")
         fits = type(self.grow_epochs) is int and 0 <= self.grow_epochs <= self.epochs
         self._check("grow_epochs", fits, f"an integer in 0..{self.epochs}, the epochs")
-        whole = self.config.geometry == "skd" and self.config.width_steps is None
-        fits = whole and not (self.heads or self.weights or self.config.separate_classifiers)
-        self._check("grow_epochs", fits or not self.grow_epochs, "0 but for geometry 'skd' and all of its widths alike")
+        if self.grow_epochs:
+            fits = self.config.geometry == "skd" and self.config.width_steps is None and self.config.narrowest == 1
+            fits = fits and not self.config.separate_classifiers and len(self.trained_heads) == self.config.widths
+            self._check("grow_epochs", fits, "0 unless geometry is 'skd' and all widths are trained")
+            fits = not (self.weights or self.sandwich or self.compile) and self.rank_shared
+            self._check("grow_epochs", fits, "0 with weights, sandwich, compile or rank_shared=False")
         self._check("keep", 0 <= self.keep < 1, "in [0, 1)")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
@@ -341,11 +344,12 @@ RECIPES["scala-per-role"] = RECIPES["scala"].replace(
     config=resolve_config(RECIPES["scala"].config, geometry="scala-per-role")
 )
 # SKD's DeiT-B (arXiv 2511.11683, and its public code): 2 GPUs with 128 images each. It starts from a pretrained ViT,
-# whose channels `hydravit compress --method wpac` has put in order.
+# whose channels `hydravit compress --method wpac` has put in order. Unlike here, its ranks draw widths of their own.
 RECIPES["skd"] = RECIPES["hydravit-imagenet"].replace(
     config=resolve_config("base", geometry="skd"),
     heads=(),
     grow_epochs=50,
+    rank_shared=True,
     epochs=150,
     cooldown_epochs=0,
     batch_size=128,

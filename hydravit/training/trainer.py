@@ -18,7 +18,8 @@ from torch import Tensor
 import hydravit_kernels as kernels
 from hydravit import __version__
 from hydravit.checkpoint import model_metadata
-from hydravit.compression import CalibrationImages, grow, prices_of
+from hydravit.compression import CalibrationImages
+from hydravit.compression.planning import grow, prices_of
 from hydravit.compression.source import working_copy
 from hydravit.evaluation.accuracy import SizedDataset, accuracy
 from hydravit.evaluation.evaluate import environment
@@ -120,7 +121,7 @@ class Trainer:
         self.heads = recipe.trained_heads
         self._config = model.config  # as training starts, without the cuts that come
         self._grown = 0  # in how many epochs the list of cuts has grown
-        for heads in self.heads:
+        for heads in () if recipe.grow_epochs else self.heads:  # the widths of a growing list come later
             model.subnetwork(heads)  # refuses a width that the model does not have, before any training
 
         torch.manual_seed(recipe.seed + self.rank)  # for drop-path
@@ -140,6 +141,8 @@ class Trainer:
                 f"recipe: optimizer must be 'dense', not {recipe.optimizer!r}, where {self.world} ranks draw widths of "
                 "their own; with rank_shared=True they draw alike"
             )
+        if not self._in_place and model.config.geometry == "skd":  # DistributedDataParallel waits for every gradient
+            raise ValueError("recipe: rank_shared must be True for geometry 'skd', whose widths can skip branches")
         freeze(model, recipe)
         self.average = make_average(model, recipe)
         self.optimizer = make_optimizer(model, recipe, self.world, self.average)
@@ -153,6 +156,8 @@ class Trainer:
         self._before: dict = {}  # the random state before this step
         self._changed: dict[str, list] = {}  # what the recipe says now and said in the checkpoint that is resumed from
         self.saved_step: int | None = None  # the number of steps done in the last checkpoint
+        if recipe.grow_epochs:
+            self._adopt(model.config.cuts)
 
     @property
     def trained(self) -> HydraViT:
@@ -220,8 +225,8 @@ class Trainer:
                     tensor.copy_(sent)
 
     def _run_epoch(self, interrupt: Interrupt, progress: Progress, board: TensorBoard | None) -> None:
-        start, done = time.perf_counter(), 0
         self._grow()
+        start, done = time.perf_counter(), 0
         for images, labels in self._loaded():
             self._before = self._random_state() if self._due else {}
             widths = self._draw(len(images))
@@ -252,22 +257,32 @@ class Trainer:
         if self.calibration is None or not self._grown < epoch <= recipe.grow_epochs:
             return
         share = (1 - recipe.keep) * epoch / recipe.grow_epochs
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
-            images = CalibrationImages(self.calibration, CALIBRATION_IMAGES, seed=recipe.seed)
-            working = working_copy(self.model)
-            cuts = [grow(working, images, self.model.config.cuts, share, prices_of(working))]
+        images = CalibrationImages(
+            self.calibration, CALIBRATION_IMAGES, seed=recipe.seed, num_workers=self.batches.workers
+        )
+        working = working_copy(self.model)
+        try:
+            with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator
+                cuts = [grow(working, images, self.model.config.cuts, share, prices_of(working))]
+        except (ValueError, OSError):  # an image that cannot be read
+            if self.world == 1:
+                self.save()
+            raise
         if self.world > 1:  # other processors may round otherwise
             dist.broadcast_object_list(cuts)
         self._adopt(cuts[0])
         self._grown = epoch
 
     def _adopt(self, cuts: tuple[tuple[int, str, int], ...]) -> None:
-        """Train the widths of this list from now on."""
+        """Train the widths of this list from now on; before the first cut, the full width."""
         config = dataclasses.replace(self.model.config, cuts=cuts)
-        for model in {self.model, self.trained}:
+        self.heads = tuple(range(1, config.widths + 1)) if cuts else (config.widths,)
+        models = [self.model] if self.average is None else [self.model, self.trained]
+        for model in models:
             model.adopt(config)
+            if model.trained_heads is not None:
+                model.trained_heads = self.heads
             model.heads = config.widths
-        self.heads = tuple(range(1, config.widths + 1)) if cuts else self.heads
         self.sampler.choose_from(self.heads)
 
     def _loaded(self) -> Iterator[tuple[Tensor, Tensor]]:

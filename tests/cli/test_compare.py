@@ -1,10 +1,13 @@
 """``hydravit compare``: settings of a recipe against each other, on the training part alone."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from hydravit import HydraViT
+from hydravit.checkpoint import save_checkpoint
 from hydravit.cli import main
 from hydravit.data.dataset import folds
 from hydravit.recipes import get_recipe
@@ -50,3 +53,11 @@ def test_wrong_settings_are_refused_before_training(tmp_path, capsys, monkeypatc
     for wrong, message in ((["--try", "speed=9"], "--set speed=9"), (["--folds", "1"], "--folds 1")):
         assert main([*QUICK, *wrong, "--out", str(tmp_path / "x.jsonl")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_lists_that_grow_are_refused(tmp_path, capsys):
+    vit = HydraViT(dataclasses.replace(get_recipe("demo").config, geometry="skd"), backend="reference")
+    save_checkpoint(tmp_path / "vit.safetensors", vit)
+    command = ["compare", "--recipe", "skd", "--checkpoint", str(tmp_path / "vit.safetensors"), "--data", "digits"]
+    assert main([*command, "--out", str(tmp_path / "out.jsonl")])
+    assert "compare: a list of cuts grows to other widths in every fold" in capsys.readouterr().err

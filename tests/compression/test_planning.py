@@ -282,7 +282,7 @@ def test_commands_take_a_planned_model(tmp_path, capsys):
         "--out", tmp_path / "wpac.safetensors")  # fmt: skip
     run("train", "--recipe", "skd", "--checkpoint", tmp_path / "wpac.safetensors", *few, "--epochs", 3,
         "--out", tmp_path / "grown")  # fmt: skip
-    assert "a list of cuts grows in the first 1 epochs; its narrowest width keeps 0.125" in capsys.readouterr().out
+    assert "grows in the first 1 epoch(s); its narrowest width keeps 0.125 of the cost" in capsys.readouterr().out
     grown = read_checkpoint(tmp_path / "grown" / "model.safetensors")
     evaluated = json.loads((tmp_path / "grown" / "results.json").read_text())["widths"]
     assert 10 <= len(evaluated) <= 20 and evaluated[-1]["heads"] == len(grown.config.cuts) + 1

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hydravit.cli import main
@@ -32,7 +33,8 @@ def epoch(self, entry, shown=Progress.epoch):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Progress.epoch = epoch
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
 """
 
 
@@ -53,8 +55,8 @@ def arguments(photos, out, *more):
     return [*recipe, "--data", str(photos), "--out", str(out), "--accuracy-only", *more]
 
 
-def train_and_kill(out, *arguments, ranks=1, epoch=1):
-    """Start a training in processes of its own that dies after that epoch; of two ranks, the first."""
+def train_and_kill(out, *arguments, ranks=1, epoch=3):
+    """Start a training in processes of its own that dies after that epoch, of one step; of two ranks, the first."""
     out.mkdir(exist_ok=True)
     script = out.parent / f"{out.name}-killed.py"
     script.write_text(KILLED)
@@ -64,6 +66,8 @@ def train_and_kill(out, *arguments, ranks=1, epoch=1):
     shown = re.findall(r"^epoch (\d+)/", done.stderr, re.M)
     assert shown and int(shown[-1]) == epoch, done.stderr
     assert done.returncode != 0 and not (out / "model.safetensors").exists()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)["state"]
+    assert state["position"][2] == epoch - 1  # written in the epoch's step, with what those before it had done
 
 
 def weights(out, epochs=4):

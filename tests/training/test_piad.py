@@ -10,17 +10,20 @@ from training_runs import CONFIG, RECIPE, Images, assert_ranks_agree, make_model
 
 import hydravit
 from hydravit.checkpoint import read_checkpoint
-from hydravit.compression import CalibrationImages, grow, prices_of
+from hydravit.compression import CalibrationImages
+from hydravit.compression.planning import grow, prices_of
 from hydravit.compression.source import working_copy
 from hydravit.evaluation import costs
 from hydravit.recipes import RECIPES
 from hydravit.training import Trainer
+from hydravit.training import trainer as trainer_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SKD = dataclasses.replace(CONFIG, geometry="skd")
 PIAD = RECIPE.replace(config=SKD, epochs=4, grow_epochs=2, keep=0.3)
 STILL = Images(augment=False)
+SKIPPING = dataclasses.replace(SKD, cuts=((0, "attn", 0), (0, "mlp", 0), (1, "mlp", 0)))
 
 
 def run(folder, recipe=PIAD, **options):
@@ -49,8 +52,8 @@ def test_the_list_grows_in_the_first_epochs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_adopt", adopted)
     trainer = run(tmp_path)
-    assert [epoch for epoch, _ in grown] == [0, 1]
-    (_, first), (_, second) = grown
+    assert [epoch for epoch, _ in grown] == [0, 0, 1] and grown[0][1] == ()
+    _, (_, first), (_, second) = grown
     assert first and second[: len(first)] == first and len(second) > len(first)
     config = trainer.model.config
     assert trainer.trained.config == config and config.cuts == second
@@ -73,6 +76,12 @@ def test_it_grows_by_the_weights_of_its_epoch():
     assert model.config.cuts == expected and torch.equal(torch.get_rng_state(), before)
     trainer._grow()  # once in an epoch
     assert model.config.cuts == expected
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.zero_()  # what does not matter any more goes first
+    trainer.epoch = 1
+    trainer._grow()
+    after = grow(working_copy(model), images, expected, 0.7, prices_of(model))
+    assert model.config.cuts == after and after[len(expected)][:2] == (1, "mlp")
 
 
 @pytest.mark.parametrize("optimizer", ["dense", "active"])
@@ -86,6 +95,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer):
 
 
 def grow_on_ranks(folder, rank):
+    if rank == 1:  # what it would find does not count
+        trainer_module.grow = lambda *arguments: ((0, "mlp", 0),)
     trainer = run(folder)
     assert_ranks_agree(trainer)
     (folder / f"cuts-{rank}.json").write_text(json.dumps(trainer.model.config.cuts))
@@ -95,15 +106,46 @@ def grow_on_ranks(folder, rank):
 def test_two_ranks_have_one_list(tmp_path):
     on_two_ranks(grow_on_ranks, tmp_path)
     first, second = ((tmp_path / f"cuts-{rank}.json").read_text() for rank in (0, 1))
-    assert first == second != "[]"
+    assert first == second and len(json.loads(first)) > 1
+
+
+def test_ranks_that_draw_their_own_widths_are_refused(monkeypatch):
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    recipe = PIAD.replace(config=SKIPPING, grow_epochs=0, rank_shared=False)
+    with pytest.raises(ValueError, match="rank_shared must be True for geometry 'skd'"):
+        Trainer(make_model(config=SKIPPING), recipe, Images(), progress=False)
 
 
 def test_a_complete_list_stays():
-    complete = dataclasses.replace(SKD, cuts=((0, "attn", 0), (0, "mlp", 0), (1, "mlp", 0)))
-    model = make_model(config=complete)
-    trainer = Trainer(model, PIAD.replace(config=complete), Images(), calibration=STILL, progress=False)
+    model = make_model(config=SKIPPING)
+    trainer = Trainer(model, PIAD.replace(config=SKIPPING), Images(), calibration=STILL, progress=False)
     trainer._grow()
-    assert model.config == complete and trainer.heads == (1, 2, 3, 4)
+    assert model.config == SKIPPING and trainer.heads == (1, 2, 3, 4)
+
+
+def test_the_full_width_is_trained_before_the_first_cut(monkeypatch):
+    monkeypatch.setattr(trainer_module, "grow", lambda *arguments: ())
+    model = make_model(config=SKD)
+    model.trained_heads = (1, 4)  # of another training
+    trainer = Trainer(model, PIAD, Images(), calibration=STILL, progress=False)
+    assert trainer.heads == model.trained_heads == (4,)
+    drawn, draw = [], trainer._draw
+    monkeypatch.setattr(trainer, "_draw", lambda count: drawn.append(draw(count)) or drawn[-1])
+    trainer.run()
+    assert drawn and all(widths == [4] for widths in drawn)
+
+
+def test_an_image_that_cannot_be_read_loses_no_epoch(tmp_path, monkeypatch):
+    def unreadable(*arguments):
+        if arguments[2]:
+            raise OSError("no such image")
+        return ((0, "mlp", 8),)
+
+    monkeypatch.setattr(trainer_module, "grow", unreadable)
+    with pytest.raises(OSError, match="no such image"):
+        run(tmp_path)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["position"] == [1, 0, 5]
 
 
 def test_the_recipe():
@@ -115,8 +157,10 @@ def test_the_recipe():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": CONFIG}, "grow_epochs must be 0 but for geometry 'skd' and all of its widths alike, not 2"),
-        ({"heads": (1, 4)}, "grow_epochs must be 0 but for geometry 'skd'"),
+        ({"config": CONFIG}, "grow_epochs must be 0 unless geometry is 'skd' and all widths are trained, not 2"),
+        ({"heads": (1, 4)}, "grow_epochs must be 0 unless geometry is 'skd'"),
+        ({"sandwich": 3}, "grow_epochs must be 0 with weights, sandwich, compile or rank_shared=False, not 2"),
+        ({"rank_shared": False}, "grow_epochs must be 0 with weights, sandwich, compile or rank_shared=False"),
         ({"grow_epochs": 9}, r"grow_epochs must be an integer in 0\.\.4, the epochs, not 9"),
         ({"keep": 1.0}, r"keep must be in \[0, 1\), not 1.0"),
     ],
