@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hydravit.compression.calibration import Batches, activations, loss, slopes
-from hydravit.compression.source import check_source, working_copy
+from hydravit.compression.source import check_source, rearranged, working_copy
 from hydravit.config import HydraViTConfig
 from hydravit.evaluation.cost import cost as cost_of
 from hydravit.evaluation.latency import with_backend
@@ -80,11 +79,7 @@ def plan(
         cuts = grow(working, batches, cuts, (1 - keep) * done / rounds, prices, groups)
     if not cuts:
         raise ValueError(f"plan: keep {keep} leaves no room for a cut of one group")
-    parameter = model.pos_embed
-    planned = dataclasses.replace(config, width_steps=None, narrowest=1, cuts=cuts)
-    result = HydraViT(planned, backend=model.requested_backend, device=parameter.device, dtype=parameter.dtype)
-    result.load_state_dict(model.state_dict())
-    return result.train(model.training)
+    return rearranged(model, model.state_dict(), "skd", cuts)
 
 
 class _Operation(NamedTuple):
@@ -117,7 +112,7 @@ def grow(
         prices: what ``prices_of`` returns.
     """
     config = model.config
-    full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
+    full = _full(config)
     left = full | {(layer, branch): channels for layer, branch, channels in cuts}
     budget = sum(prices[branch[1]] * (left[branch] - (1 - share) * n) for branch, n in full.items())
     operations: list[_Operation] = []
@@ -175,6 +170,10 @@ def _subnetwork(config: HydraViTConfig, left: Mapping[Branch, int]) -> Subnetwor
     return skd(config, [(left[layer, "attn"], left[layer, "mlp"]) for layer in range(config.depth)])
 
 
+def _full(config: HydraViTConfig) -> dict[Branch, int]:
+    return {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
+
+
 def _channels(config: HydraViTConfig) -> dict[str, int]:
     return {"attn": config.head_dim, "mlp": config.hidden}
 
@@ -182,7 +181,7 @@ def _channels(config: HydraViTConfig) -> dict[str, int]:
 def prices_of(model: HydraViT, kind: str = "macs") -> dict[str, float]:
     """Return what a channel of every head costs, ``"attn"``, and a hidden one, ``"mlp"``; ``kind``: ``plan``'s cost."""
     config = model.config
-    full = {(layer, branch): n for layer in range(config.depth) for branch, n in _channels(config).items()}
+    full = _full(config)
     halves = {branch: {key: n // 2 if key[1] == branch else n for key, n in full.items()} for branch in ("attn", "mlp")}
     subnetworks = {"": _subnetwork(config, full)} | {name: _subnetwork(config, each) for name, each in halves.items()}
     if kind == "latency":

@@ -34,11 +34,13 @@ def working_copy(model: HydraViT) -> HydraViT:
     return model if model.pos_embed.dtype == torch.float64 else model.float()
 
 
-def rearranged(model: HydraViT, weights: Mapping[str, Tensor], geometry: str) -> HydraViT:
+def rearranged(
+    model: HydraViT, weights: Mapping[str, Tensor], geometry: str, cuts: tuple[tuple[int, str, int], ...] = ()
+) -> HydraViT:
     """Return a model like this one, with these weights and every width of this nesting method."""
     full = GEOMETRIES[model.config.geometry](model.config, model.config.widths)
     config = dataclasses.replace(
-        model.config, geometry=geometry, norm_eps=full.eps, width_steps=None, narrowest=1, cuts=()
+        model.config, geometry=geometry, norm_eps=full.eps, width_steps=None, narrowest=1, cuts=cuts
     )
     parameter = model.pos_embed
     result = HydraViT(config, backend=model.requested_backend, device=parameter.device, dtype=parameter.dtype)

@@ -145,7 +145,7 @@ def test_latency_is_measured():
 
 
 def test_layers_of_their_own_lengths_keep_more_than_equal_ones(trained, digits):
-    """At the cost of width 3 of 8, by at least a point; so it was with each of the seeds 0 to 6 of the training."""
+    """At the cost of width 3 of 8, by more than a point."""
     compressed = wpac(trained, digits.batches, fold_mean=True)
     planned = plan(compressed, digits.batches, groups=(4, 8))
     torch.testing.assert_close(planned(digits.test_images), trained(digits.test_images), rtol=1e-5, atol=1e-5)
